@@ -1,0 +1,158 @@
+"""The training order as a map-style dataset: sample number in, tokens out, nothing in between is stored."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan import Plan
+from megatron_kaiyuan.data.plan_schema import PlanSpec
+from megatron_kaiyuan.data.source import Segment
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.errors import PlanError
+
+__all__ = ["CurriculumDataset", "HeldOutDataset", "Provenance"]
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a sample comes from."""
+
+    phase: str
+    source: str
+    pass_number: int
+    """0 for the first pass over the selection, in which the sample starts."""
+    quantile: tuple[float, float] | None
+    """Score quantiles of its lowest and highest ranked document, 0 = worst; None for an unscored source."""
+    segments: list[Segment]
+
+
+class CurriculumDataset:
+    """Samples of a plan in training order.
+
+    `dataset[s]` is a pure function of the plan and `s`: whatever reads it, with any number of workers and
+    data-parallel ranks and from any sample on, sees the same order. It holds memory maps only, so forked and spawned
+    workers share the page cache.
+    """
+
+    def __init__(self, plan: Plan | str | Path) -> None:
+        self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        self._source_numbers = {name: number for number, name in enumerate(self.plan.sources)}
+        self._block_key: tuple[int, int] = (-1, -1)
+        self._block: tuple[NDArray[np.int64], NDArray[np.int64]] = (np.empty(0, np.int64), np.empty(0, np.int64))
+        self._last_sample = -2
+
+    def __len__(self) -> int:
+        return self.plan.num_samples
+
+    def __getitem__(self, sample: int) -> dict[str, NDArray[np.int64]]:
+        """Tokens of a sample: inputs and, shifted by one, targets; int64 `[seq_length + 1]`.
+
+        Raises:
+            IndexError: `sample` outside `range(len(self))`; negative numbers too, since a sampler never means them.
+        """
+        stream, window = self._stream_and_window(sample)
+        return {"tokens": stream.read(window)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # spawned workers reopen the files rather than receive copies of the maps
+        return _reopen, (self.plan.spec,)
+
+    def source_index(self, sample: int) -> int:
+        """Number of the sample's source in `list(plan.sources)`."""
+        phase, number, _ = self._place(sample)
+        return self._source_numbers[tuple(phase.streams)[number]]
+
+    def provenance(self, sample: int) -> Provenance:
+        """Phase, source, pass, quantile range and documents of a sample."""
+        phase, number, window = self._place(sample)
+        name, stream = tuple(phase.streams.items())[number]
+        return Provenance(
+            phase=phase.name,
+            source=name,
+            pass_number=int(stream.pass_of_window(np.array([window]))[0]),
+            quantile=self._quantile(name, stream, window),
+            segments=stream.segments(window),
+        )
+
+    def _quantile(self, name: str, stream: Stream, window: int) -> tuple[float, float] | None:
+        source = self.plan.opened[name]
+        if source.spec.score is None:
+            return None
+        ranks = self._ranks(name, stream, window)
+        return float(ranks.min() / source.source.num_documents), float((ranks.max() + 1) / source.source.num_documents)
+
+    def _ranks(self, name: str, stream: Stream, window: int) -> NDArray[np.int64]:
+        if stream.selected.order.ranked:
+            return np.array(stream.positions(window))
+        return self.plan.opened[name].ranked_order.positions_of(stream.documents(window))
+
+    def _stream_and_window(self, sample: int) -> tuple[Stream, int]:
+        phase, number, window = self._place(sample)
+        return tuple(phase.streams.values())[number], window
+
+    def _place(self, sample: int) -> tuple[Phase, int, int]:
+        """Phase, stream number and window of a sample."""
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of a plan with {len(self)} samples")
+        sample = int(sample)
+        phase = self.plan.phase_of(sample)
+        local = sample - phase.first_sample
+        block = (phase.first_sample, local // _BLOCK)
+        near = -_BLOCK < sample - self._last_sample < _BLOCK
+        self._last_sample = sample
+        if block != self._block_key:
+            if not near:  # random access: one sample is cheaper than its block
+                return phase, *phase.sample(local)
+            start = block[1] * _BLOCK
+            self._block = phase.block(start, min(start + _BLOCK, phase.num_samples))
+            self._block_key = block
+        numbers, windows = self._block
+        return phase, int(numbers[local % _BLOCK]), int(windows[local % _BLOCK])
+
+
+class HeldOutDataset:
+    """Held-out documents of one source of a plan, packed in storage order; the same windows in every run."""
+
+    def __init__(self, plan: Plan | str | Path, source: str) -> None:
+        self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        self.source = source
+        if source not in self.plan.validation:
+            raise PlanError(
+                f"validation.{source}: the plan holds out no documents of it; it holds out some of "
+                f"{', '.join(self.plan.validation) or 'no source'}"
+            )
+        runs = self.plan.opened[source].held_out_runs
+        self._stream = Stream(runs, 1, None, Fraction(1), self.plan.seq_length, ascending=False, key=0)
+        if len(self) == 0:
+            raise PlanError(
+                f"validation.{source}: {runs.num_documents} held-out documents have {runs.num_tokens} tokens, one "
+                "window needs "
+                f"{self.plan.seq_length + 1}; hold out more documents"
+            )
+
+    def __len__(self) -> int:
+        return self._stream.num_windows
+
+    def __getitem__(self, sample: int) -> dict[str, NDArray[np.int64]]:
+        """Tokens of a window, int64 `[seq_length + 1]`."""
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)} held-out windows of {self.source!r}")
+        return {"tokens": self._stream.read(int(sample))}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen_held_out, (self.plan.spec, self.source)
+
+
+def _reopen(spec: PlanSpec) -> CurriculumDataset:
+    return CurriculumDataset(Plan.from_spec(spec))
+
+
+def _reopen_held_out(spec: PlanSpec, source: str) -> HeldOutDataset:
+    return HeldOutDataset(Plan.from_spec(spec), source)

@@ -1,0 +1,148 @@
+"""The dry run: what a plan will show, phase by source by quantile band, as plain data."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.interleave import prefix_bound
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
+from megatron_kaiyuan.data.stream import Stream
+
+if TYPE_CHECKING:
+    from megatron_kaiyuan.data.plan import Plan
+
+__all__ = ["band_edges", "describe_plan"]
+
+
+def describe_plan(plan: Plan, bands: int = 10) -> dict[str, Any]:
+    """All of `Plan.describe`.
+
+    Args:
+        plan: a resolved plan.
+        bands: equal score bands, by documents, that a scored source is divided into.
+    """
+    return {
+        "seq_length": plan.seq_length,
+        "seed": plan.seed,
+        "fingerprint": plan.fingerprint,
+        "samples": plan.num_samples,
+        "tokens": plan.num_samples * plan.seq_length,
+        "phases": [_describe_phase(plan, phase) for phase in plan.phases],
+        "sources": {name: _describe_source(plan, source, bands) for name, source in plan.opened.items()},
+    }
+
+
+def _describe_phase(plan: Plan, phase: Phase) -> dict[str, Any]:
+    sources = {
+        name: _describe_stream(phase, number, name, stream)
+        for number, (name, stream) in enumerate(phase.streams.items())
+    }
+    domains: dict[str, float] = {}
+    for name, row in sources.items():
+        domain = plan.sources[name].domain or name
+        domains[domain] = domains.get(domain, 0.0) + row["share"]
+    return {
+        "name": phase.name,
+        "order": phase.order,
+        "first_sample": phase.first_sample,
+        "samples": phase.num_samples,
+        "tokens": phase.num_samples * plan.seq_length,
+        "tokens_unused_of_budget": 0 if phase.spec.tokens is None else phase.spec.tokens % plan.seq_length,
+        "lr": phase.lr.model_dump() if phase.lr else None,
+        "domains": domains,
+        "sources": sources,
+    }
+
+
+def _describe_stream(phase: Phase, number: int, name: str, stream: Stream) -> dict[str, Any]:
+    used = int(phase.used[number])
+    return {
+        "keep": str(phase.spec.sources[name].keep),
+        "repeat": float(stream.repeat),
+        "order": "ascending quality" if stream.ascending else "random",
+        "documents": stream.selected.num_documents,
+        "unique_tokens": stream.selected.num_tokens,
+        "samples": used,
+        "tokens": used * stream.seq_length,
+        "share": used / phase.num_samples,
+        "epochs": used * stream.seq_length / stream.selected.num_tokens,
+        "windows_left_out": stream.num_windows - used,
+        "tokens_left_over": stream.leftover,
+        "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
+    }
+
+
+def _describe_source(plan: Plan, source: OpenedSource, bands: int) -> dict[str, Any]:
+    seen = sum(
+        int(phase.used[number]) * plan.seq_length
+        for phase in plan.phases
+        for number, name in enumerate(phase.streams)
+        if name == source.name
+    )
+    return {
+        "documents": source.source.num_documents,
+        "tokens": source.source.num_tokens,
+        "domain": source.spec.domain,
+        "score": source.spec.score,
+        "held_out_documents": len(source.held_out),
+        "held_out_tokens": source.held_out_runs.num_tokens,
+        "tokens_seen": seen,
+        "epochs": seen / source.source.num_tokens,
+        "bands": [] if source.spec.score is None else _describe_bands(plan, source, bands),
+    }
+
+
+def band_edges(documents: int, bands: int) -> NDArray[np.int64]:
+    """Ranks at which equal bands of documents begin and, last, end; int64 `[bands + 1]`."""
+    return np.array([nearest_count(Fraction(band, bands), documents) for band in range(bands + 1)], dtype=np.int64)
+
+
+def _describe_bands(plan: Plan, source: OpenedSource, bands: int) -> list[dict[str, Any]]:
+    edges = band_edges(source.source.num_documents, bands)
+    tokens = np.diff(source.ranked_order.token_offsets(edges))
+    seen = {
+        phase.name: _band_tokens(phase, number, stream, edges, tokens)
+        for phase in plan.phases
+        for number, (name, stream) in enumerate(phase.streams.items())
+        if name == source.name
+    }
+    return [
+        {
+            "low": band / bands,
+            "high": (band + 1) / bands,
+            "tokens": int(tokens[band]),
+            "seen": {phase: round(float(values[band])) for phase, values in seen.items()},
+            "epochs": float(sum(values[band] for values in seen.values()) / tokens[band]) if tokens[band] else 0.0,
+        }
+        for band in range(bands)
+    ]
+
+
+def _band_tokens(
+    phase: Phase, number: int, stream: Stream, edges: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Tokens of each band that a phase shows.
+
+    Exact for streams in rank order, but for windows that cross an edge; a random part in storage order takes its
+    share of each band in expectation. A budget's thinning is even, so it scales all bands alike.
+    """
+    whole = _pass_tokens(stream, stream.selected, edges, tokens) * stream.whole_passes
+    extra = _pass_tokens(stream, stream.extra, edges, tokens) if stream.extra else 0.0
+    used: NDArray[np.float64] = (whole + extra) * (int(phase.used[number]) / stream.num_windows)
+    return used
+
+
+def _pass_tokens(
+    stream: Stream, documents: DocumentRuns, edges: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    if documents.order.ranked:
+        return np.diff(documents.tokens_below(edges)).astype(np.float64)
+    fraction = documents.num_tokens / stream.selected.order.source.num_tokens
+    share: NDArray[np.float64] = tokens.astype(np.float64) * fraction
+    return share

@@ -1,0 +1,96 @@
+"""A source of a plan with its files opened: its orders, and which of its documents are held out."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
+from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
+from megatron_kaiyuan.data.plan_schema import SourceSpec
+from megatron_kaiyuan.data.rank_index import load_or_rank
+from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
+from megatron_kaiyuan.data.source import Source, open_source
+from megatron_kaiyuan.errors import PlanError
+
+__all__ = ["OpenedSource", "open_plan_source"]
+
+_PROBES = 64
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """Documents of a source, in storage order and by rank, less the held-out ones."""
+
+    name: str
+    spec: SourceSpec
+    source: Source
+    held_out: NDArray[np.int64]
+    """Document numbers that no phase may see, ascending, int64 `[H]`."""
+
+    @cached_property
+    def storage_order(self) -> StorageOrder:
+        """Documents as stored."""
+        return StorageOrder(self.source)
+
+    @cached_property
+    def ranked_order(self) -> RankedOrder:
+        """Documents in ascending score."""
+        assert self.spec.score is not None
+        path = Path(self.spec.rank_index) if self.spec.rank_index else None
+        return RankedOrder(self.source, load_or_rank(self.source, self.spec.score, path), self.spec.score)
+
+    def trainable(self, *, ranked: bool) -> DocumentRuns:
+        """All documents but the held-out ones, by rank or as stored."""
+        return self._trainable_ranked if ranked else self._trainable_stored
+
+    @cached_property
+    def _trainable_ranked(self) -> DocumentRuns:
+        return trainable_runs(self.ranked_order, self.held_out)
+
+    @cached_property
+    def _trainable_stored(self) -> DocumentRuns:
+        return trainable_runs(self.storage_order, self.held_out)
+
+    @cached_property
+    def held_out_runs(self) -> DocumentRuns:
+        """The held-out documents, as stored."""
+        order: DocumentOrder = self.storage_order
+        return DocumentRuns(order, self.held_out, self.held_out + 1)
+
+    @cached_property
+    def content(self) -> str:
+        """Identifies the documents, however they are cut into shards: 64 are probed for length and first tokens."""
+        digest = sha256(f"{self.source.num_documents} {self.source.num_tokens}".encode())
+        documents = np.unique(np.linspace(0, self.source.num_documents - 1, _PROBES).astype(np.int64))
+        starts, lengths = self.source.token_starts(documents), self.source.lengths(documents)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            tokens = np.empty(min(length, _PROBES), dtype=np.int64)
+            self.source.read_tokens(start, tokens)
+            digest.update(length.to_bytes(8, "little") + tokens.tobytes())
+        if self.spec.score is not None:
+            digest.update(self.source.scores_of(self.spec.score, documents).tobytes())
+        return digest.hexdigest()
+
+
+def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
+    """Open the shards of a source and draw its held-out documents.
+
+    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone.
+
+    Raises:
+        ShardError: shards are missing or damaged.
+        PlanError: fewer documents than are to be held out.
+    """
+    source = open_source(name, spec.shards)
+    if held_out >= source.num_documents:
+        raise PlanError(
+            f"validation.{name}.documents: {held_out} to be held out of {source.num_documents} documents leaves "
+            "none to train "
+            "on; hold out fewer"
+        )
+    drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))
+    return OpenedSource(name, spec, source, np.sort(drawn))

@@ -1,0 +1,189 @@
+"""Two orders of a source's documents, storage order and rank order, behind one interface.
+
+An order numbers documents by position `0 <= p < num_documents` and their tokens consecutively. Streams, selections and
+provenance speak of positions and tokens of an order and never ask which one it is.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.rank_index import RankIndex
+from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
+from megatron_kaiyuan.data.source import Segment, Source
+
+__all__ = ["DocumentOrder", "RankedOrder", "StorageOrder"]
+
+
+class DocumentOrder(Protocol):
+    """Documents of one source in some order; positions and token numbers count along that order."""
+
+    source: Source
+    ranked: bool
+    """Whether positions are ranks of quality."""
+    block: int
+    """Documents that a random sample takes or leaves together (1 = documents are drawn one by one)."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the order."""
+
+    def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens before each position, `0 <= position <= num_documents`; int64 `[n]`."""
+
+    def locate(self, token: int) -> int:
+        """Position of the document that holds this token."""
+
+    def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions of these documents; int64 `[n]`."""
+
+    def read(self, token: int, out: NDArray[np.int64]) -> None:
+        """Fill `out` with consecutive tokens of the order."""
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """The pieces of documents that `count` consecutive tokens from `token` on are made of."""
+
+
+def _block_size(documents: int, most_blocks: int) -> int:
+    """A power of two that gives at most `most_blocks` blocks; never 2 to 8, at which no index stores tokens."""
+    if documents <= most_blocks:
+        return 1
+    return max(STRIDE, 1 << (-(-documents // most_blocks) - 1).bit_length())
+
+
+class StorageOrder:
+    """Documents as they are stored: the shards' own index gives every answer."""
+
+    ranked = False
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        # few blocks: drawing one touches a page of the .idx, and storage order carries no quality to spread evenly
+        self.block = _block_size(source.num_documents, 1 << 14)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the source."""
+        return self.source.num_documents
+
+    def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens stored before each position."""
+        return self.source.token_starts(positions)
+
+    def locate(self, token: int) -> int:
+        """The document that holds this stored token."""
+        return self.source.document_of_token(token)
+
+    def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Documents are their own positions."""
+        return documents
+
+    def read(self, token: int, out: NDArray[np.int64]) -> None:
+        """Consecutive tokens are consecutive on disk."""
+        self.source.read_tokens(token, out)
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """Pieces of documents, in storage order."""
+        found = []
+        document = self.locate(token)
+        stop = token + count
+        while token < stop:
+            start, end = self.token_offsets(np.array([document, document + 1])).tolist()
+            if end > token:
+                found.append(self.source.segment(document, token - start, min(stop, end) - start))
+                token = min(stop, end)
+            document += 1
+        return found
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Consecutive ranked documents: their numbers, lengths, and the tokens before the first."""
+
+    documents: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    first_token: int
+    first_position: int
+
+
+class RankedOrder:
+    """Documents in ascending score, through a rank index."""
+
+    ranked = True
+
+    def __init__(self, source: Source, index: RankIndex, score: str) -> None:
+        self.source = source
+        self.index = index
+        self.score = score
+        self.block = _block_size(source.num_documents, 1 << 18)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the source."""
+        return len(self.index.order)
+
+    def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of all documents that rank below each position."""
+        marks = positions // STRIDE
+        result = self.index.token_marks[marks].copy()
+        inside = positions - marks * STRIDE
+        if not inside.any():
+            return result
+        members = marks[:, None] * STRIDE + np.arange(STRIDE - 1)
+        used = np.arange(STRIDE - 1) < inside[:, None]
+        documents = self.index.order[members[used]].astype(np.int64)
+        lengths = np.zeros(used.shape, dtype=np.int64)
+        lengths[used] = self.source.lengths(documents)
+        return result + lengths.sum(axis=1)
+
+    def locate(self, token: int) -> int:
+        """Rank of the document that holds this token of the ranked order."""
+        window = self._window(token, 1)
+        ends = window.first_token + np.cumsum(window.lengths)
+        return window.first_position + int(np.searchsorted(ends, token, side="right"))
+
+    def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ranks of these documents."""
+        return ranks_of(
+            documents, self.index.order, lambda some: self.source.scores_of(self.score, some), self.index.seed
+        )
+
+    def read(self, token: int, out: NDArray[np.int64]) -> None:
+        """Gather the documents one after another, best last."""
+        done = 0
+        for document, start, stop in self._pieces(token, len(out)):
+            base = int(self.source.token_starts(np.array([document]))[0])
+            self.source.read_tokens(base + start, out[done : done + stop - start])
+            done += stop - start
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """Pieces of documents, in rank order."""
+        return [self.source.segment(*piece) for piece in self._pieces(token, count)]
+
+    def _pieces(self, token: int, count: int) -> list[tuple[int, int, int]]:
+        """Document number in the source, first and last + 1 of its tokens, for `count` tokens from `token` on."""
+        window = self._window(token, count)
+        ends = window.first_token + np.cumsum(window.lengths)
+        starts = ends - window.lengths
+        first = int(np.searchsorted(ends, token, side="right"))
+        last = int(np.searchsorted(starts, token + count, side="left"))
+        return [
+            (int(document), max(token - start, 0), min(token + count, end) - start)
+            for document, start, end in zip(
+                window.documents[first:last].tolist(),
+                starts[first:last].tolist(),
+                ends[first:last].tolist(),
+                strict=True,
+            )
+            if end > start
+        ]
+
+    def _window(self, token: int, count: int) -> _Window:
+        """All ranked documents between the stored marks around these tokens."""
+        marks = self.index.token_marks
+        first = int(np.searchsorted(marks, token, side="right")) - 1
+        last = int(np.searchsorted(marks, token + count, side="left"))
+        documents = self.index.order[first * STRIDE : last * STRIDE].astype(np.int64)
+        return _Window(documents, self.source.lengths(documents), int(marks[first]), first * STRIDE)

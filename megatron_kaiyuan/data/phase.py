@@ -1,0 +1,159 @@
+"""A phase with its sources opened: which stream each source contributes, and how the streams are merged."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.interleave import merged_block, prefix_counts
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.permutation import derive_key
+from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec, PhaseSpec
+from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
+from megatron_kaiyuan.data.selection import Keep
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.errors import PlanError
+
+__all__ = ["Phase", "build_phase"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a plan: samples `first_sample <= s < first_sample + num_samples`."""
+
+    spec: PhaseSpec
+    first_sample: int
+    num_samples: int
+    streams: Mapping[str, Stream]
+    """By source name, in the plan's order."""
+    rates: NDArray[np.float64]
+    """Relative number of samples of each stream: its natural windows, or its weight."""
+    used: NDArray[np.int64]
+    """Samples of each stream in this phase, int64 `[streams]`; sums to `num_samples`."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the plan."""
+        return self.spec.name
+
+    @property
+    def order(self) -> str:
+        """`shuffled` or `curriculum`."""
+        return self.spec.order
+
+    @property
+    def lr(self) -> LearningRateSpec | None:
+        """Learning rate over the phase, if the plan gives one."""
+        return self.spec.lr
+
+    def block(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Stream number and window of the phase's samples `start <= s < stop`, counted from its first sample."""
+        numbers, samples = merged_block(self.rates, start, stop)
+        windows = np.empty_like(samples)
+        for number, stream in enumerate(self.streams.values()):
+            where = np.flatnonzero(numbers == number)
+            if len(where):
+                windows[where] = stream.windows(samples[where], int(self.used[number]))
+        return numbers, windows
+
+    def sample(self, sample: int) -> tuple[int, int]:
+        """Stream number and window of one sample of the phase."""
+        numbers, samples = merged_block(self.rates, sample, sample + 1)
+        number = int(numbers[0])
+        stream = tuple(self.streams.values())[number]
+        return number, stream.window(int(samples[0]), int(self.used[number]))
+
+
+def build_phase(
+    spec: PhaseSpec, sources: Mapping[str, OpenedSource], first_sample: int, seq_length: int, seed: int
+) -> Phase:
+    """Resolve the selections, repetitions and the token budget of a phase.
+
+    Raises:
+        PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
+    """
+    streams = {
+        name: _build_stream(spec, name, part, sources[name], seq_length, seed) for name, part in spec.sources.items()
+    }
+    natural = np.array([stream.num_windows for stream in streams.values()], dtype=np.int64)
+    weights = [part.weight for part in spec.sources.values()]
+    rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)
+    num_samples = int(natural.sum()) if spec.tokens is None else spec.tokens // seq_length
+    if num_samples == 0:
+        raise PlanError(
+            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {seq_length}; raise it"
+        )
+    used = prefix_counts(rates, num_samples)
+    for number, (name, stream) in enumerate(streams.items()):
+        streams[name] = _stretched(spec, name, stream, int(used[number]), num_samples, int(natural.sum()))
+    return Phase(spec, first_sample, num_samples, streams, rates, used)
+
+
+def _build_stream(
+    spec: PhaseSpec, name: str, part: PhaseSourceSpec, source: OpenedSource, seq_length: int, seed: int
+) -> Stream:
+    ascending = spec.order == "curriculum" and part.sorted and source.spec.score is not None
+    available = source.trainable(ranked=ascending or part.keep.needs_scores)
+    key = derive_key(seed, spec.name, name)
+    selected = _select(available, part.keep, derive_key(key, "keep"))
+    whole, fraction = divmod(part.repeat, 1)
+    extra = selected.sample(fraction, "documents", derive_key(key, "repeat")) if fraction else None
+    stream = Stream(
+        selected=selected,
+        whole_passes=int(whole),
+        extra=extra if extra is not None and extra.num_tokens else None,
+        repeat=part.repeat,
+        seq_length=seq_length,
+        ascending=ascending,
+        key=key,
+    )
+    if stream.num_windows == 0:
+        raise PlanError(
+            f"phase {spec.name!r}, source {name!r}: keep {part.keep} of {available.num_documents:,} documents leaves "
+            f"{selected.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
+            f"{float(part.repeat):g}; one window "
+            f"needs {seq_length + 1:,}: keep more, repeat more, or leave the source out of the phase"
+        )
+    return stream
+
+
+def _select(available: DocumentRuns, keep: Keep, key: int) -> DocumentRuns:
+    if keep.kind == "all":
+        return available
+    if keep.kind == "random":
+        return available.sample(keep.high, keep.by, key)
+    if keep.by == "documents":
+        low, high = (nearest_count(quantile, available.num_documents) for quantile in (keep.low, keep.high))
+    else:
+        low, high = (available.nearest_index(quantile * available.num_tokens) for quantile in (keep.low, keep.high))
+    return available.between(low, high)
+
+
+def _stretched(spec: PhaseSpec, name: str, stream: Stream, used: int, samples: int, natural: int) -> Stream:
+    """The stream with as many passes as the budget asks for, if the plan allows them."""
+    if used == 0:
+        raise PlanError(
+            f"phase {spec.name!r}, source {name!r}: a budget of {samples:,} samples is too small to show it even "
+            "once; raise "
+            "tokens, or leave the source out of the phase"
+        )
+    if used <= stream.num_windows:
+        return stream
+    needed = Fraction(used * stream.seq_length + 1, stream.selected.num_tokens)
+    allowed = spec.sources[name].max_repeat
+    if allowed is None or needed > allowed:
+        budget = samples * stream.seq_length * stream.num_windows // used
+        limit = "" if allowed is None else f", above its max_repeat {float(allowed):g}"
+        raise PlanError(
+            f"phase {spec.name!r}: tokens {spec.tokens:,} asks source {name!r} for {used * stream.seq_length:,} "
+            "tokens, its "
+            f"selection x{float(stream.repeat):g} has {stream.num_windows * stream.seq_length:,}: that is "
+            f"{float(needed):.4g} "
+            f"passes{limit}. Lower the phase's tokens to about {budget:,}, or set sources.{name}.max_repeat to at "
+            "least "
+            f"{math.ceil(needed * 100) / 100:g}"
+        )
+    return replace(stream, whole_passes=math.ceil(needed), extra=None)

@@ -1,0 +1,139 @@
+"""A plan with everything resolved: sample number -> phase, source, window, by arithmetic."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_kaiyuan.data.description import describe_plan
+from megatron_kaiyuan.data.opened import OpenedSource, open_plan_source
+from megatron_kaiyuan.data.phase import Phase, build_phase
+from megatron_kaiyuan.data.plan_schema import (
+    AveragingSpec,
+    PlanSpec,
+    SourceSpec,
+    TokenizerSpec,
+    ValidationSpec,
+    load_plan_spec,
+    parse_plan_spec,
+)
+from megatron_kaiyuan.data.resume import check_resume, order_record
+from megatron_kaiyuan.data.vocabulary import check_vocabulary
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run sees, in which order, how often. Build one with `Plan.load` or `Plan.from_spec`."""
+
+    spec: PlanSpec
+    opened: Mapping[str, OpenedSource]
+    phases: list[Phase]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read a plan file and open its sources; nothing is built and no token is read but a few probes.
+
+        Raises:
+            PlanError: the file is wrong, or asks for what the sources cannot give.
+            ShardError, ScoreError, RankIndexError: a source's files are missing or damaged.
+        """
+        return cls.from_spec(load_plan_spec(Path(path)))
+
+    @classmethod
+    def from_spec(cls, spec: PlanSpec | dict[str, Any]) -> "Plan":
+        """Resolve a plan given as data; errors as `load`."""
+        if isinstance(spec, dict):
+            spec = parse_plan_spec(spec)
+        opened = {
+            name: open_plan_source(name, source, _held_out(spec, name), spec.seed)
+            for name, source in spec.sources.items()
+        }
+        phases: list[Phase] = []
+        for phase in spec.phases:
+            first = phases[-1].first_sample + phases[-1].num_samples if phases else 0
+            phases.append(build_phase(phase, opened, first, spec.seq_length, spec.seed))
+        return cls(spec, opened, phases)
+
+    @property
+    def seq_length(self) -> int:
+        """Predicted tokens of a sample."""
+        return self.spec.seq_length
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random choice of the plan."""
+        return self.spec.seed
+
+    @property
+    def tokenizer(self) -> TokenizerSpec | None:
+        """The tokenizer the plan names, if any."""
+        return self.spec.tokenizer
+
+    @property
+    def sources(self) -> dict[str, SourceSpec]:
+        """Sources by name, in the order of the plan file."""
+        return self.spec.sources
+
+    @property
+    def validation(self) -> dict[str, ValidationSpec]:
+        """Held-out documents by source name."""
+        return self.spec.validation
+
+    @property
+    def averaging(self) -> AveragingSpec | None:
+        """Which checkpoints the final weights average, if the plan says."""
+        return self.spec.averaging
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all phases."""
+        return self.phases[-1].first_sample + self.phases[-1].num_samples
+
+    @cached_property
+    def _phase_ends(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        return np.array([phase.first_sample + phase.num_samples for phase in self.phases], dtype=np.int64)
+
+    def phase_of(self, sample: int) -> Phase:
+        """The phase a sample belongs to."""
+        return self.phases[int(np.searchsorted(self._phase_ends, sample, side="right"))]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the order of all samples: equal fingerprints, equal data in equal order. 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.order_record(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def order_record(self) -> dict[str, Any]:
+        """Everything the order depends on, as plain data; stored in checkpoints."""
+        return order_record(self.spec, self.opened, self.phases)
+
+    def check_resume(self, record: dict[str, Any], consumed_samples: int) -> None:
+        """Refuse to continue a run whose already consumed samples this plan would have chosen differently.
+
+        Raises:
+            ResumeError: names the first field that changed, with both values.
+        """
+        check_resume(record, self.order_record(), consumed_samples)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse shards with token ids outside the vocabulary.
+
+        Raises:
+            ShardError: names the shard and the id.
+        """
+        check_vocabulary(self.opened, vocab_size)
+
+    def describe(self, bands: int = 10) -> dict[str, Any]:
+        """The dry run as plain data: per phase, source and quantile band, unique and repeated tokens and epochs."""
+        return describe_plan(self, bands)
+
+
+def _held_out(spec: PlanSpec, name: str) -> int:
+    return spec.validation[name].documents if name in spec.validation else 0

@@ -1,0 +1,255 @@
+"""The plan file: YAML validated field by field, unknown keys refused, errors with the path of the field."""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_kaiyuan.data.selection import Keep, parse_keep
+from megatron_kaiyuan.errors import PlanError
+
+__all__ = [
+    "AveragingSpec",
+    "LearningRateSpec",
+    "PhaseSourceSpec",
+    "PhaseSpec",
+    "PlanSpec",
+    "SourceSpec",
+    "TokenizerSpec",
+    "ValidationSpec",
+    "load_plan_spec",
+    "parse_plan_spec",
+]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
+
+
+def _parse_tokens(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kmbgt]?)", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
+    tokens = Fraction(match[1].replace("_", "")) * _UNITS[match[2]]
+    if tokens.denominator != 1:
+        raise ValueError(f"{value!r} is not a whole number of tokens")
+    return int(tokens)
+
+
+def _parse_ratio(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{value!r} is not a number") from error
+
+
+def _positive(value: Fraction) -> Fraction:
+    if value <= 0:
+        raise ValueError(f"must be above 0, got {float(value)}; leave the source out of the phase to skip it")
+    return value
+
+
+def _check_weights(value: str) -> str:
+    if not _WEIGHTS.fullmatch(value):
+        raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 <= ALPHA <= 1")
+    return value
+
+
+Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(gt=0)]
+Ratio = Annotated[Fraction, BeforeValidator(_parse_ratio), AfterValidator(_positive)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class TokenizerSpec(_Strict):
+    """The tokenizer the shards must have been built with."""
+
+    type: str
+    """Megatron's `--tokenizer-type`."""
+    model: str
+    """Megatron's `--tokenizer-model`: a path."""
+
+
+class SourceSpec(_Strict):
+    """A named set of shards."""
+
+    shards: str | list[str]
+    """A prefix, a directory, a glob, or a list of these; relative to the working directory."""
+    score: str | None = None
+    """Score sidecar that ranks the documents, higher is better; None: unscored, always in random order."""
+    domain: str | None = None
+    """Group that reports and domain bounds sum over."""
+    rank_index: str | None = None
+    """Path of the rank index, when it is not beside the shards."""
+
+
+class PhaseSourceSpec(_Strict):
+    """What a phase takes from a source."""
+
+    keep: Annotated[Keep, BeforeValidator(lambda value: parse_keep(value) if isinstance(value, str) else value)] = Keep(
+        "all"
+    )
+    """The selection, such as `top 30%`."""
+    repeat: Ratio = Fraction(1)
+    """Passes over the selection: 2.5 = twice all of it, and once a random half."""
+    max_repeat: Ratio | None = None
+    """How many passes a token budget larger than the streams may stretch `repeat` to."""
+    weight: Ratio | None = None
+    """Share of the phase's tokens, relative to the other weights; None: the natural size of the stream."""
+    sorted: bool = True
+    """In a curriculum: ascending quality (True) or random order (False)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: object) -> object:
+        return {"keep": value} if isinstance(value, str) else ({} if value is None else value)
+
+
+class LearningRateSpec(_Strict):
+    """The learning rate over a phase."""
+
+    start: float = Field(gt=0)
+    end: float = Field(ge=0)
+    shape: Literal["constant", "linear", "cosine", "sqrt", "warmup"] = "constant"
+
+    @model_validator(mode="after")
+    def _constant_is_constant(self) -> "LearningRateSpec":
+        if self.shape == "constant" and self.start != self.end:
+            raise ValueError(
+                f"shape constant with start {self.start} and end {self.end}; make them equal or name a shape"
+            )
+        return self
+
+
+class PhaseSpec(_Strict):
+    """One stretch of training with a fixed mix and order."""
+
+    name: str = Field(min_length=1)
+    order: Literal["shuffled", "curriculum"]
+    tokens: Tokens | None = None
+    """Predicted tokens of the phase; None: all that the selections amount to."""
+    lr: LearningRateSpec | None = None
+    sources: dict[str, PhaseSourceSpec] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _weights_go_together(self) -> "PhaseSpec":
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            other = next(name for name in self.sources if name not in weighted)
+            raise ValueError(
+                f"{weighted[0]} has a weight and {other} has none; give every source of the phase a weight, or none"
+            )
+        if weighted and self.tokens is None:
+            raise ValueError("weights need a token budget; add tokens: to the phase")
+        return self
+
+
+class ValidationSpec(_Strict):
+    """Documents held out of every phase."""
+
+    documents: int = Field(gt=0)
+
+
+class AveragingSpec(_Strict):
+    """Which checkpoints the final weights average."""
+
+    last: int = Field(gt=0)
+    every: int = Field(gt=0)
+    """Training steps between two averaged checkpoints."""
+    weights: Annotated[str, AfterValidator(_check_weights)] = "mean"
+
+
+class PlanSpec(_Strict):
+    """A whole plan file."""
+
+    seq_length: int = Field(gt=0)
+    seed: int = Field(default=1234, ge=0)
+    tokenizer: TokenizerSpec | None = None
+    sources: dict[str, SourceSpec] = Field(min_length=1)
+    phases: list[PhaseSpec] = Field(min_length=1)
+    validation: dict[str, ValidationSpec] = Field(default_factory=dict)
+    averaging: AveragingSpec | None = None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "PlanSpec":
+        names = [phase.name for phase in self.phases]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(f"phases.{number}.name: {name!r} names an earlier phase too; names must differ")
+        for number, phase in enumerate(self.phases):
+            self._check_sources(f"phases.{number} ({phase.name}).sources", list(phase.sources))
+            for name, part in phase.sources.items():
+                if part.keep.needs_scores and self.sources[name].score is None:
+                    raise ValueError(
+                        f"phases.{number} ({phase.name}).sources.{name}.keep: {part.keep} needs scores, and "
+                        f"sources.{name} "
+                        "names none; add score:, or keep a random part"
+                    )
+        self._check_sources("validation", list(self.validation))
+        return self
+
+    def _check_sources(self, where: str, names: list[str]) -> None:
+        for name in names:
+            if name not in self.sources:
+                raise ValueError(f"{where}.{name}: no such source; known are {', '.join(self.sources)}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; a plan that names a source twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_plan_spec(path: str | Path) -> PlanSpec:
+    """Read and validate a plan file.
+
+    Raises:
+        PlanError: no such file, not YAML, or fields that are wrong, missing or unknown; names every one of them.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        raw = yaml.load(text, _UniqueKeyLoader)
+    except OSError as error:
+        raise PlanError(f"plan {path}: cannot be read ({error.strerror}); give the path of a YAML plan") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"plan {path}: not YAML: {error}") from error
+    return parse_plan_spec(raw, str(path))
+
+
+def parse_plan_spec(raw: object, origin: str = "plan") -> PlanSpec:
+    """Validate a plan given as plain data."""
+    if not isinstance(raw, dict):
+        raise PlanError(f"{origin}: a plan is a mapping with seq_length, sources and phases, got {type(raw).__name__}")
+    try:
+        return PlanSpec.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(detail) for detail in error.errors()]
+        raise PlanError(f"{origin}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error
+
+
+def _describe(detail: Any) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = "unknown key; check its spelling against the plan reference in docs/plan.md"
+    given = (
+        "" if detail["type"] in ("extra_forbidden", "missing") or not place else f" (given: {detail['input']!r:.80})"
+    )
+    return f"  {place}: {message}{given}" if place else f"  {message}"

@@ -1,0 +1,208 @@
+"""The rank index of a source: built once by `tools/rank_data.py`, memory-mapped ever after.
+
+One file beside the shards: an 8-byte magic, the header's length (u64), a JSON header padded to 4096 bytes, the
+documents in ascending score (uint32, or uint64 past 2**32 documents), and the tokens before every 16th of them
+(int64): 4.5 bytes a document and nothing per sample. It is written under a temporary name and renamed, so that it is
+whole or absent; several builders at once write the same bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.ranking import STRIDE, rank_by_score, token_marks
+from megatron_kaiyuan.data.source import Source, score_path
+from megatron_kaiyuan.errors import RankIndexError
+
+__all__ = [
+    "RankIndex",
+    "build_rank_index",
+    "content_digest",
+    "index_path",
+    "load_or_rank",
+    "open_rank_index",
+    "save_rank_index",
+    "verify_rank_index",
+]
+
+_MAGIC = b"KYRANK01"
+_HEADER_BYTES = 4096
+_SMALL_SOURCE = 1 << 20
+_PROBE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class RankIndex:
+    """Documents of a source in ascending score."""
+
+    order: NDArray[np.unsignedinteger]
+    """Document numbers, uint32 or uint64 `[N]`."""
+    token_marks: NDArray[np.int64]
+    """Tokens before every 16th rank and, last, in all: int64 `[ceil(N / 16) + 1]`."""
+    seed: int
+    """Of the hash that orders equal scores."""
+    digest: str
+    """Of the shards and scores that were ranked."""
+
+
+def index_path(source: Source, score: str) -> Path:
+    """Where the rank index of these shards by this score lies: beside the first shard."""
+    first = Path(source.shards[0].prefix)
+    if len(source.shards) == 1:
+        return first.with_name(f"{first.name}.{score}.rank")
+    names = "\n".join(os.path.relpath(shard.prefix, first.parent) for shard in source.shards)
+    return first.parent / f"shards-{hashlib.sha256(names.encode()).hexdigest()[:12]}.{score}.rank"
+
+
+def build_rank_index(source: Source, score: str, seed: int = 0) -> RankIndex:
+    """Rank all documents of a source in memory.
+
+    Raises:
+        ScoreError: a score sidecar is missing, of the wrong length, or holds NaN.
+    """
+    order = rank_by_score(source.load_scores(score), seed)
+    return RankIndex(order, token_marks(order, source.lengths), seed, content_digest(source, score))
+
+
+def content_digest(source: Source, score: str | None = None) -> str:
+    """Identifies shards (and their scores) by sizes and three probes of each file, at a cost independent of their size.
+
+    A changed byte outside the probes is not seen here: `--verify` compares everything.
+    """
+    digest = hashlib.sha256()
+    for shard in source.shards:
+        digest.update(f"{shard.documents} {shard.tokens} {shard.dtype}\n".encode())
+        digest.update(_probe(Path(f"{shard.prefix}.idx")))
+        if score is not None:
+            digest.update(_probe(score_path(shard.prefix, score)))
+    return digest.hexdigest()
+
+
+def _probe(path: Path) -> bytes:
+    """Size, beginning, middle and end of a file; a missing file is an empty one."""
+    if not path.is_file():
+        return b"missing"
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        pieces = [size.to_bytes(8, "little")]
+        for place in (0, (size - _PROBE_BYTES) // 2, size - _PROBE_BYTES):
+            stream.seek(max(place, 0))
+            pieces.append(stream.read(_PROBE_BYTES))
+    return b"".join(pieces)
+
+
+def save_rank_index(index: RankIndex, path: Path) -> None:
+    """Write the index atomically: under its final name it is complete, or it is not there."""
+    header = {
+        "format": "megatron_kaiyuan.rank_index/1",
+        "documents": len(index.order),
+        "tokens": int(index.token_marks[-1]),
+        "dtype": index.order.dtype.name,
+        "stride": STRIDE,
+        "seed": index.seed,
+        "digest": index.digest,
+    }
+    raw = json.dumps(header, sort_keys=True).encode()
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write((_MAGIC + len(raw).to_bytes(8, "little") + raw).ljust(_HEADER_BYTES, b"\0"))
+            stream.write(np.ascontiguousarray(index.token_marks).data)
+            stream.write(np.ascontiguousarray(index.order).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+
+
+def open_rank_index(path: Path, source: Source, score: str) -> RankIndex:
+    """Memory-map an index and check that it belongs to these shards and scores.
+
+    Raises:
+        RankIndexError: the file is missing, damaged, truncated, or was built from other shards or scores.
+    """
+    command = f"tools/rank_data.py {' '.join(sorted({str(Path(s.prefix).parent) for s in source.shards}))}"
+    if not path.is_file():
+        raise RankIndexError(
+            f"source {source.name!r}: no rank index {path} for its {source.num_documents:,} documents; build it "
+            "once with\n"
+            f"  python {command} --score {score}"
+        )
+    header = _read_header(path)
+    index = _map_arrays(path, header)
+    if index.digest != content_digest(source, score):
+        raise RankIndexError(
+            f"{path}: built from other shards or scores than those of source {source.name!r}; build it again with\n"
+            f"  python {command} --score {score}"
+        )
+    return index
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        raw = stream.read(_HEADER_BYTES)
+    if len(raw) < _HEADER_BYTES or not raw.startswith(_MAGIC):
+        raise RankIndexError(f"{path}: not a rank index, or a truncated one; delete it and run tools/rank_data.py")
+    length = int.from_bytes(raw[8:16], "little")
+    try:
+        header: dict[str, Any] = json.loads(raw[16 : 16 + length])
+    except ValueError as error:
+        raise RankIndexError(f"{path}: damaged header ({error}); delete it and run tools/rank_data.py") from error
+    return header
+
+
+def _map_arrays(path: Path, header: dict[str, Any]) -> RankIndex:
+    documents, dtype = header["documents"], np.dtype(header["dtype"])
+    marks = -(-documents // header["stride"]) + 1
+    expected = _HEADER_BYTES + 8 * marks + dtype.itemsize * documents
+    if path.stat().st_size != expected or header["stride"] != STRIDE:
+        raise RankIndexError(
+            f"{path}: {path.stat().st_size} bytes, expected {expected}; delete it and run tools/rank_data.py"
+        )
+    arrays = [
+        np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
+        for kind, offset, count in ((dtype, _HEADER_BYTES + 8 * marks, documents), (np.int64, _HEADER_BYTES, marks))
+    ]
+    return RankIndex(arrays[0], arrays[1], header["seed"], header["digest"])
+
+
+def verify_rank_index(path: Path, source: Source, score: str) -> None:
+    """Compare a stored index with a fresh ranking, document by document.
+
+    Raises:
+        RankIndexError: the index is missing, stale, or differs; says where first.
+    """
+    stored = open_rank_index(path, source, score)
+    fresh = build_rank_index(source, score, stored.seed)
+    for name in ("order", "token_marks"):
+        different = np.flatnonzero(getattr(stored, name) != getattr(fresh, name))
+        if len(different):
+            raise RankIndexError(
+                f"{path}: {len(different):,} entries of {name} differ from a fresh ranking, the first at "
+                f"{different[0]:,}; "
+                "the file is damaged or the scores have changed: run tools/rank_data.py again without --verify"
+            )
+
+
+def load_or_rank(source: Source, score: str, path: Path | None = None) -> RankIndex:
+    """The stored index, or for a small source without one, a ranking made here in memory.
+
+    Raises:
+        RankIndexError: no index, and the source has more than 2**20 documents; the message has the command.
+    """
+    path = path or index_path(source, score)
+    if not path.is_file() and source.num_documents <= _SMALL_SOURCE:
+        return build_rank_index(source, score)
+    return open_rank_index(path, source, score)

@@ -1,0 +1,114 @@
+"""What the order of samples depends on, as data, and whether a changed plan leaves consumed samples as they were."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan_schema import PlanSpec
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.errors import ResumeError
+
+__all__ = ["check_resume", "order_record"]
+
+_FORMAT = "megatron_kaiyuan.order/1"
+
+
+def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:
+    """Plain data that two plans share exactly when they show the same samples in the same order."""
+    return {
+        "format": _FORMAT,
+        "seq_length": spec.seq_length,
+        "seed": spec.seed,
+        "phases": [_phase_record(phase, opened) for phase in phases],
+    }
+
+
+def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource]) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "order": phase.order,
+        "samples": phase.num_samples,
+        "sources": {
+            name: _stream_record(phase, name, stream, rate, int(used), opened[name])
+            for (name, stream), rate, used in zip(phase.streams.items(), phase.rates.tolist(), phase.used, strict=True)
+        },
+    }
+
+
+def _stream_record(
+    phase: Phase, name: str, stream: Stream, rate: float, used: int, source: OpenedSource
+) -> dict[str, Any]:
+    return {
+        "content": source.content,
+        "score": source.spec.score,
+        "held_out": len(source.held_out),
+        "keep": str(phase.spec.sources[name].keep),
+        "ascending": stream.ascending,
+        "documents": stream.selected.num_documents,
+        "tokens": stream.selected.num_tokens,
+        "repeat": str(stream.repeat),
+        "rate": rate,
+        "passes": stream.whole_passes,
+        "extra_documents": stream.extra.num_documents if stream.extra else 0,
+        "used": used,
+    }
+
+
+def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_samples: int) -> None:
+    """Compare the consumed part of two orders.
+
+    A phase that is wholly or partly consumed must be the same, but for one freedom: a shuffled phase that has begun
+    may get another length, since its order does not depend on it. Later phases may change at will.
+
+    Raises:
+        ResumeError: names what changed, with the saved and the present value.
+    """
+    if consumed_samples == 0:
+        return
+    for field in ("format", "seq_length", "seed"):
+        _same(field, saved.get(field), current[field], consumed_samples)
+    first = 0
+    for number, old in enumerate(saved["phases"]):
+        if first >= consumed_samples:
+            return
+        where = f"phases.{number} ({old['name']})"
+        if number >= len(current["phases"]):
+            _refuse(where, "present", "missing", consumed_samples)
+        new = current["phases"][number]
+        begun_only = first + old["samples"] > consumed_samples
+        if begun_only and first + new["samples"] < consumed_samples:
+            _refuse(f"{where}.samples", old["samples"], new["samples"], consumed_samples)
+        _compare_phase(
+            where, old, new, length_is_free=begun_only and old["order"] == "shuffled", consumed=consumed_samples
+        )
+        first += old["samples"]
+
+
+def _compare_phase(
+    where: str, old: dict[str, Any], new: dict[str, Any], *, length_is_free: bool, consumed: int
+) -> None:
+    for field in ("name", "order") if length_is_free else ("name", "order", "samples"):
+        _same(f"{where}.{field}", old[field], new[field], consumed)
+    _same(f"{where}.sources", list(old["sources"]), list(new["sources"]), consumed)
+    for name, stream in old["sources"].items():
+        other = new["sources"][name]
+        free = {"used"} if length_is_free else set()
+        if length_is_free and not stream["extra_documents"] and other["passes"] >= stream["passes"]:
+            free |= {"passes", "extra_documents"}  # further passes come after the ones that were there
+        for field in sorted(set(stream) - free):
+            _same(f"{where}.sources.{name}.{field}", stream[field], other.get(field), consumed)
+
+
+def _same(field: str, old: object, new: object, consumed: int) -> None:
+    if old != new:
+        _refuse(field, old, new, consumed)
+
+
+def _refuse(field: str, old: object, new: object, consumed: int) -> None:
+    raise ResumeError(
+        f"resume after {consumed:,} samples: {field} was {old!r} and is now {new!r}, so the samples already trained "
+        "on would "
+        "have been others. Restore it (later phases may change freely), or start a new run from these weights with "
+        "--finetune and another --save directory"
+    )

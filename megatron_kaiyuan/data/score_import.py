@@ -1,0 +1,63 @@
+"""Scores for shards made elsewhere: from a `.npy` or a Parquet column to one sidecar per shard."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.source import Source, check_scores, score_path
+from megatron_kaiyuan.errors import ScoreError
+
+__all__ = ["import_scores", "read_scores"]
+
+
+def read_scores(origin: str) -> NDArray[np.floating]:
+    """Scores in storage order from `FILE.npy` or `FILE.parquet:column`.
+
+    Raises:
+        ScoreError: the file or the column does not exist, or is not a list of numbers.
+    """
+    path, _, column = origin.rpartition(":") if ".parquet:" in origin else (origin, "", "")
+    if not Path(path).is_file():
+        raise ScoreError(f"--scores {origin}: no file {path}; give a .npy file, or FILE.parquet:column")
+    if not column:
+        try:
+            scores: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ScoreError(f"--scores {origin}: not a .npy file of numbers ({error})") from error
+        return scores
+    import pyarrow.parquet as parquet  # only here: the data engine itself needs numpy alone
+
+    file = parquet.ParquetFile(path)
+    if column not in file.schema_arrow.names:
+        raise ScoreError(f"--scores {origin}: no column {column!r}; the file has {', '.join(file.schema_arrow.names)}")
+    values: NDArray[np.floating] = file.read(columns=[column]).column(0).to_numpy()
+    return values
+
+
+def import_scores(source: Source, origin: str, score: str) -> None:
+    """Check scores against the documents of a source and write them beside its shards, atomically.
+
+    Raises:
+        ScoreError: not one number per document, or NaN among them.
+    """
+    scores = check_scores(read_scores(origin), source.num_documents, f"--scores {origin}")
+    kept = scores if scores.dtype == np.float64 else scores.astype(np.float32)
+    for number, shard in enumerate(source.shards):
+        first, last = source.document_offsets[number : number + 2].tolist()
+        path = score_path(shard.prefix, score)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                np.save(stream, kept[first:last])
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(temporary).unlink()
+            raise

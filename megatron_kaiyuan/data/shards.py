@@ -1,0 +1,175 @@
+"""Reading Megatron's `.bin`/`.idx` shards with numpy alone, and never past their end.
+
+Format (megatron/core/datasets/indexed_dataset.py, version 1): the `.idx` holds a 9-byte magic, u64 version, u8 dtype
+code, u64 sequence count, u64 document count (sequences + 1 here: the leading 0 is stored), then int32 lengths, int64
+byte pointers and int64 document boundaries. The `.bin` is the tokens alone. Megatron's reader checks none of the
+sizes; a truncated `.bin` is read as uninitialised memory there. Here opening a shard compares the sizes of both files
+with the header and the last entry.
+"""
+
+import glob as globbing
+import os
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.errors import ShardError
+
+__all__ = ["DTYPE_CODES", "INDEX_HEADER", "Shard", "open_shard", "resolve_prefixes"]
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_TOKEN_CODES = (1, 2, 3, 4, 5, 8)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One opened `.bin`/`.idx` pair. Arrays are memory-mapped on first use and shared between forked workers."""
+
+    prefix: str
+    """Path without suffix, as Megatron names a dataset."""
+    documents: int
+    tokens: int
+    dtype: np.dtype[np.generic]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, int32 `[documents]`."""
+        return _map(f"{self.prefix}.idx", np.dtype(np.int32), self.documents, INDEX_HEADER.size)
+
+    @cached_property
+    def pointers(self) -> NDArray[np.int64]:
+        """Byte offset of each document in the `.bin`, int64 `[documents]`."""
+        return _map(f"{self.prefix}.idx", np.dtype(np.int64), self.documents, INDEX_HEADER.size + 4 * self.documents)
+
+    @cached_property
+    def token_data(self) -> NDArray[Any]:
+        """All tokens, `[tokens]` of the shard's dtype."""
+        return _map(f"{self.prefix}.bin", self.dtype, self.tokens, 0)
+
+    def token_start(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First token of each of these documents, counted in tokens from the start of the shard."""
+        return self.pointers[documents] // self.dtype.itemsize
+
+    def document_of_token(self, token: int) -> int:
+        """The document that holds token number `token` of the shard; empty documents hold none."""
+        return int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
+
+
+def _map(path: str, dtype: np.dtype[np.generic], count: int, offset: int) -> NDArray[Any]:
+    if count == 0:
+        return np.empty(0, dtype=dtype)
+    # a plain ndarray view: indexing np.memmap itself costs a subclass construction each time
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
+
+
+def open_shard(prefix: str | os.PathLike[str]) -> Shard:
+    """Open and validate one shard; reads the header and two index entries, so the cost does not grow with the shard.
+
+    Raises:
+        ShardError: a file is missing, is not a version 1 index, holds no tokens dtype, or sizes disagree.
+    """
+    prefix = os.fspath(prefix)
+    for suffix in (".idx", ".bin"):
+        if not Path(prefix + suffix).is_file():
+            raise ShardError(
+                f"shard {prefix!r}: {prefix + suffix} does not exist (looked in {Path.cwd()}); "
+                "give the path of the .bin/.idx pair without its suffix, or build it with tools/preprocess_data.py"
+            )
+    sequences, dtype = _read_header(prefix)
+    tokens = _checked_tokens(prefix, sequences, dtype)
+    return Shard(prefix=prefix, documents=sequences, tokens=tokens, dtype=dtype)
+
+
+def _read_header(prefix: str) -> tuple[int, np.dtype[np.generic]]:
+    path = f"{prefix}.idx"
+    with Path(path).open("rb") as stream:
+        raw = stream.read(INDEX_HEADER.size)
+    if len(raw) < INDEX_HEADER.size or not raw.startswith(INDEX_MAGIC):
+        raise ShardError(f"{path}: not a Megatron index (it starts with {raw[:9]!r}); rebuild the shard")
+    _, version, code, sequences, boundaries = INDEX_HEADER.unpack(raw)
+    if version != 1:
+        raise ShardError(
+            f"{path}: index version {version}, only version 1 is known; rebuild it with preprocess_data.py"
+        )
+    if code not in _TOKEN_CODES:
+        raise ShardError(f"{path}: dtype code {code} does not hold token ids; expected one of {_TOKEN_CODES}")
+    if boundaries != sequences + 1:
+        raise ShardError(
+            f"{path}: {sequences} sequences in {boundaries - 1} documents; scores and selections need one sequence a "
+            "document: rebuild the shard without --split-sentences"
+        )
+    expected = INDEX_HEADER.size + sequences * (4 + 8) + boundaries * 8
+    actual = Path(path).stat().st_size
+    if actual < expected:
+        raise ShardError(
+            f"{path}: {actual} bytes, its header asks for {expected}; the file is truncated, copy it again"
+        )
+    if actual not in (expected, expected + sequences):  # a multimodal index has one more byte a sequence
+        raise ShardError(f"{path}: {actual} bytes, its header asks for {expected}; the file is damaged, copy it again")
+    return sequences, np.dtype(DTYPE_CODES[code])
+
+
+def _checked_tokens(prefix: str, sequences: int, dtype: np.dtype[np.generic]) -> int:
+    size = Path(f"{prefix}.bin").stat().st_size
+    end = 0
+    if sequences:
+        with Path(f"{prefix}.idx").open("rb") as stream:
+            stream.seek(INDEX_HEADER.size + 4 * (sequences - 1))
+            length = int.from_bytes(stream.read(4), "little", signed=True)
+            stream.seek(INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+            end = int.from_bytes(stream.read(8), "little", signed=True) + length * dtype.itemsize
+    if size != end:
+        problem = "is truncated" if size < end else "is longer than its index says"
+        raise ShardError(
+            f"{prefix}.bin: {size} bytes, but {prefix}.idx ends at byte {end}: the file {problem}, or the two "
+            "belong to "
+            "different runs; copy or build both again"
+        )
+    return size // dtype.itemsize
+
+
+def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str]:
+    """Prefixes named by a prefix, a directory, a glob, or a list of these; sorted by name within each.
+
+    Raises:
+        ShardError: nothing matches, or the same shard is named twice.
+    """
+    items = [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)
+    found = [prefix for item in items for prefix in _resolve_one(item)]
+    duplicates = [prefix for prefix, count in Counter(found).items() if count > 1]
+    if duplicates:
+        raise ShardError(f"shards {items}: {duplicates[0]!r} is named twice; name each shard once and use repeat")
+    return found
+
+
+def _resolve_one(item: str) -> list[str]:
+    if Path(item).is_dir():
+        found = sorted(str(path)[: -len(".idx")] for path in Path(item).glob("*.idx"))
+        kind = "directory without .idx files"
+    elif globbing.has_magic(item):
+        pattern = item.removesuffix(".idx").removesuffix(".bin")
+        found = sorted(name[: -len(".idx")] for name in globbing.glob(f"{pattern}.idx", recursive=True))  # noqa: PTH207
+        kind = "glob that matches no .idx file"
+    else:
+        return [item.removesuffix(".idx").removesuffix(".bin")]
+    if not found:
+        raise ShardError(f"shards {item!r}: a {kind} (looked in {Path.cwd()}); name a prefix, a directory or a glob")
+    return found

@@ -1,0 +1,185 @@
+"""A source: the documents of many shards, numbered in storage order as if they were one."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
+from megatron_kaiyuan.errors import ScoreError, ShardError
+
+__all__ = ["Segment", "Source", "open_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of one document: tokens `start <= t < stop` of document `document` of shard `shard`."""
+
+    shard: str
+    document: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents of all shards of a source, in storage order."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def document_offsets(self) -> NDArray[np.int64]:
+        """Documents before each shard, int64 `[shards + 1]`."""
+        return np.concatenate([[0], np.cumsum([shard.documents for shard in self.shards], dtype=np.int64)])
+
+    @cached_property
+    def token_offsets(self) -> NDArray[np.int64]:
+        """Tokens before each shard, int64 `[shards + 1]`."""
+        return np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return int(self.document_offsets[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return int(self.token_offsets[-1])
+
+    def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each of these documents, int64 `[n]`."""
+        result = np.empty(len(documents), dtype=np.int64)
+        for shard, where, local in self._by_shard(documents):
+            result[where] = shard.lengths[local]
+        return result
+
+    def token_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens stored before each of these documents; `num_documents` is allowed and gives `num_tokens`."""
+        result = np.full(len(documents), self.num_tokens, dtype=np.int64)
+        inside = np.flatnonzero(documents < self.num_documents)
+        for shard, where, local in self._by_shard(documents[inside]):
+            base = self.token_offsets[self._shard_number[shard.prefix]]
+            result[inside[where]] = base + shard.token_start(local)
+        return result
+
+    def document_of_token(self, token: int) -> int:
+        """The document that holds stored token number `token`."""
+        number = int(np.searchsorted(self.token_offsets, token, side="right")) - 1
+        local = self.shards[number].document_of_token(token - int(self.token_offsets[number]))
+        return int(self.document_offsets[number]) + local
+
+    def read_tokens(self, token: int, out: NDArray[np.int64]) -> None:
+        """Fill `out` with consecutive stored tokens from number `token` on, across shard boundaries."""
+        done = 0
+        number = int(np.searchsorted(self.token_offsets, token, side="right")) - 1
+        while done < len(out):
+            first = token + done - int(self.token_offsets[number])
+            piece = self.shards[number].token_data[first : first + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+            number += 1
+
+    def segment(self, document: int, start: int, stop: int) -> Segment:
+        """The segment of a document of the source, in terms of its shard."""
+        number = int(np.searchsorted(self.document_offsets, document, side="right")) - 1
+        return Segment(self.shards[number].prefix, document - int(self.document_offsets[number]), start, stop)
+
+    def number(self, segment: Segment) -> int:
+        """The number, in the source, of the document of a segment."""
+        return int(self.document_offsets[self._shard_number[segment.shard]]) + segment.document
+
+    def load_scores(self, score: str) -> NDArray[np.floating]:
+        """Checked scores of all documents in storage order, `[num_documents]`; reads all of them.
+
+        Raises:
+            ScoreError: a sidecar is missing, has another length than its shard, or holds NaN.
+        """
+        parts = [load_score_sidecar(shard, score) for shard in self.shards]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def scores_of(self, score: str, documents: NDArray[np.int64]) -> NDArray[np.floating]:
+        """Scores of these documents alone, float64 `[n]`; reads only their pages."""
+        result = np.empty(len(documents), dtype=np.float64)
+        for shard, where, local in self._by_shard(documents):
+            result[where] = np.load(score_path(shard.prefix, score), mmap_mode="r")[local]
+        return result
+
+    @cached_property
+    def _shard_number(self) -> dict[str, int]:
+        return {shard.prefix: number for number, shard in enumerate(self.shards)}
+
+    def _by_shard(
+        self, documents: NDArray[np.int64]
+    ) -> Iterator[tuple[Shard, NDArray[np.int64] | slice, NDArray[np.int64]]]:
+        """Group documents by shard: the shard, where they stand in the argument, their numbers in the shard."""
+        if len(self.shards) == 1:
+            yield self.shards[0], slice(None), documents
+            return
+        numbers = np.searchsorted(self.document_offsets, documents, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        present, firsts = np.unique(numbers[order], return_index=True)
+        for number, where in zip(present, np.split(order, firsts[1:]), strict=True):
+            yield self.shards[number], where, documents[where] - self.document_offsets[number]
+
+
+def open_source(name: str, shards: str | Sequence[str]) -> Source:
+    """Open and validate all shards of a source.
+
+    Raises:
+        ShardError: no shard, an invalid shard, or shards of different token dtypes.
+    """
+    opened = tuple(open_shard(prefix) for prefix in resolve_prefixes(shards))
+    if len({shard.dtype for shard in opened}) > 1:
+        first, other = opened[0], next(shard for shard in opened if shard.dtype != opened[0].dtype)
+        raise ShardError(
+            f"source {name!r}: {first.prefix} holds {first.dtype} tokens and {other.prefix} {other.dtype}; shards "
+            "of one "
+            "source come from one tokenizer: rebuild them with the same vocabulary"
+        )
+    source = Source(name, tuple(shard for shard in opened if shard.documents))
+    if source.num_tokens == 0:
+        raise ShardError(f"source {name!r}: {shards!r} holds no tokens; check the preprocessing log")
+    return source
+
+
+def score_path(prefix: str, score: str) -> Path:
+    """Where the scores called `score` of a shard are stored."""
+    return Path(f"{prefix}.scores.{score}.npy")
+
+
+def load_score_sidecar(shard: Shard, score: str) -> NDArray[np.floating]:
+    """Memory-map and check the scores of one shard."""
+    path = score_path(shard.prefix, score)
+    if not path.is_file():
+        present = sorted(other.name for other in path.parent.glob(f"{Path(shard.prefix).name}.scores.*.npy"))
+        raise ScoreError(
+            f"{path}: no such score sidecar (there: {', '.join(present) or 'none'}); build the shard with "
+            f"--score-key {score}, or give the scores with tools/rank_data.py --scores"
+        )
+    scores: NDArray[np.floating] = np.load(path, mmap_mode="r").view(np.ndarray)
+    return check_scores(scores, shard.documents, os.fspath(path))
+
+
+def check_scores(scores: NDArray[np.floating], documents: int, origin: str) -> NDArray[np.floating]:
+    """Scores as they are, if there is one number for each document and none is NaN."""
+    if scores.ndim != 1 or len(scores) != documents:
+        raise ScoreError(
+            f"{origin}: shape {scores.shape}, but the shard has {documents} documents; scores need one number per "
+            "document in storage order: write them again"
+        )
+    if scores.dtype.kind not in "fiu":
+        raise ScoreError(f"{origin}: dtype {scores.dtype} is not a number; scores are floats, higher is better")
+    missing = np.flatnonzero(np.isnan(scores)) if scores.dtype.kind == "f" else np.empty(0)
+    if len(missing):
+        raise ScoreError(
+            f"{origin}: {len(missing)} scores are NaN, the first for document {missing[0]}; a document without a "
+            "score has "
+            "no rank: score it, or leave it out when building the shard (--on-error skip)"
+        )
+    return scores

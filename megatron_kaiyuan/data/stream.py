@@ -1,0 +1,182 @@
+"""A source's stream in a phase: the passes over its selected documents, packed into windows of `seq_length` tokens.
+
+Packing is Megatron's: the stream's tokens are cut every `seq_length` tokens, a window has one token more (the last
+target, which is the next window's first input), and documents flow across windows. An ascending stream starts
+`leftover` tokens late, so that its last window ends with its best document; any other stream ends early. Either way
+fewer than `seq_length` tokens of a stream are never predicted, and `leftover` says how many.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
+from megatron_kaiyuan.data.runs import DocumentRuns
+from megatron_kaiyuan.data.source import Segment
+
+__all__ = ["Stream"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Passes over a set of documents, as windows."""
+
+    selected: DocumentRuns
+    """Documents of one whole pass."""
+    whole_passes: int
+    extra: DocumentRuns | None
+    """Documents of the last, partial pass (None = none)."""
+    repeat: Fraction
+    """Passes asked for; `whole_passes` plus the fraction that `extra` stands for."""
+    seq_length: int
+    ascending: bool
+    """Whether windows come in the order of the documents (a curriculum) or in random order, pass by pass."""
+    key: int
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all passes."""
+        return self.whole_passes * self.selected.num_tokens + (self.extra.num_tokens if self.extra else 0)
+
+    @cached_property
+    def num_windows(self) -> int:
+        """Windows of all passes."""
+        return max(0, (self.num_tokens - 1) // self.seq_length)
+
+    @property
+    def leftover(self) -> int:
+        """Tokens of the stream that no window predicts, not counting the very first."""
+        return self.num_tokens - 1 - self.num_windows * self.seq_length if self.num_windows else self.num_tokens
+
+    @cached_property
+    def first_token(self) -> int:
+        """Where the first window starts: an ascending stream drops from its worst end."""
+        return self.leftover if self.ascending and self.num_windows else 0
+
+    @cached_property
+    def num_passes(self) -> int:
+        """Whole and partial passes."""
+        return self.whole_passes + (1 if self.extra is not None else 0)
+
+    @cached_property
+    def pass_windows(self) -> NDArray[np.int64]:
+        """First window of each pass and, last, the number of windows; int64 `[passes + 1]`."""
+        starts = np.arange(self.num_passes + 1, dtype=np.int64) * self.selected.num_tokens - self.first_token
+        starts[-1] = self.num_windows * self.seq_length
+        return np.clip(-(-starts // self.seq_length), 0, self.num_windows)
+
+    @cached_property
+    def _inner_windows(self) -> NDArray[np.int64]:
+        """How many windows of each pass end within the pass; only these are permuted, int64 `[passes]`.
+
+        The one window that runs into the next pass stays last in its pass, so that a further pass leaves the order of
+        the passes before it as it was.
+        """
+        ends = np.arange(1, self.num_passes + 1, dtype=np.int64) * self.selected.num_tokens
+        ends[-1] = self.num_tokens
+        complete = (ends - 1 - self.first_token) // self.seq_length
+        return np.maximum(np.minimum(complete, self.num_windows) - self.pass_windows[:-1], 0)
+
+    def windows(self, samples: NDArray[np.int64], used: int) -> NDArray[np.int64]:
+        """The windows that the stream's samples show, int64 `[n]`.
+
+        Args:
+            samples: sample numbers of this stream in its phase, `0 <= j < used`.
+            used: how many of its windows the phase uses. An ascending stream is thinned evenly, its last window always
+                stays; a shuffled one is cut short, which leaves out a random part.
+        """
+        if self.ascending:
+            return _thinned(samples, used, self.num_windows)
+        result = samples.copy()  # sample j of a shuffled stream lies in the pass of window j
+        passes = self.pass_of_window(samples)
+        within = samples - self.pass_windows[passes]
+        permuted = within < self._inner_windows[passes]
+        for number in np.unique(passes).tolist():
+            where = permuted & (passes == number)
+            result[where] = int(self.pass_windows[number]) + self._permutation(number).many(within[where])
+        return result
+
+    def window(self, sample: int, used: int) -> int:
+        """`windows` for one sample, in plain integers: faster for random access."""
+        if self.ascending:
+            return (sample + 1) * self.num_windows // used - 1
+        number = int(np.searchsorted(self.pass_windows, sample, side="right")) - 1
+        first = int(self.pass_windows[number])
+        if sample - first >= self._inner_windows[number]:
+            return sample
+        return first + self._permutation(number)(sample - first)
+
+    def pass_of_window(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The pass in which each window starts, int64 `[n]`."""
+        return np.searchsorted(self.pass_windows, windows, side="right").astype(np.int64) - 1
+
+    def read(self, window: int) -> NDArray[np.int64]:
+        """Tokens of a window: inputs and, shifted by one, targets; int64 `[seq_length + 1]`."""
+        out = np.empty(self.seq_length + 1, dtype=np.int64)
+        done = 0
+        for documents, token, count in self._pass_pieces(window):
+            for order_token, size in documents.pieces(token, count):
+                documents.order.read(order_token, out[done : done + size])
+                done += size
+        return out
+
+    def segments(self, window: int) -> list[Segment]:
+        """The pieces of documents that a window is made of."""
+        return [
+            segment
+            for documents, token, count in self._pass_pieces(window)
+            for order_token, size in documents.pieces(token, count)
+            for segment in documents.order.segments(order_token, size)
+        ]
+
+    def documents(self, window: int) -> NDArray[np.int64]:
+        """Numbers, in the source, of the documents of a window; ascending, int64 `[n]`."""
+        source = self.selected.order.source
+        return np.array(sorted({source.number(segment) for segment in self.segments(window)}), dtype=np.int64)
+
+    def positions(self, window: int) -> tuple[int, int]:
+        """Lowest and highest position, in the documents' order, of the documents of a window."""
+        found = [
+            documents.order.locate(place)
+            for documents, token, count in self._pass_pieces(window)
+            for order_token, size in documents.pieces(token, count)
+            for place in (order_token, order_token + size - 1)
+        ]
+        return min(found), max(found)
+
+    def _pass_pieces(self, window: int) -> list[tuple[DocumentRuns, int, int]]:
+        """A window's tokens pass by pass: documents of the pass, first token within the pass, count."""
+        token = self.first_token + window * self.seq_length
+        missing = self.seq_length + 1
+        pieces = []
+        while missing:
+            number, within = divmod(token, self.selected.num_tokens)
+            whole = number < self.whole_passes
+            documents = self.selected if whole or self.extra is None else self.extra
+            if not whole:
+                within = token - self.whole_passes * self.selected.num_tokens
+            size = min(missing, documents.num_tokens - within)
+            assert size > 0, "window outside its stream"
+            pieces.append((documents, within, size))
+            token, missing = token + size, missing - size
+        return pieces
+
+    def _permutation(self, number: int) -> KeyedPermutation:
+        cache = self._permutations
+        if number not in cache:
+            cache[number] = KeyedPermutation(int(self._inner_windows[number]), derive_key(self.key, number))
+        return cache[number]
+
+    @cached_property
+    def _permutations(self) -> dict[int, KeyedPermutation]:
+        return {}
+
+
+def _thinned(samples: NDArray[np.int64], used: int, available: int) -> NDArray[np.int64]:
+    """`(j + 1) * available // used - 1` without overflow: even gaps, and the last sample shows the last window."""
+    quotient, remainder = divmod(available, used)
+    # (j + 1) * remainder < used**2: below 2**63 for up to 3e9 samples of one stream
+    return (samples + 1) * quotient + (samples + 1) * remainder // used - 1

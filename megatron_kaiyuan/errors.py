@@ -1,0 +1,53 @@
+"""Named errors for user mistakes.
+
+Every message says what was asked, what is wrong with the values (with the file, field or flag), and what to do.
+All of them are raised before any accelerator work starts. `assert` is for our own invariants only.
+"""
+
+__all__ = [
+    "ConfigError",
+    "KaiyuanError",
+    "PlanError",
+    "PreprocessError",
+    "RankIndexError",
+    "ResumeError",
+    "ScoreError",
+    "ShardError",
+    "TokenizerError",
+]
+
+
+class KaiyuanError(ValueError):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(KaiyuanError):
+    """Command-line flags or model options that cannot work together."""
+
+
+class PlanError(KaiyuanError):
+    """A plan file with a wrong, missing or unknown field, or one that cannot be met by its sources."""
+
+
+class ShardError(KaiyuanError):
+    """A `.bin`/`.idx` pair that is missing, truncated, of another format version, or inconsistent."""
+
+
+class ScoreError(KaiyuanError):
+    """Quality scores of the wrong length, or with NaN."""
+
+
+class RankIndexError(KaiyuanError):
+    """A rank index that is missing, stale or damaged."""
+
+
+class PreprocessError(KaiyuanError):
+    """Input documents that cannot be turned into shards."""
+
+
+class TokenizerError(KaiyuanError):
+    """A tokenizer that is missing or is not the one the shards were built with."""
+
+
+class ResumeError(KaiyuanError):
+    """A resume whose already consumed samples would differ from those of the saved run."""

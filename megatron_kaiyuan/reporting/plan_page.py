@@ -1,0 +1,174 @@
+"""The dry run of a plan as one self-contained HTML page."""
+
+import html
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from megatron_kaiyuan.reporting.plan_table import format_tokens
+
+__all__ = ["write_plan_page"]
+
+_COLOURS = (
+    "#4269d0",
+    "#efb118",
+    "#ff725c",
+    "#6cc5b0",
+    "#3ca951",
+    "#ff8ab7",
+    "#a463f2",
+    "#97bbf5",
+    "#9c6b4e",
+    "#9498a0",
+)
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Plan {fingerprint}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}}
+h1{{font-size:1.4rem}}p.facts{{color:#555}}</style></head>
+<body><h1>What this plan shows</h1><p class="facts">{facts}</p>{mix}{bands}</body></html>
+"""
+
+
+def write_plan_page(description: dict[str, Any], path: Path) -> None:
+    """Write the page atomically: mix and learning rate over tokens, and a source by quality band map of epochs.
+
+    Args:
+        description: what `Plan.describe` returned.
+        path: the HTML file; it loads nothing from elsewhere.
+    """
+    facts = (
+        f"{description['samples']:,} samples of {description['seq_length']:,} tokens, "
+        f"{format_tokens(description['tokens'])} tokens in {len(description['phases'])} phases; seed "
+        f"{description['seed']}, "
+        f"fingerprint {description['fingerprint']}."
+    )
+    mix = _mix_figure(description).to_html(full_html=False, include_plotlyjs=True)
+    scored = [name for name, source in description["sources"].items() if source["bands"]]
+    bands = _bands_figure(description, scored).to_html(full_html=False, include_plotlyjs=False) if scored else ""
+    page = _TEMPLATE.format(fingerprint=description["fingerprint"], facts=html.escape(facts), mix=mix, bands=bands)
+    _write_atomically(path, page)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(path)
+
+
+def _mix_figure(description: dict[str, Any]) -> go.Figure:
+    """Tokens of each source in each phase as areas over the run, the learning rate above them."""
+    with_lr = any(phase["lr"] for phase in description["phases"])
+    figure = make_subplots(
+        rows=2 if with_lr else 1,
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.06,
+        row_heights=[0.25, 0.75] if with_lr else [1.0],
+    )
+    row = 2 if with_lr else 1
+    for number, name in enumerate(description["sources"]):
+        places, widths, shares, texts = _mix_bars(description, name)
+        if places:
+            figure.add_bar(
+                x=places,
+                y=shares,
+                width=widths,
+                name=name,
+                marker_color=_COLOURS[number % len(_COLOURS)],
+                customdata=texts,
+                hovertemplate="%{customdata}<extra></extra>",
+                row=row,
+                col=1,
+            )
+    if with_lr:
+        xs, ys = _learning_rate_line(description)
+        figure.add_scatter(x=xs, y=ys, mode="lines", name="learning rate", line={"color": "#222"}, row=1, col=1)
+        figure.update_yaxes(title_text="learning rate", rangemode="tozero", row=1, col=1)
+    _mark_phases(figure, description)
+    figure.update_yaxes(title_text="share of tokens", tickformat=".0%", range=[0, 1], row=row, col=1)
+    figure.update_xaxes(title_text="tokens of the run", row=row, col=1)
+    figure.update_layout(barmode="stack", height=560, margin={"t": 60, "r": 20}, plot_bgcolor="white", bargap=0)
+    return figure
+
+
+def _mix_bars(description: dict[str, Any], source: str) -> tuple[list[float], list[int], list[float], list[str]]:
+    places, widths, shares, texts = [], [], [], []
+    for phase in description["phases"]:
+        row = phase["sources"].get(source)
+        if row is None:
+            continue
+        places.append(phase["first_sample"] * description["seq_length"] + phase["tokens"] / 2)
+        widths.append(phase["tokens"])
+        shares.append(row["share"])
+        texts.append(
+            f"{html.escape(source)} in {html.escape(phase['name'])}: {row['keep']}, repeat x{row['repeat']:g}<br>"
+            f"{format_tokens(row['tokens'])} tokens, {row['share']:.1%} of the phase, {row['epochs']:.2f} epochs, "
+            f"{row['order']}"
+        )
+    return places, widths, shares, texts
+
+
+def _learning_rate_line(description: dict[str, Any]) -> tuple[list[float], list[float | None]]:
+    xs: list[float] = []
+    ys: list[float | None] = []
+    for phase in description["phases"]:
+        start = phase["first_sample"] * description["seq_length"]
+        for step in range(65):
+            xs.append(start + phase["tokens"] * step / 64)
+            ys.append(_rate_at(phase["lr"], step / 64) if phase["lr"] else None)
+    return xs, ys
+
+
+def _rate_at(lr: dict[str, Any], progress: float) -> float:
+    from megatron_kaiyuan.data.learning_rate import rate_at
+
+    return rate_at(lr["shape"], lr["start"], lr["end"], progress)
+
+
+def _mark_phases(figure: go.Figure, description: dict[str, Any]) -> None:
+    for phase in description["phases"]:
+        start = phase["first_sample"] * description["seq_length"]
+        figure.add_vline(x=start, line={"color": "#777", "width": 1, "dash": "dot"})
+        figure.add_annotation(
+            x=start + phase["tokens"] / 2,
+            y=1.0,
+            yref="paper",
+            yanchor="bottom",
+            showarrow=False,
+            text=f"<b>{html.escape(phase['name'])}</b><br>{phase['order']}, {format_tokens(phase['tokens'])}",
+        )
+
+
+def _bands_figure(description: dict[str, Any], scored: list[str]) -> go.Figure:
+    """Epochs per source and quality band over all phases."""
+    sources = description["sources"]
+    bands = sources[scored[0]]["bands"]
+    columns = [f"{band['low'] * 100:.0f}-{band['high'] * 100:.0f}%" for band in bands]
+    epochs = [[band["epochs"] for band in sources[name]["bands"]] for name in scored]
+    figure = go.Figure(
+        go.Heatmap(
+            z=epochs,
+            x=columns,
+            y=scored,
+            colorscale="Blues",
+            zmin=0,
+            texttemplate="%{z:.2f}",
+            colorbar={"title": "times seen"},
+            hovertemplate="%{y}, score quantiles %{x}: seen %{z:.2f} times<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        title="How often each quality band is seen over the whole run",
+        xaxis_title="score quantile of the source's documents (0 = worst)",
+        height=200 + 42 * len(scored),
+        margin={"l": 140, "r": 20},
+    )
+    figure.update_yaxes(autorange="reversed")
+    return figure

@@ -1,0 +1,116 @@
+"""The dry run of a plan as terminal tables."""
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["format_tokens", "plan_tables", "print_plan"]
+
+_UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
+
+
+def format_tokens(count: float) -> str:
+    """Three significant digits and a unit: `120B`, `1.5T`, `950`."""
+    for size, unit in _UNITS:
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:.0f}{unit}"
+    return f"{count:.0f}"
+
+
+def plan_tables(description: dict[str, Any], global_batch_size: int | None = None) -> Group:
+    """All tables of a described plan.
+
+    Args:
+        description: what `Plan.describe` returned.
+        global_batch_size: sequences a step; adds the steps of each phase.
+    """
+    parts: list[Table | Text] = [_phases_table(description, global_batch_size)]
+    parts += [_phase_table(phase) for phase in description["phases"]]
+    if any(source["bands"] for source in description["sources"].values()):
+        parts.append(_bands_table(description))
+    parts.append(_summary(description, global_batch_size))
+    return Group(*parts)
+
+
+def print_plan(description: dict[str, Any], global_batch_size: int | None = None) -> None:
+    """Print all tables to stdout, as wide as they need when it is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(plan_tables(description, global_batch_size))
+
+
+def _phases_table(description: dict[str, Any], batch: int | None) -> Table:
+    table = Table(title="Phases", title_justify="left")
+    for name in ("phase", "order", "first sample"):
+        table.add_column(name)
+    for name in ("samples", "tokens", "steps", "learning rate", "domains"):
+        table.add_column(name, justify="right")
+    for phase in description["phases"]:
+        table.add_row(
+            phase["name"],
+            phase["order"],
+            f"{phase['first_sample']:,}",
+            f"{phase['samples']:,}",
+            format_tokens(phase["tokens"]),
+            f"{phase['samples'] / batch:,.1f}" if batch else "-",
+            _learning_rate(phase["lr"]),
+            ", ".join(f"{domain} {share:.1%}" for domain, share in phase["domains"].items()),
+        )
+    return table
+
+
+def _learning_rate(lr: dict[str, Any] | None) -> str:
+    if lr is None:
+        return "-"
+    if lr["shape"] == "constant":
+        return f"{lr['start']:g}"
+    return f"{lr['start']:g} to {lr['end']:g} ({lr['shape']})"
+
+
+def _phase_table(phase: dict[str, Any]) -> Table:
+    table = Table(title=f"{phase['name']} ({phase['order']})", title_justify="left")
+    for name in ("source", "keep", "order"):
+        table.add_column(name)
+    for name in ("documents", "unique tokens", "repeat", "tokens shown", "of them repeated", "epochs", "share"):
+        table.add_column(name, justify="right")
+    for name, row in phase["sources"].items():
+        repeated = max(0, row["tokens"] - min(row["tokens"], row["unique_tokens"]))
+        table.add_row(
+            name,
+            row["keep"],
+            row["order"],
+            f"{row['documents']:,}",
+            format_tokens(row["unique_tokens"]),
+            f"x{row['repeat']:g}",
+            format_tokens(row["tokens"]),
+            format_tokens(repeated) if repeated else "-",
+            f"{row['epochs']:.2f}",
+            f"{row['share']:.1%}",
+        )
+    return table
+
+
+def _bands_table(description: dict[str, Any]) -> Table:
+    """Epochs per score band over all phases: how often the run sees the best and the worst of each source."""
+    scored = {name: source for name, source in description["sources"].items() if source["bands"]}
+    bands = next(iter(scored.values()))["bands"]
+    table = Table(title="Times each quality band is seen, all phases (best band first)", title_justify="left")
+    table.add_column("source")
+    for band in reversed(bands):
+        table.add_column(f"{band['low'] * 100:.0f}-{band['high'] * 100:.0f}%", justify="right")
+    for name, source in scored.items():
+        table.add_row(name, *(f"{band['epochs']:.2f}" if band["tokens"] else "-" for band in reversed(source["bands"])))
+    return table
+
+
+def _summary(description: dict[str, Any], batch: int | None) -> Text:
+    held_out = sum(source["held_out_documents"] for source in description["sources"].values())
+    steps = f", {description['samples'] / batch:,.1f} steps of {batch:,}" if batch else ""
+    return Text(
+        f"{description['samples']:,} samples of {description['seq_length']:,} tokens = "
+        f"{format_tokens(description['tokens'])} tokens{steps}; {held_out:,} documents held out\n"
+        f"seed {description['seed']}, fingerprint {description['fingerprint']}"
+    )

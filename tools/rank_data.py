@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Build or verify the rank index of a source: its documents in ascending quality, memory-mapped by every later run."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.data import open_source
+from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, save_rank_index, verify_rank_index
+from megatron_kaiyuan.data.score_import import import_scores
+
+
+def main() -> None:
+    """Rank one source."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="prefix, directory or glob of .bin/.idx shards")
+    parser.add_argument("--score", default="score", help="name of the score sidecar (default: score)")
+    parser.add_argument(
+        "--scores",
+        metavar="F",
+        help="take the scores from F, a .npy file or FILE.parquet:column with one number per document in storage "
+        "order, and store them beside the shards under the name of --score",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="orders documents of equal score (default 0)")
+    parser.add_argument("--output", type=Path, help="index file (default: beside the first shard)")
+    parser.add_argument("--verify", action="store_true", help="compare an existing index with a fresh ranking")
+    args = parser.parse_args()
+    source = open_source("source", args.shards)
+    if args.scores:
+        import_scores(source, args.scores, args.score)
+    path = args.output or index_path(source, args.score)
+    if args.verify:
+        verify_rank_index(path, source, args.score)
+        print(f"{path}: correct for {source.num_documents:,} documents, {source.num_tokens:,} tokens")
+        return
+    started = time.perf_counter()
+    save_rank_index(build_rank_index(source, args.score, args.seed), path)
+    print(
+        f"{path}: {source.num_documents:,} documents, {source.num_tokens:,} tokens in {len(source.shards)} shard(s), "
+        f"{path.stat().st_size:,} bytes, {time.perf_counter() - started:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
