@@ -19,11 +19,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the description as JSON instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.html", help="also write a page with plots")
     parser.add_argument("--bands", type=int, default=10, help="quality bands of a scored source (default 10)")
+    parser.add_argument(
+        "--simulate", action="store_true", help="plan with the sources' expected sizes, before their shards exist"
+    )
     parser.add_argument("--global-batch-size", type=int, help="sequences a step; adds the steps of each phase")
     args = parser.parse_args()
     if args.bands < 1 or (args.global_batch_size is not None and args.global_batch_size < 1):
         parser.error("--bands and --global-batch-size must be at least 1")
-    description = Plan.load(args.plan).describe(args.bands)
+    description = Plan.load(args.plan, simulate=args.simulate).describe(args.bands)
     if args.plot:
         write_plan_page(description, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)

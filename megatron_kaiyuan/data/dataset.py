@@ -44,8 +44,7 @@ class CurriculumDataset:
     def __init__(self, plan: Plan | str | Path) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self._source_numbers = {name: number for number, name in enumerate(self.plan.sources)}
-        self._block_key: tuple[int, int] = (-1, -1)
-        self._block: tuple[NDArray[np.int64], NDArray[np.int64]] = (np.empty(0, np.int64), np.empty(0, np.int64))
+        self._block: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
         self._last_sample = -2
 
     def __len__(self) -> int:
@@ -107,13 +106,14 @@ class CurriculumDataset:
         block = (phase.first_sample, local // _BLOCK)
         near = -_BLOCK < sample - self._last_sample < _BLOCK
         self._last_sample = sample
-        if block != self._block_key:
+        current = self._block  # one attribute, read once and set once: threads may share the dataset
+        if current is None or current[0] != block:
             if not near:  # random access: one sample is cheaper than its block
                 return phase, *phase.sample(local)
             start = block[1] * _BLOCK
-            self._block = phase.block(start, min(start + _BLOCK, phase.num_samples))
-            self._block_key = block
-        numbers, windows = self._block
+            current = (block, *phase.block(start, min(start + _BLOCK, phase.num_samples)))
+            self._block = current
+        _, numbers, windows = current
         return phase, int(numbers[local % _BLOCK]), int(windows[local % _BLOCK])
 
 

@@ -5,7 +5,7 @@ ties by stream number. It is the rescaled-rank order of the Kaiyuan preprocessin
 windows instead of documents, so the mix it keeps is a mix of tokens.
 
 Law (proved in docs/data-engine.md, tested by brute force): in the first `s` merged samples, stream `i` with share
-`p = rate_i / sum(rates)` occurs `s * p` times, up to `(1 + p * |k - 2|) / 2` for `k` streams (`prefix_bound`); in any
+`p = rate_i / sum(rates)` occurs `s * p` times, up to `(1 + p * (k - 2)) / 2` for `k` streams (`prefix_bound`); in any
 window of consecutive samples, up to twice that.
 
 Positions are IEEE doubles, `(j + 0.5) / rate` correctly rounded, hence the same on every machine. Nothing is stored
@@ -24,7 +24,7 @@ __all__ = ["merged_block", "prefix_bound", "prefix_counts"]
 def prefix_bound(rates: Sequence[float], stream: int) -> float:
     """Largest deviation, in samples, of a stream's count in a prefix from its exact share."""
     share = rates[stream] / math.fsum(rates)
-    return (1 + share * abs(len(rates) - 2)) / 2
+    return (1 + share * (len(rates) - 2)) / 2
 
 
 def merged_block(rates: NDArray[np.float64], start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import SourceSpec
-from megatron_kaiyuan.data.rank_index import load_or_rank
+from megatron_kaiyuan.data.rank_index import RankIndex, load_or_rank
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
 from megatron_kaiyuan.data.source import Source, open_source
 from megatron_kaiyuan.errors import PlanError
@@ -32,16 +32,15 @@ class OpenedSource:
     """Document numbers that no phase may see, ascending, int64 `[H]`."""
 
     @cached_property
-    def storage_order(self) -> StorageOrder:
+    def storage_order(self) -> DocumentOrder:
         """Documents as stored."""
         return StorageOrder(self.source)
 
     @cached_property
-    def ranked_order(self) -> RankedOrder:
+    def ranked_order(self) -> DocumentOrder:
         """Documents in ascending score."""
         assert self.spec.score is not None
-        path = Path(self.spec.rank_index) if self.spec.rank_index else None
-        return RankedOrder(self.source, load_or_rank(self.source, self.spec.score, path), self.spec.score)
+        return RankedOrder(self.source, self._rank_index, self.spec.score)
 
     def trainable(self, *, ranked: bool) -> DocumentRuns:
         """All documents but the held-out ones, by rank or as stored."""
@@ -58,8 +57,7 @@ class OpenedSource:
     @cached_property
     def held_out_runs(self) -> DocumentRuns:
         """The held-out documents, as stored."""
-        order: DocumentOrder = self.storage_order
-        return DocumentRuns(order, self.held_out, self.held_out + 1)
+        return DocumentRuns(self.storage_order, self.held_out, self.held_out + 1)
 
     @cached_property
     def content(self) -> str:
@@ -74,6 +72,19 @@ class OpenedSource:
         if self.spec.score is not None:
             digest.update(self.source.scores_of(self.spec.score, documents).tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def ranking(self) -> str:
+        """Identifies the order by rank: the seed of its ties, and the documents at 64 ranks."""
+        index = self._rank_index
+        ranks = np.unique(np.linspace(0, len(index.order) - 1, _PROBES).astype(np.int64))
+        return sha256(f"{index.seed} {index.order[ranks].tolist()}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _rank_index(self) -> RankIndex:
+        assert self.spec.score is not None
+        path = Path(self.spec.rank_index) if self.spec.rank_index else None
+        return load_or_rank(self.source, self.spec.score, path)
 
 
 def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:

@@ -14,7 +14,7 @@ from megatron_kaiyuan.data.rank_index import RankIndex
 from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
 from megatron_kaiyuan.data.source import Segment, Source
 
-__all__ = ["DocumentOrder", "RankedOrder", "StorageOrder"]
+__all__ = ["DocumentOrder", "RankedOrder", "StorageOrder", "block_size"]
 
 
 class DocumentOrder(Protocol):
@@ -46,7 +46,7 @@ class DocumentOrder(Protocol):
         """The pieces of documents that `count` consecutive tokens from `token` on are made of."""
 
 
-def _block_size(documents: int, most_blocks: int) -> int:
+def block_size(documents: int, most_blocks: int) -> int:
     """A power of two that gives at most `most_blocks` blocks; never 2 to 8, at which no index stores tokens."""
     if documents <= most_blocks:
         return 1
@@ -61,7 +61,7 @@ class StorageOrder:
     def __init__(self, source: Source) -> None:
         self.source = source
         # few blocks: drawing one touches a page of the .idx, and storage order carries no quality to spread evenly
-        self.block = _block_size(source.num_documents, 1 << 14)
+        self.block = block_size(source.num_documents, 1 << 14)
 
     @property
     def num_documents(self) -> int:
@@ -117,7 +117,7 @@ class RankedOrder:
         self.source = source
         self.index = index
         self.score = score
-        self.block = _block_size(source.num_documents, 1 << 18)
+        self.block = block_size(source.num_documents, 1 << 18)
 
     @property
     def num_documents(self) -> int:
@@ -152,33 +152,26 @@ class RankedOrder:
 
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Gather the documents one after another, best last."""
+        documents, starts, stops = self._pieces(token, len(out))
+        bases = self.source.token_starts(documents) + starts
         done = 0
-        for document, start, stop in self._pieces(token, len(out)):
-            base = int(self.source.token_starts(np.array([document]))[0])
-            self.source.read_tokens(base + start, out[done : done + stop - start])
-            done += stop - start
+        for base, size in zip(bases.tolist(), (stops - starts).tolist(), strict=True):
+            self.source.read_tokens(base, out[done : done + size])
+            done += size
 
     def segments(self, token: int, count: int) -> list[Segment]:
         """Pieces of documents, in rank order."""
-        return [self.source.segment(*piece) for piece in self._pieces(token, count)]
+        pieces = (column.tolist() for column in self._pieces(token, count))
+        return [self.source.segment(*piece) for piece in zip(*pieces, strict=True)]
 
-    def _pieces(self, token: int, count: int) -> list[tuple[int, int, int]]:
-        """Document number in the source, first and last + 1 of its tokens, for `count` tokens from `token` on."""
+    def _pieces(self, token: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Documents that `count` tokens from `token` on are made of, and the first and last + 1 token of each."""
         window = self._window(token, count)
         ends = window.first_token + np.cumsum(window.lengths)
         starts = ends - window.lengths
-        first = int(np.searchsorted(ends, token, side="right"))
-        last = int(np.searchsorted(starts, token + count, side="left"))
-        return [
-            (int(document), max(token - start, 0), min(token + count, end) - start)
-            for document, start, end in zip(
-                window.documents[first:last].tolist(),
-                starts[first:last].tolist(),
-                ends[first:last].tolist(),
-                strict=True,
-            )
-            if end > start
-        ]
+        used = (ends > token) & (starts < token + count) & (window.lengths > 0)
+        starts, ends = starts[used], ends[used]
+        return window.documents[used], np.maximum(token - starts, 0), np.minimum(token + count, ends) - starts
 
     def _window(self, token: int, count: int) -> _Window:
         """All ranked documents between the stored marks around these tokens."""

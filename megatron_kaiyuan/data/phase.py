@@ -1,9 +1,10 @@
 """A phase with its sources opened: which stream each source contributes, and how the streams are merged."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +88,11 @@ def build_phase(
             f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {seq_length}; raise it"
         )
     used = prefix_counts(rates, num_samples)
+    most = [_most_windows(stream, spec.sources[name].max_repeat) for name, stream in streams.items()]
     for number, (name, stream) in enumerate(streams.items()):
-        streams[name] = _stretched(spec, name, stream, int(used[number]), num_samples, int(natural.sum()))
+        if used[number] > most[number]:
+            _refuse_budget(spec, name, stream, int(used[number]), _largest_budget(rates, most, num_samples))
+        streams[name] = _stretched(spec, name, stream, int(used[number]), num_samples)
     return Phase(spec, first_sample, num_samples, streams, rates, used)
 
 
@@ -132,28 +136,52 @@ def _select(available: DocumentRuns, keep: Keep, key: int) -> DocumentRuns:
     return available.between(low, high)
 
 
-def _stretched(spec: PhaseSpec, name: str, stream: Stream, used: int, samples: int, natural: int) -> Stream:
-    """The stream with as many passes as the budget asks for, if the plan allows them."""
+def _stretched(spec: PhaseSpec, name: str, stream: Stream, used: int, samples: int) -> Stream:
+    """The stream with as many passes as the budget asks for."""
     if used == 0:
         raise PlanError(
             f"phase {spec.name!r}, source {name!r}: a budget of {samples:,} samples is too small to show it even "
-            "once; raise "
-            "tokens, or leave the source out of the phase"
+            "once; raise tokens, or leave the source out of the phase"
         )
     if used <= stream.num_windows:
         return stream
+    whole, missing = divmod(used * stream.seq_length + 1, stream.selected.num_tokens)
+    if not stream.ascending:  # cut short within its last pass, which a longer budget would go on with
+        return replace(stream, whole_passes=whole + (1 if missing else 0), extra=None)
+    return replace(stream, whole_passes=whole, extra=_sample_of_at_least(stream, missing) if missing else None)
+
+
+def _sample_of_at_least(stream: Stream, tokens: int) -> DocumentRuns:
+    """The smallest systematic sample of the selection with this many tokens."""
+    key, selected = derive_key(stream.key, "repeat"), stream.selected
+    sample = selected.sample(Fraction(tokens, selected.num_tokens), "tokens", key)
+    while sample.num_tokens < tokens:  # rounded down to a document: take the next one too
+        sample = selected.sample(Fraction(sample.num_documents + 1, selected.num_documents), "documents", key)
+    return sample
+
+
+def _most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
+    """How many windows of a stream a budget may ask for."""
+    stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
+    return max(stream.num_windows, stretched // stream.seq_length)
+
+
+def _largest_budget(rates: NDArray[np.float64], most: Sequence[int], samples: int) -> int:
+    """The largest number of samples below `samples` that asks no stream for more than it may show."""
+    low, high = 0, samples
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if np.all(prefix_counts(rates, middle) <= most) else (low, middle)
+    return low
+
+
+def _refuse_budget(spec: PhaseSpec, name: str, stream: Stream, used: int, largest_budget: int) -> NoReturn:
     needed = Fraction(used * stream.seq_length + 1, stream.selected.num_tokens)
     allowed = spec.sources[name].max_repeat
-    if allowed is None or needed > allowed:
-        budget = samples * stream.seq_length * stream.num_windows // used
-        limit = "" if allowed is None else f", above its max_repeat {float(allowed):g}"
-        raise PlanError(
-            f"phase {spec.name!r}: tokens {spec.tokens:,} asks source {name!r} for {used * stream.seq_length:,} "
-            "tokens, its "
-            f"selection x{float(stream.repeat):g} has {stream.num_windows * stream.seq_length:,}: that is "
-            f"{float(needed):.4g} "
-            f"passes{limit}. Lower the phase's tokens to about {budget:,}, or set sources.{name}.max_repeat to at "
-            "least "
-            f"{math.ceil(needed * 100) / 100:g}"
-        )
-    return replace(stream, whole_passes=math.ceil(needed), extra=None)
+    limit = "" if allowed is None else f", above its max_repeat {float(allowed):g}"
+    raise PlanError(
+        f"phase {spec.name!r}: tokens {spec.tokens:,} asks source {name!r} for {used * stream.seq_length:,} tokens, "
+        f"its selection x{float(stream.repeat):g} has {stream.num_windows * stream.seq_length:,}: that is "
+        f"{float(needed):.4g} passes{limit}. Lower the phase's tokens to {largest_budget * stream.seq_length:,}, or "
+        f"set sources.{name}.max_repeat to at least {math.ceil(needed * 100) / 100:.2f}"
+    )

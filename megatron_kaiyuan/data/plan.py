@@ -24,6 +24,7 @@ from megatron_kaiyuan.data.plan_schema import (
     parse_plan_spec,
 )
 from megatron_kaiyuan.data.resume import check_resume, order_record
+from megatron_kaiyuan.data.simulation import simulate_plan_source
 from megatron_kaiyuan.data.vocabulary import check_vocabulary
 
 __all__ = ["Plan"]
@@ -38,23 +39,27 @@ class Plan:
     phases: list[Phase]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+    def load(cls, path: str | os.PathLike[str], *, simulate: bool = False) -> "Plan":
         """Read a plan file and open its sources; nothing is built and no token is read but a few probes.
+
+        Args:
+            path: the YAML file.
+            simulate: plan with the sizes in the sources' `expected` fields instead of files.
 
         Raises:
             PlanError: the file is wrong, or asks for what the sources cannot give.
             ShardError, ScoreError, RankIndexError: a source's files are missing or damaged.
         """
-        return cls.from_spec(load_plan_spec(Path(path)))
+        return cls.from_spec(load_plan_spec(Path(path)), simulate=simulate)
 
     @classmethod
-    def from_spec(cls, spec: PlanSpec | dict[str, Any]) -> "Plan":
+    def from_spec(cls, spec: PlanSpec | dict[str, Any], *, simulate: bool = False) -> "Plan":
         """Resolve a plan given as data; errors as `load`."""
         if isinstance(spec, dict):
             spec = parse_plan_spec(spec)
+        open_one = simulate_plan_source if simulate else open_plan_source
         opened = {
-            name: open_plan_source(name, source, _held_out(spec, name), spec.seed)
-            for name, source in spec.sources.items()
+            name: open_one(name, source, _held_out(spec, name), spec.seed) for name, source in spec.sources.items()
         }
         phases: list[Phase] = []
         for phase in spec.phases:

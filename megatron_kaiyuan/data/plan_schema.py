@@ -1,6 +1,7 @@
 """The plan file: YAML validated field by field, unknown keys refused, errors with the path of the field."""
 
 import re
+from collections.abc import Hashable
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from megatron_kaiyuan.errors import PlanError
 
 __all__ = [
     "AveragingSpec",
+    "ExpectedSpec",
     "LearningRateSpec",
     "PhaseSourceSpec",
     "PhaseSpec",
@@ -49,6 +51,10 @@ def _parse_ratio(value: object) -> object:
         raise ValueError(f"{value!r} is not a number") from error
 
 
+def _parse_selection(value: object) -> Keep:
+    return value if isinstance(value, Keep) else parse_keep(str(value))
+
+
 def _positive(value: Fraction) -> Fraction:
     if value <= 0:
         raise ValueError(f"must be above 0, got {float(value)}; leave the source out of the phase to skip it")
@@ -56,8 +62,8 @@ def _positive(value: Fraction) -> Fraction:
 
 
 def _check_weights(value: str) -> str:
-    if not _WEIGHTS.fullmatch(value):
-        raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 <= ALPHA <= 1")
+    if not _WEIGHTS.fullmatch(value) or (value.startswith("ema:") and float(value[4:]) == 0):
+        raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 < ALPHA <= 1")
     return value
 
 
@@ -78,6 +84,21 @@ class TokenizerSpec(_Strict):
     """Megatron's `--tokenizer-model`: a path."""
 
 
+class ExpectedSpec(_Strict):
+    """The size of a source that does not exist yet, for `plan_data.py --simulate`."""
+
+    documents: Tokens
+    tokens: Tokens
+    length_by_quality: float = Field(default=0.0, gt=-1, lt=1)
+    """How much longer the best document is than the mean, as a fraction of it; the worst is shorter by the same."""
+
+    @model_validator(mode="after")
+    def _documents_hold_tokens(self) -> "ExpectedSpec":
+        if self.tokens < self.documents:
+            raise ValueError(f"{self.documents} documents with only {self.tokens} tokens; a document has at least one")
+        return self
+
+
 class SourceSpec(_Strict):
     """A named set of shards."""
 
@@ -89,14 +110,14 @@ class SourceSpec(_Strict):
     """Group that reports and domain bounds sum over."""
     rank_index: str | None = None
     """Path of the rank index, when it is not beside the shards."""
+    expected: ExpectedSpec | None = None
+    """Documents and tokens to plan with before the shards exist; used by `plan_data.py --simulate` alone."""
 
 
 class PhaseSourceSpec(_Strict):
     """What a phase takes from a source."""
 
-    keep: Annotated[Keep, BeforeValidator(lambda value: parse_keep(value) if isinstance(value, str) else value)] = Keep(
-        "all"
-    )
+    keep: Annotated[Keep, BeforeValidator(_parse_selection)] = Keep("all")
     """The selection, such as `top 30%`."""
     repeat: Ratio = Fraction(1)
     """Passes over the selection: 2.5 = twice all of it, and once a random half."""
@@ -208,7 +229,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` is resolved by the parent class
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key is a {type(key).__name__}; keys are names", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} occurs twice", key_node.start_mark

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,19 +134,20 @@ def open_rank_index(path: Path, source: Source, score: str) -> RankIndex:
     Raises:
         RankIndexError: the file is missing, damaged, truncated, or was built from other shards or scores.
     """
-    command = f"tools/rank_data.py {' '.join(sorted({str(Path(s.prefix).parent) for s in source.shards}))}"
+    command = f"python tools/rank_data.py {shlex.join(source.named)} --score {score}"
+    if path != index_path(source, score):
+        command += f" --output {shlex.quote(str(path))}"
     if not path.is_file():
         raise RankIndexError(
             f"source {source.name!r}: no rank index {path} for its {source.num_documents:,} documents; build it "
-            "once with\n"
-            f"  python {command} --score {score}"
+            f"once with\n  {command}"
         )
     header = _read_header(path)
     index = _map_arrays(path, header)
     if index.digest != content_digest(source, score):
         raise RankIndexError(
             f"{path}: built from other shards or scores than those of source {source.name!r}; build it again with\n"
-            f"  python {command} --score {score}"
+            f"  {command}"
         )
     return index
 
@@ -158,7 +160,11 @@ def _read_header(path: Path) -> dict[str, Any]:
     length = int.from_bytes(raw[8:16], "little")
     try:
         header: dict[str, Any] = json.loads(raw[16 : 16 + length])
-    except ValueError as error:
+        if not isinstance(header["digest"], str) or {type(header[k]) for k in ("documents", "stride", "seed")} != {int}:
+            raise ValueError("a field has another type")
+        if header["dtype"] not in ("uint32", "uint64") or header["stride"] != STRIDE or header["documents"] < 1:
+            raise ValueError("a field has an impossible value")
+    except (ValueError, KeyError, TypeError) as error:
         raise RankIndexError(f"{path}: damaged header ({error}); delete it and run tools/rank_data.py") from error
     return header
 
@@ -167,7 +173,7 @@ def _map_arrays(path: Path, header: dict[str, Any]) -> RankIndex:
     documents, dtype = header["documents"], np.dtype(header["dtype"])
     marks = -(-documents // header["stride"]) + 1
     expected = _HEADER_BYTES + 8 * marks + dtype.itemsize * documents
-    if path.stat().st_size != expected or header["stride"] != STRIDE:
+    if path.stat().st_size != expected:
         raise RankIndexError(
             f"{path}: {path.stat().st_size} bytes, expected {expected}; delete it and run tools/rank_data.py"
         )
@@ -197,12 +203,13 @@ def verify_rank_index(path: Path, source: Source, score: str) -> None:
 
 
 def load_or_rank(source: Source, score: str, path: Path | None = None) -> RankIndex:
-    """The stored index, or for a small source without one, a ranking made here in memory.
+    """The stored index (beside the shards, or at `path`), or for a small source without one, a ranking made here.
 
     Raises:
-        RankIndexError: no index, and the source has more than 2**20 documents; the message has the command.
+        RankIndexError: no index at `path`, or none at all and the source has more than 2**20 documents; the message
+            has the command.
     """
-    path = path or index_path(source, score)
-    if not path.is_file() and source.num_documents <= _SMALL_SOURCE:
+    usual = index_path(source, score)
+    if path is None and not usual.is_file() and source.num_documents <= _SMALL_SOURCE:
         return build_rank_index(source, score)
-    return open_rank_index(path, source, score)
+    return open_rank_index(path or usual, source, score)

@@ -29,6 +29,7 @@ def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource]) -> dict[str,
         "name": phase.name,
         "order": phase.order,
         "samples": phase.num_samples,
+        "merge_order": list(phase.streams),  # ties between streams go by their number
         "sources": {
             name: _stream_record(phase, name, stream, rate, int(used), opened[name])
             for (name, stream), rate, used in zip(phase.streams.items(), phase.rates.tolist(), phase.used, strict=True)
@@ -45,6 +46,7 @@ def _stream_record(
         "held_out": len(source.held_out),
         "keep": str(phase.spec.sources[name].keep),
         "ascending": stream.ascending,
+        "ranking": source.ranking if stream.selected.order.ranked else None,
         "documents": stream.selected.num_documents,
         "tokens": stream.selected.num_tokens,
         "repeat": str(stream.repeat),
@@ -58,8 +60,8 @@ def _stream_record(
 def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_samples: int) -> None:
     """Compare the consumed part of two orders.
 
-    A phase that is wholly or partly consumed must be the same, but for one freedom: a shuffled phase that has begun
-    may get another length, since its order does not depend on it. Later phases may change at will.
+    A phase that is wholly or partly consumed must be the same, but for one freedom: the last one that has begun may
+    get another length if it is shuffled, since its order does not depend on it. Later phases may change at will.
 
     Raises:
         ResumeError: names what changed, with the saved and the present value.
@@ -76,11 +78,11 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_sample
         if number >= len(current["phases"]):
             _refuse(where, "present", "missing", consumed_samples)
         new = current["phases"][number]
-        begun_only = first + old["samples"] > consumed_samples
-        if begun_only and first + new["samples"] < consumed_samples:
+        last_begun = first + old["samples"] >= consumed_samples
+        if last_begun and first + new["samples"] < consumed_samples:
             _refuse(f"{where}.samples", old["samples"], new["samples"], consumed_samples)
         _compare_phase(
-            where, old, new, length_is_free=begun_only and old["order"] == "shuffled", consumed=consumed_samples
+            where, old, new, length_is_free=last_begun and old["order"] == "shuffled", consumed=consumed_samples
         )
         first += old["samples"]
 
@@ -90,7 +92,7 @@ def _compare_phase(
 ) -> None:
     for field in ("name", "order") if length_is_free else ("name", "order", "samples"):
         _same(f"{where}.{field}", old[field], new[field], consumed)
-    _same(f"{where}.sources", list(old["sources"]), list(new["sources"]), consumed)
+    _same(f"{where}.sources", old["merge_order"], new["merge_order"], consumed)
     for name, stream in old["sources"].items():
         other = new["sources"][name]
         free = {"used"} if length_is_free else set()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.source import Source, check_scores, score_path
+from megatron_kaiyuan.data.source import Source, check_scores, load_npy, score_path
 from megatron_kaiyuan.errors import ScoreError
 
 __all__ = ["import_scores", "read_scores"]
@@ -24,14 +24,13 @@ def read_scores(origin: str) -> NDArray[np.floating]:
     if not Path(path).is_file():
         raise ScoreError(f"--scores {origin}: no file {path}; give a .npy file, or FILE.parquet:column")
     if not column:
-        try:
-            scores: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ScoreError(f"--scores {origin}: not a .npy file of numbers ({error})") from error
-        return scores
+        return load_npy(path, f"--scores {origin}")
     import pyarrow.parquet as parquet  # only here: the data engine itself needs numpy alone
 
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:
+        raise ScoreError(f"--scores {origin}: not a Parquet file ({error})") from error
     if column not in file.schema_arrow.names:
         raise ScoreError(f"--scores {origin}: no column {column!r}; the file has {', '.join(file.schema_arrow.names)}")
     values: NDArray[np.floating] = file.read(columns=[column]).column(0).to_numpy()

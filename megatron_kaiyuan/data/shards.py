@@ -154,9 +154,11 @@ def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str
     """
     items = [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)
     found = [prefix for item in items for prefix in _resolve_one(item)]
-    duplicates = [prefix for prefix, count in Counter(found).items() if count > 1]
+    files = [os.path.realpath(f"{prefix}.bin") for prefix in found]
+    times = Counter(files)
+    duplicates = [prefix for prefix, file in zip(found, files, strict=True) if times[file] > 1]
     if duplicates:
-        raise ShardError(f"shards {items}: {duplicates[0]!r} is named twice; name each shard once and use repeat")
+        raise ShardError(f"shards {items}: {duplicates[-1]!r} is named twice; name each shard once and use repeat")
     return found
 
 

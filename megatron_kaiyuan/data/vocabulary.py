@@ -33,15 +33,19 @@ def check_vocabulary(opened: Mapping[str, OpenedSource], vocab_size: int) -> Non
 def largest_token_id(shard: Shard) -> int:
     """The largest token id of a shard, as far as it can be known quickly.
 
-    From the manifest where there is one; by reading all tokens up to 64 Mi of them; else from evenly spaced probes (the
-    dataset checks every sample it reads as well, so a miss here is caught then).
+    From the manifest where there is one; by reading all tokens up to 64 Mi of them; else from evenly spaced probes,
+    which can miss a rare id: shards of that size should have a manifest. A negative id counts as a huge one.
     """
     manifest = Path(f"{shard.prefix}.manifest.json")
     if manifest.is_file():
-        recorded = json.loads(manifest.read_text(encoding="utf-8")).get("max_token_id")
-        if isinstance(recorded, int):
-            return recorded
-    data = shard.token_data
+        try:
+            return int(json.loads(manifest.read_text(encoding="utf-8"))["max_token_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(
+                f"{manifest}: not a manifest with max_token_id ({error!r}); build the shard again, or delete the "
+                "manifest to have its tokens read instead"
+            ) from error
+    data = shard.token_data.view(np.dtype(f"u{shard.dtype.itemsize}"))
     if shard.tokens <= _FULL_SCAN_TOKENS:
         return max((int(data[start : start + _CHUNK].max()) for start in range(0, len(data), _CHUNK)), default=-1)
     starts = np.linspace(0, len(data) - _CHUNK // _PROBES, _PROBES).astype(np.int64)

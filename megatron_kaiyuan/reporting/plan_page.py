@@ -13,18 +13,12 @@ from megatron_kaiyuan.reporting.plan_table import format_tokens
 
 __all__ = ["write_plan_page"]
 
-_COLOURS = (
-    "#4269d0",
-    "#efb118",
-    "#ff725c",
-    "#6cc5b0",
-    "#3ca951",
-    "#ff8ab7",
-    "#a463f2",
-    "#97bbf5",
-    "#9c6b4e",
-    "#9498a0",
-)
+
+def _colour(number: int) -> str:
+    """Hues a golden angle apart, in three shades: any few neighbours differ clearly, however many sources there are."""
+    return f"hsl({number * 137.508 % 360:.0f},{(62, 48, 70)[number % 3]}%,{(52, 66, 40)[number % 3]}%)"
+
+
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Plan {fingerprint}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}}
@@ -81,7 +75,7 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
                 y=shares,
                 width=widths,
                 name=name,
-                marker_color=_COLOURS[number % len(_COLOURS)],
+                marker_color=_colour(number),
                 customdata=texts,
                 hovertemplate="%{customdata}<extra></extra>",
                 row=row,
@@ -93,9 +87,22 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
         figure.update_yaxes(title_text="learning rate", rangemode="tozero", row=1, col=1)
     _mark_phases(figure, description)
     figure.update_yaxes(title_text="share of tokens", tickformat=".0%", range=[0, 1], row=row, col=1)
+    ticks = _round_ticks(description["tokens"])
+    figure.update_xaxes(
+        range=[0, description["tokens"]],
+        tickvals=ticks,
+        ticktext=[format_tokens(tick) for tick in ticks],
+    )
     figure.update_xaxes(title_text="tokens of the run", row=row, col=1)
-    figure.update_layout(barmode="stack", height=560, margin={"t": 60, "r": 20}, plot_bgcolor="white", bargap=0)
+    figure.update_layout(barmode="stack", height=560, margin={"t": 90, "r": 20}, plot_bgcolor="white", bargap=0)
     return figure
+
+
+def _round_ticks(total: int) -> list[int]:
+    """At most ten round numbers from 0 up to `total`."""
+    magnitude = 10 ** max(0, len(str(total)) - 2)
+    step = next(magnitude * factor for factor in (1, 2, 5, 10, 20) if total <= 10 * magnitude * factor)
+    return list(range(0, total + 1, step))
 
 
 def _mix_bars(description: dict[str, Any], source: str) -> tuple[list[float], list[int], list[float], list[str]]:
@@ -142,7 +149,7 @@ def _mark_phases(figure: go.Figure, description: dict[str, Any]) -> None:
             yref="paper",
             yanchor="bottom",
             showarrow=False,
-            text=f"<b>{html.escape(phase['name'])}</b><br>{phase['order']}, {format_tokens(phase['tokens'])}",
+            text=f"<b>{html.escape(phase['name'])}</b><br>{phase['order']}<br>{format_tokens(phase['tokens'])}",
         )
 
 

@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Index building and reading: this data engine beside Megatron-Core's GPTDataset and BlendedDataset, in one run.
+
+    python benchmarks/data_engine.py --documents 20000000 --json data_engine.json
+
+Both sides get the same `.bin/.idx` files. The big one for index building has a sparse `.bin` (no token of it is read);
+the one for reading is real random tokens and fits in memory, so that the readers are compared and not the disk. Every
+row is the fastest of several fresh processes; the time does not include importing either package.
+"""
+
+import argparse
+import json
+import multiprocessing
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+SEQ_LENGTH = 4096
+READ_DOCUMENTS = 300_000
+READ_SAMPLES = 4_000
+SOURCES = 8
+
+
+def main() -> None:
+    """Run both comparisons and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=20_000_000, help="documents of the index build")
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per row; the fastest counts")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        big, small = Path(folder) / "big", Path(folder) / "small"
+        write_shard(big, args.documents, sparse=True)
+        write_shard(small, READ_DOCUMENTS, sparse=False)
+        builds = [
+            fastest(args.repeats, build_megatron, str(big), epochs) | {"epochs": epochs, "system": "Megatron-Core"}
+            for epochs in (1, 4)
+        ] + [
+            fastest(args.repeats, build_ours, str(big), epochs) | {"epochs": epochs, "system": "ours"}
+            for epochs in (1, 4)
+        ]
+        reads = [
+            fastest(args.repeats, read_megatron, str(small)) | {"system": "Megatron-Core"},
+            fastest(args.repeats, read_ours, str(small), "shuffled") | {"system": "ours, shuffled"},
+            fastest(args.repeats, read_ours, str(small), "curriculum") | {"system": "ours, curriculum (top 80%)"},
+        ]
+    print_builds(builds, args.documents)
+    print_reads(reads)
+    if args.json:
+        args.json.write_text(json.dumps({"documents": args.documents, "builds": builds, "reads": reads}, indent=2))
+
+
+def write_shard(prefix: Path, documents: int, *, sparse: bool) -> None:
+    """A shard with log-normal document lengths (mean about 1000 tokens) and uniform scores."""
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(1, rng.lognormal(6.5, 0.9, documents)).astype(np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64) * 4
+    with Path(f"{prefix}.idx").open("wb") as stream:
+        stream.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, documents, documents + 1))
+        for array in (lengths, ends - lengths.astype(np.int64) * 4, np.arange(documents + 1)):
+            stream.write(array.data)
+    with Path(f"{prefix}.bin").open("wb") as stream:
+        if sparse:
+            stream.truncate(int(ends[-1]))
+        else:
+            rng.integers(0, 50_000, int(ends[-1]) // 4, dtype=np.int32).tofile(stream)
+    np.save(f"{prefix}.scores.score.npy", rng.random(documents, dtype=np.float32))
+
+
+def fastest(repeats: int, work: Callable[..., dict[str, float]], *args: Any) -> dict[str, Any]:
+    """The fastest of several fresh processes, and its peak memory."""
+    context = multiprocessing.get_context("spawn")
+    results = []
+    for _ in range(repeats):
+        with context.Pool(1) as pool:
+            results.append(pool.apply(_measured, (work, args)))
+    return min(results, key=lambda result: result["seconds"])
+
+
+def _measured(work: Callable[..., dict[str, float]], args: tuple[Any, ...]) -> dict[str, float]:
+    warnings.simplefilter("ignore")
+    result = work(*args)
+    return result | {"peak_mib": _peak_mib()}
+
+
+def _peak_mib() -> float:
+    """Peak resident memory of this process, shared pages of mapped files included."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def build_ours(prefix: str, epochs: int) -> dict[str, float]:
+    """Rank all documents, store the index, open a curriculum plan of so many passes, read one sample's documents."""
+    from megatron_kaiyuan.data import Plan, open_source
+    from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, save_rank_index
+
+    started = time.perf_counter()
+    source = open_source("big", prefix)
+    path = index_path(source, "score")
+    save_rank_index(build_rank_index(source, "score"), path)
+    plan = Plan.from_spec(plan_of({"big": prefix}, "curriculum", {"repeat": epochs}))
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "samples": plan.num_samples, "bytes": path.stat().st_size}
+
+
+def build_megatron(prefix: str, epochs: int) -> dict[str, float]:
+    """Document, sample and shuffle index of so many epochs, as GPTDataset builds and caches them."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    started = time.perf_counter()
+    indexed = IndexedDataset(prefix, multimodal=False, mmap=True)
+    documents = np.arange(len(indexed), dtype=np.int32)
+    tokens = int(indexed.sequence_lengths.sum(dtype=np.int64))
+    samples = (epochs * tokens - 1) // SEQ_LENGTH
+    with tempfile.TemporaryDirectory(dir=Path(prefix).parent) as cache:
+        dataset = GPTDataset(indexed, prefix, documents, samples, Split.train, megatron_config(cache))
+        seconds = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in Path(cache).rglob("*.npy"))
+    return {"seconds": seconds, "samples": len(dataset), "bytes": size}
+
+
+def read_ours(prefix: str, order: str) -> dict[str, float]:
+    """Samples a second of eight sources, one after the other and at random."""
+    from megatron_kaiyuan.data import CurriculumDataset, Plan
+
+    keep = "top 80%" if order == "curriculum" else "all"
+    sources = {f"source{number}": prefix for number in range(SOURCES)}
+    return read_rates(CurriculumDataset(Plan.from_spec(plan_of(sources, order, {"keep": keep}))))
+
+
+def read_megatron(prefix: str) -> dict[str, float]:
+    """The same eight sources through BlendedDataset over GPTDatasets, masks and positions cached as by default."""
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    config = megatron_config(None)
+    datasets = []
+    for _ in range(SOURCES):
+        indexed = IndexedDataset(prefix, multimodal=False, mmap=True)
+        documents = np.arange(len(indexed), dtype=np.int32)
+        datasets.append(GPTDataset(indexed, prefix, documents, None, Split.train, config))
+    sizes = [len(dataset) for dataset in datasets]
+    return read_rates(BlendedDataset(datasets, sizes, None, config))
+
+
+def read_rates(dataset: Any) -> dict[str, float]:
+    """Samples a second, in order and at random; each after a warm-up over the same samples."""
+    rng = np.random.default_rng(1)
+    rates = {}
+    for name, samples in (
+        ("sequential", np.arange(READ_SAMPLES)),
+        ("random", rng.integers(0, len(dataset), READ_SAMPLES)),
+    ):
+        numbers = samples.tolist()
+        for _ in range(2):
+            started = time.perf_counter()
+            for number in numbers:
+                dataset[number]
+            rates[name] = READ_SAMPLES / (time.perf_counter() - started)
+    return rates | {"seconds": 1 / rates["sequential"]}
+
+
+def plan_of(sources: dict[str, str], order: str, part: dict[str, Any]) -> dict[str, Any]:
+    """A plan of one phase over these sources."""
+    return {
+        "seq_length": SEQ_LENGTH,
+        "sources": {name: {"shards": prefix, "score": "score"} for name, prefix in sources.items()},
+        "phases": [{"name": "phase", "order": order, "sources": dict.fromkeys(sources, part)}],
+    }
+
+
+def megatron_config(cache: str | None) -> Any:
+    """GPTDatasetConfig as a pretraining run has it, without the attention mask."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    config = GPTDatasetConfig(
+        random_seed=1234,
+        sequence_length=SEQ_LENGTH,
+        split="1,0,0",
+        path_to_cache=cache,
+        tokenizer=_Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    return config
+
+
+class _Tokenizer:
+    """The facts that GPTDataset asks a tokenizer for."""
+
+    vocab_size = 50_000
+    eod = 0
+    pad = -1
+    unique_identifiers: dict[str, str] = {}  # noqa: RUF012 - read by GPTDataset's description only
+
+
+def print_builds(rows: list[dict[str, Any]], documents: int) -> None:
+    """Seconds from nothing to a readable dataset."""
+    table = Table(title=f"From shards to the first sample, {documents:,} documents", title_justify="left")
+    for name in ("system", "epochs", "samples", "seconds", "times faster", "extra bytes a document", "peak MiB"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    base = {row["epochs"]: row["seconds"] for row in rows if row["system"] == "Megatron-Core"}
+    for row in rows:
+        table.add_row(
+            row["system"],
+            str(row["epochs"]),
+            f"{row['samples']:,}",
+            f"{row['seconds']:.2f}",
+            f"{base[row['epochs']] / row['seconds']:.1f}",
+            f"{row['bytes'] / documents:.2f}",
+            f"{row['peak_mib']:,.0f}",
+        )
+    Console(width=120).print(table)
+
+
+def print_reads(rows: list[dict[str, Any]]) -> None:
+    """Samples a second and process."""
+    table = Table(title=f"Reading, {SOURCES} sources, samples of {SEQ_LENGTH} tokens a second", title_justify="left")
+    for name in ("system", "sequential", "ratio", "random", "ratio"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    first = rows[0]
+    for row in rows:
+        table.add_row(
+            row["system"],
+            f"{row['sequential']:,.0f}",
+            f"{row['sequential'] / first['sequential']:.2f}",
+            f"{row['random']:,.0f}",
+            f"{row['random'] / first['random']:.2f}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The flags this package adds to Megatron's, in one group, and the defaults it changes. Nothing else knows argparse."""
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Mapping
+
+__all__ = ["add_kaiyuan_arguments", "arguments_provider", "defaults_without_optional_kernels"]
+
+
+def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group `kaiyuan`; every model option is off, so that Megatron's own command lines keep their meaning."""
+    group = parser.add_argument_group("kaiyuan", "data plan and model options of megatron_kaiyuan")
+    group.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="data plan (YAML): phases, curriculum, repetition, held-out documents and learning rate. It replaces "
+        "--data-path, --split and the data cache; --seq-length, --train-samples and --lr follow it where they are not "
+        "given",
+    )
+    _add_model_options(group)
+    return parser
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    """One flag for each field of `megatron_kaiyuan.model.config.KaiyuanModelOptions`, with its default."""
+    group.add_argument(
+        "--kaiyuan-sandwich-norm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="RMSNorm on the outputs of attention and MLP as well, inside the residual branch",
+    )
+    group.add_argument(
+        "--kaiyuan-post-norm-gain-init",
+        type=float,
+        default=1.0,
+        metavar="GAIN",
+        help="initial gain of those output norms (default 1.0)",
+    )
+    group.add_argument(
+        "--kaiyuan-post-norm-depth-scaled",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="divide that gain by sqrt(--num-layers)",
+    )
+    group.add_argument(
+        "--kaiyuan-logit-softcap",
+        type=float,
+        default=0.0,
+        metavar="CAP",
+        help="output logits become CAP * tanh(logits / CAP); 0 (default) = off",
+    )
+    group.add_argument(
+        "--kaiyuan-z-loss",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="add WEIGHT * logsumexp(logits)^2 to the loss of each token; 0 (default) = off",
+    )
+    group.add_argument(
+        "--kaiyuan-attention",
+        choices=["auto", "sdpa", "unfused"],
+        default="auto",
+        help="core attention of --transformer-impl local: torch SDPA (auto) or Megatron's unfused one",
+    )
+
+
+def arguments_provider(
+    platform_defaults: Mapping[str, object],
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """What Megatron calls with its parser: adds our flags and sets defaults, which flags on the command line override.
+
+    Args:
+        platform_defaults: Value by the name argparse stores it under; the names are Megatron's.
+    """
+
+    def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_kaiyuan_arguments(parser)
+        parser.set_defaults(**platform_defaults)
+        return parser
+
+    return provide
+
+
+def defaults_without_optional_kernels() -> dict[str, object]:
+    """Defaults of Megatron that assume Transformer Engine or apex, changed where these are not installed."""
+    defaults: dict[str, object] = {}
+    if not _installed("transformer_engine"):
+        defaults.update(transformer_impl="local", no_persist_layer_norm=True, apply_rope_fusion=False)
+    if not _installed("fused_weight_gradient_mlp_cuda"):  # the name of apex's extension module
+        defaults["gradient_accumulation_fusion"] = False
+    if not _installed("scaled_upper_triang_masked_softmax_cuda"):  # apex too
+        defaults["masked_softmax_fusion"] = False
+    if not _installed("one_logger"):  # a package of NVIDIA's own network; Megatron points to it at every start
+        defaults["enable_one_logger"] = False
+    return defaults
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,123 @@
+"""Sources that do not exist yet: planning with invented document counts, lengths and scores.
+
+A simulated source has as many documents and tokens as its `expected` field says. Its documents are as long as the
+mean, with a linear trend over quality: `length(q) = mean * (1 + length_by_quality * (2 q - 1))` at score quantile
+`q`. Every count of a dry run follows by arithmetic; there are no tokens to read, so a simulated plan can be described
+but not trained on.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.order import block_size
+from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
+from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
+from megatron_kaiyuan.data.source import Segment, Source
+from megatron_kaiyuan.errors import PlanError
+
+__all__ = ["simulate_plan_source"]
+
+
+class SimulatedSource(Source):
+    """Documents that are only counted."""
+
+    expected: ExpectedSpec
+
+    def __init__(self, name: str, expected: ExpectedSpec) -> None:
+        super().__init__(name, ())
+        object.__setattr__(self, "expected", expected)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents expected."""
+        return self.expected.documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens expected."""
+        return self.expected.tokens
+
+
+class SimulatedOrder:
+    """An order whose cumulative tokens are a formula."""
+
+    def __init__(self, source: SimulatedSource, *, ranked: bool) -> None:
+        self.source: Source = source
+        self.ranked = ranked
+        self.block = block_size(source.num_documents, 1 << 18 if ranked else 1 << 14)
+        self._trend = source.expected.length_by_quality if ranked else 0.0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents expected."""
+        return self.source.num_documents
+
+    def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The integral of the length trend up to each position, rounded down: exact at both ends."""
+        share = positions / self.num_documents
+        tokens = self.source.num_tokens * (share + self._trend * (share * share - share))
+        return np.minimum(tokens.astype(np.int64), self.source.num_tokens)
+
+    def locate(self, token: int) -> int:
+        """The position that holds this token: the formula inverted, then corrected for its rounding."""
+        share = token / self.source.num_tokens
+        if self._trend:
+            linear = 1 - self._trend
+            share = (math.sqrt(linear * linear + 4 * self._trend * share) - linear) / (2 * self._trend)
+        position = min(max(int(share * self.num_documents), 0), self.num_documents - 1)
+        while self._offset(position) > token:
+            position -= 1
+        while self._offset(position + 1) <= token:
+            position += 1
+        return position
+
+    def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Documents are numbered by rank; held-out ones are drawn at random anyway."""
+        return documents
+
+    def read(self, token: int, out: NDArray[np.int64]) -> None:
+        """A simulated source has no tokens."""
+        raise self._no_tokens()
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """A simulated source has no documents to name."""
+        raise self._no_tokens()
+
+    def _offset(self, position: int) -> int:
+        return int(self.token_offsets(np.array([position]))[0])
+
+    def _no_tokens(self) -> PlanError:
+        return PlanError(
+            f"source {self.source.name!r} is simulated: it can be planned with, but it holds no tokens to read; "
+            "build its shards first"
+        )
+
+
+def simulate_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
+    """A source of the size its `expected` field gives, with held-out documents drawn as from a real one.
+
+    Raises:
+        PlanError: the source has no `expected` field, or fewer documents than are to be held out.
+    """
+    if spec.expected is None:
+        raise PlanError(
+            f"sources.{name}: --simulate needs expected: {{documents: N, tokens: N}} for every source; add it, or run "
+            "without --simulate once the shards exist"
+        )
+    source = SimulatedSource(name, spec.expected)
+    if held_out >= source.num_documents:
+        raise PlanError(f"validation.{name}.documents: {held_out} of {source.num_documents} leaves none to train on")
+    drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))
+    digest = hashlib.sha256(f"simulated {spec.expected}".encode()).hexdigest()
+    opened = OpenedSource(name, spec, source, np.sort(drawn))
+    opened.__dict__.update(  # what the cached properties of a real source find in its files
+        storage_order=SimulatedOrder(source, ranked=False),
+        ranked_order=SimulatedOrder(source, ranked=True),
+        content=digest,
+        ranking=digest[:16],
+    )
+    return opened

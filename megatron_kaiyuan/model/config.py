@@ -1,0 +1,208 @@
+"""Model options and the Megatron transformer config that carries them.
+
+Every option is off by default, so a stock Megatron command line gives the stock model. The one exception is
+`attention`, which picks another kernel for the same mathematics.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from megatron_kaiyuan.errors import ConfigError
+
+__all__ = [
+    "ARGUMENT_PREFIX",
+    "KaiyuanModelOptions",
+    "KaiyuanTransformerConfig",
+    "kaiyuan_config_from_args",
+    "model_options_from_args",
+]
+
+ARGUMENT_PREFIX = "kaiyuan_"
+"""An option `x` is the attribute `kaiyuan_x` of Megatron's argument namespace, and the flag `--kaiyuan-x`."""
+
+AttentionKernel = Literal["auto", "sdpa", "unfused"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KaiyuanModelOptions:
+    """What the Kaiyuan variant adds to Megatron's GPT. Argued one by one in docs/model.md.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    sandwich_norm: bool = False
+    """RMSNorm on the outputs of attention and MLP too, in the residual branch: `x += norm(f(norm(x)))` (Kaiyuan-2B)."""
+    post_norm_gain_init: float = 1.0
+    """Initial gain of those output norms (no unit). 1.0 as in Gemma 2; the Kaiyuan report does not give it."""
+    post_norm_depth_scaled: bool = False
+    """Divide that gain by sqrt(num_layers): the depth-scaled sandwich norm of Pangu Ultra (arXiv 2504.07866)."""
+    logit_softcap: float = 0.0
+    """c of `c * tanh(logits / c)`, in logit units (nats); 0 = off. Gemma 2 uses 30; Kaiyuan's own c is unpublished."""
+    z_loss: float = 0.0
+    """Weight of `logsumexp(logits)^2` in the loss of each training token; 0 = off. PaLM (arXiv 2204.02311): 1e-4."""
+    attention: AttentionKernel = "auto"
+    """Core attention of the local spec: torch SDPA or Megatron's unfused one. `auto` = SDPA; with TE, TE's own."""
+
+    def __post_init__(self) -> None:
+        _require_number("logit_softcap", self.logit_softcap, minimum=0.0, off_hint="0 switches the soft-cap off")
+        _require_number("z_loss", self.z_loss, minimum=0.0, off_hint="0 switches it off")
+        _require_number("post_norm_gain_init", self.post_norm_gain_init, minimum=None, off_hint="the default is 1.0")
+        if self.attention not in get_args(AttentionKernel):
+            raise ConfigError(
+                f"{_flag('attention')} {self.attention!r} is unknown; use one of {', '.join(get_args(AttentionKernel))}"
+            )
+        if not self.sandwich_norm and (self.post_norm_depth_scaled or self.post_norm_gain_init != 1.0):
+            raise ConfigError(
+                f"{_flag('post_norm_gain_init')} and {_flag('post_norm_depth_scaled')} set the gain of the output "
+                f"norms, but there are none: add {_flag('sandwich_norm')} or remove them"
+            )
+
+    def post_norm_gain(self, num_layers: int) -> float:
+        """Initial gain of each output norm in a model of `num_layers` layers (whole model, not one pipeline stage)."""
+        return self.post_norm_gain_init / (math.sqrt(num_layers) if self.post_norm_depth_scaled else 1.0)
+
+
+def _flag(option: str) -> str:
+    return "--" + (ARGUMENT_PREFIX + option).replace("_", "-")
+
+
+def _require_number(option: str, value: float, *, minimum: float | None, off_hint: str) -> None:
+    """Refuse NaN, infinities and values below `minimum` (None = must be positive)."""
+    allowed = value > 0 if minimum is None else value >= minimum
+    if not (math.isfinite(value) and allowed):
+        wanted = "a positive number" if minimum is None else f"a finite number >= {minimum:g}"
+        raise ConfigError(f"{_flag(option)} must be {wanted}, got {value}; {off_hint}")
+
+
+@dataclass
+class KaiyuanTransformerConfig(TransformerConfig):
+    """Megatron's transformer config with the Kaiyuan options beside its own fields.
+
+    Raises:
+        ConfigError: options that contradict Megatron's fields; the message names both flags and the remedy.
+    """
+
+    kaiyuan: KaiyuanModelOptions = field(default_factory=KaiyuanModelOptions)
+    """The variant's options."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_output_head()
+        self._check_sandwich_norm()
+        self._check_attention()
+
+    @property
+    def local_attention_kernel(self) -> Literal["sdpa", "unfused"]:
+        """The kernel that the local spec uses, `auto` resolved."""
+        return "unfused" if self.kaiyuan.attention == "unfused" else "sdpa"
+
+    @property
+    def has_stock_layers(self) -> bool:
+        """Whether the layers are exactly Megatron's own, so that Megatron's own spec is to be used."""
+        unfused_if_local = self.transformer_impl != "local" or self.local_attention_kernel == "unfused"
+        return not self.kaiyuan.sandwich_norm and unfused_if_local
+
+    def _check_output_head(self) -> None:
+        options = self.kaiyuan
+        wanted = {_flag("logit_softcap"): options.logit_softcap, _flag("z_loss"): options.z_loss}
+        active = " and ".join(flag for flag, value in wanted.items() if value > 0)
+        if not active:
+            return
+        if self.mtp_num_layers:
+            raise ConfigError(f"{active} is not defined for multi-token prediction; remove --mtp-num-layers")
+        if self.cross_entropy_loss_fusion and self.cross_entropy_fusion_impl == "native":
+            raise ConfigError(
+                f"{active} cannot be used with Megatron's native fused cross-entropy, which rounds the gradient of the "
+                "logits to bf16 (8 bits); remove --cross-entropy-loss-fusion"
+            )
+        if self.cross_entropy_loss_fusion and options.z_loss > 0:
+            raise ConfigError(
+                f"{_flag('z_loss')} needs the log-partition, which the fused cross-entropy does not return; "
+                "remove --cross-entropy-loss-fusion"
+            )
+
+    def _check_sandwich_norm(self) -> None:
+        if not self.kaiyuan.sandwich_norm:
+            return
+        unsupported = {
+            "--multi-latent-attention": self.multi_latent_attention,
+            "--num-experts": self.num_moe_experts,
+            "--mtp-num-layers": self.mtp_num_layers,
+            "--heterogeneous-layers-config-path": self.heterogeneous_block_specs,
+            "--experimental-attention-variant": self.experimental_attention_variant,
+            "--apply-layernorm-1p": self.layernorm_zero_centered_gamma,
+            "--inference-fuse-tp-communication": self.inference_fuse_tp_communication,
+        }
+        present = [flag for flag, value in unsupported.items() if value]
+        if present:
+            raise ConfigError(f"{_flag('sandwich_norm')} does not support {', '.join(present)}; remove one of the two")
+        if self.normalization != "RMSNorm":
+            raise ConfigError(
+                f"{_flag('sandwich_norm')} is made of RMSNorm, but --normalization is {self.normalization}; "
+                "add --normalization RMSNorm"
+            )
+
+    def _check_attention(self) -> None:
+        if self.transformer_impl != "local":
+            if self.kaiyuan.attention != "auto":
+                raise ConfigError(
+                    f"{_flag('attention')} {self.kaiyuan.attention} chooses a kernel of --transformer-impl local, but "
+                    f"--transformer-impl is {self.transformer_impl}; use --attention-backend there, or local here"
+                )
+            return
+        if self.context_parallel_size > 1:
+            raise ConfigError(
+                f"--context-parallel-size {self.context_parallel_size} needs --transformer-impl transformer_engine"
+            )
+        unsupported = {"--window-size": self.window_size, "--softmax-type": self.softmax_type != "vanilla"}
+        present = [flag for flag, value in unsupported.items() if value]
+        if present and self.local_attention_kernel == "sdpa":
+            raise ConfigError(f"{', '.join(present)} is not supported by SDPA; use {_flag('attention')} unfused")
+
+
+def model_options_from_args(args: argparse.Namespace) -> KaiyuanModelOptions:
+    """Collect the options from the `kaiyuan_*` attributes of Megatron's argument namespace.
+
+    Raises:
+        ConfigError: an attribute is missing (the flags were not added to the parser), or a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    for option in fields(KaiyuanModelOptions):
+        name = ARGUMENT_PREFIX + option.name
+        if not hasattr(args, name):
+            raise ConfigError(
+                f"the arguments have no {name}; parse them with the argument group of megatron_kaiyuan.arguments"
+            )
+        values[option.name] = getattr(args, name)
+    return KaiyuanModelOptions(**values)
+
+
+def kaiyuan_config_from_args(args: argparse.Namespace) -> KaiyuanTransformerConfig:
+    """Build the transformer config through Megatron's own mapping of its arguments.
+
+    Raises:
+        ConfigError: flags that cannot work together, or that would silently replace the config class.
+    """
+    options = model_options_from_args(args)
+    replacing = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+        "--yaml-cfg": args.yaml_cfg,
+    }
+    present = [flag for flag, value in replacing.items() if value]
+    if present:
+        raise ConfigError(f"{', '.join(present)} makes Megatron use another config class, without the Kaiyuan options")
+    if args.seq_length > args.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-length {args.seq_length} is longer than --max-position-embeddings {args.max_position_embeddings}; "
+            "raise the second to at least the first"
+        )
+    with_options = argparse.Namespace(**vars(args), kaiyuan=options)
+    config: KaiyuanTransformerConfig = core_transformer_config_from_args(with_options, KaiyuanTransformerConfig)
+    return config

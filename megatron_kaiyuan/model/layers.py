@@ -1,0 +1,103 @@
+"""RMSNorm with FP32 inside, and the transformer layer with a norm on both sides of each branch (sandwich norm).
+
+Overflow: FP16 ends at 65 504. The square of any value above 255.9 is beyond that, so a mean of squares taken in FP16 is
+    infinite long before the activations are. In a stock pre-norm layer nothing bounds what a branch adds to the
+    residual stream: attention's `linear_proj` and the MLP's `linear_fc2` grow with training, and it sums 2L of them.
+Bound: after the output norm each element of a branch is at most sqrt(h) * |gain|, its RMS at most |gain|. The stream's
+    RMS is thus at most RMS(embedding) + 2 L max|gain|: 57 for 28 layers at gain 1, and about sqrt(2L) = 7.5 when the
+    branches are uncorrelated. What is left unbounded are the matrix products before the norm (`linear_fc2` of
+    silu(gate) * up, `linear_proj`), whose inputs are normed: |out| <= sqrt(h) |row|_2 * RMS(in).
+Remedy: normalise `f(norm(x))` before it enters the stream, with squares, mean, reciprocal root and gain in FP32 and one
+    rounding at the end.
+Cost: two more RMSNorms a layer, 2 h parameters a layer (114 688 for Kaiyuan-2B), read + write of 2 [s, b, h] a layer.
+Upstream instead: Megatron-Core 0.19 has no output norms, and its `WrappedTorchNorm` refuses sequence parallelism.
+Source: PCMind-2.1-Kaiyuan-2B (arXiv 2512.07612); Gemma 2 (arXiv 2408.00118); Pangu Ultra (arXiv 2504.07866).
+
+Shapes: s = sequence (divided by TP under sequence parallelism), b = batch, h = hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["KaiyuanLayerSubmodules", "KaiyuanTransformerLayer", "StableRMSNorm"]
+
+
+class StableRMSNorm(torch.nn.Module):
+    """RMSNorm over the last dimension: FP32 inside, output in the dtype of the gain.
+
+    For inputs in the gain's dtype it is bit-identical to `torch.nn.RMSNorm`. Two things differ: an FP32 residual stream
+    (`--fp32-residual-connection`) leaves it in the parameters' dtype, and the gain is marked for sequence parallelism,
+    so that Megatron sums its gradient over the tensor-parallel ranks, each of which sees a part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (Megatron's parameter mark)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` of shape [..., hidden_size]; the output has the same shape and the gain's dtype."""
+        if x.dtype == self.weight.dtype:
+            # torch computes half inputs in FP32 and rounds once, on the CPU and on CUDA (tested near 65 504).
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        gain = self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        return functional.rms_norm(x.to(gain.dtype), gain.shape, gain, self.eps).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Size and epsilon, for `print(model)`."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+@dataclass
+class KaiyuanLayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's layer submodules and the two output norms."""
+
+    post_self_attn_layernorm: LayerNormBuilder = IdentityOp
+    """Norm of the attention output, bias included, before dropout and the residual addition."""
+    post_mlp_layernorm: LayerNormBuilder = IdentityOp
+    """The same for the MLP."""
+
+
+class KaiyuanTransformerLayer(TransformerLayer):
+    """`x += norm_post(f(norm_pre(x)))` for attention and MLP; everything else is Megatron's layer.
+
+    The norms are applied by forward hooks on `self_attention` and `mlp`, and not in the bias-dropout-add step, because
+    - the row-parallel outputs are already reduced (or reduce-scattered) there, so the norm sees the full sum;
+    - bias-dropout-add runs under `enable_grad`, which would keep activations alive inside a recomputed layer;
+    - recomputing "mlp" alone then covers the norm too.
+    They are bound methods, so a deep copy of the layer uses the copy's norms.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: KaiyuanLayerSubmodules, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        size_and_eps = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.post_self_attn_layernorm = submodules.post_self_attn_layernorm(config=config, **size_and_eps)
+        self.post_mlp_layernorm = submodules.post_mlp_layernorm(config=config, **size_and_eps)
+        gain = config.kaiyuan.post_norm_gain(config.num_layers)
+        for norm in (self.post_self_attn_layernorm, self.post_mlp_layernorm):
+            torch.nn.init.constant_(norm.weight, gain)
+        self.self_attention.register_forward_hook(self._norm_attention_output)
+        self.mlp.register_forward_hook(self._norm_mlp_output)
+
+    def _norm_attention_output(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, None]:
+        return _normed_branch(self.post_self_attn_layernorm, output)
+
+    def _norm_mlp_output(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, None]:
+        return _normed_branch(self.post_mlp_layernorm, output)
+
+
+def _normed_branch(norm: torch.nn.Module, output_with_bias: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+    """Norm a branch's `(output, bias)`, [s, b, h] and [h]; the bias belongs to the branch, so it is added first."""
+    output, bias = output_with_bias
+    return cast(Tensor, norm(output if bias is None else output + bias)), None

@@ -1,0 +1,120 @@
+"""How far a model's activations are from the end of FP16, layer by layer.
+
+Overflow: an FP16 value beyond 65 504 becomes infinite, and NaN a few operations later, in another layer.
+Bound: headroom = 65 504 / max|activation| of each matrix product's output and of the residual stream; below 1 it
+    overflows. (In a BF16 or FP32 run the same number says whether FP16 would have.)
+Remedy: none here; the meter names the first tensor, in the order of computation, that is not finite.
+Cost: one max-abs reduction of each metered output, on the device; the host waits only in `read`. Off between readings.
+Upstream instead: Megatron logs norms of whole gradients and skips a step after the fact.
+Source: IEEE 754 binary16.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FP16_MAX", "ActivationMeter", "ActivationPeak", "first_non_finite"]
+
+FP16_MAX = 65504.0
+"""Largest finite FP16 number."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationPeak:
+    """The largest absolute value of one tensor of the model since the last reset."""
+
+    name: str
+    """Checkpoint-style name with the layer's number in the whole model, from 0: `decoder.layers.3.mlp.linear_fc2`."""
+    peak: float
+    """max |value|; inf or NaN when the tensor held one."""
+
+    @property
+    def headroom(self) -> float:
+        """65 504 / peak: how many times larger the values could be in FP16. 0 when not finite."""
+        if not math.isfinite(self.peak):
+            return 0.0
+        return FP16_MAX / self.peak if self.peak > 0 else math.inf
+
+
+def first_non_finite(peaks: list[ActivationPeak]) -> str | None:
+    """Name of the first tensor, in the order of computation, that held an infinity or a NaN; None if all are finite."""
+    return next((entry.name for entry in peaks if not math.isfinite(entry.peak)), None)
+
+
+class ActivationMeter:
+    """Records max |activation| of every linear layer, layer output and the raw logits of one model stage.
+
+    Use as a context manager around the steps to be measured, or call `start` and `stop`. Recomputed activations are
+    seen twice, which a maximum does not mind. Values are of this rank's shard and stage only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Prepare to meter `model`, wrapped (DDP, Float16Module) or not; it must contain a Megatron decoder."""
+        self._targets = list(_metered_modules(_unwrapped(model)))
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._peaks: list[Tensor | None] = [None] * len(self._targets)
+
+    def __enter__(self) -> "ActivationMeter":
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin recording; peaks of earlier recordings are kept until `reset`."""
+        self.stop()
+        for index, (_name, module) in enumerate(self._targets):
+            # First among the hooks: before the output norm or the soft-cap hides what came out of the matrix product.
+            self._handles.append(module.register_forward_hook(self._recorder(index), prepend=True))
+
+    def stop(self) -> None:
+        """Stop recording and remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def reset(self) -> None:
+        """Forget the recorded peaks."""
+        self._peaks = [None] * len(self._targets)
+
+    def read(self) -> list[ActivationPeak]:
+        """The peaks in the order of computation, those never computed left out. Waits for the device, once."""
+        seen = [(name, peak) for (name, _), peak in zip(self._targets, self._peaks, strict=True) if peak is not None]
+        if not seen:
+            return []
+        values = torch.stack([peak for _, peak in seen]).tolist()
+        return [ActivationPeak(name, value) for (name, _), value in zip(seen, values, strict=True)]
+
+    def _recorder(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            peak = torch.linalg.vector_norm(tensor.detach(), ord=math.inf).float()
+            earlier = self._peaks[index]
+            self._peaks[index] = peak if earlier is None else torch.maximum(earlier, peak)
+
+        return record
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while not hasattr(model, "decoder"):
+        model = model.module  # type: ignore[assignment]  # Megatron's wrappers keep the model there
+    return model
+
+
+def _metered_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules in the order of computation."""
+    if hasattr(model, "embedding"):
+        yield "embedding", model.embedding
+    for layer in model.decoder.layers:
+        prefix = f"decoder.layers.{layer.layer_number - 1}"
+        yield f"{prefix}.self_attention.linear_qkv", layer.self_attention.linear_qkv
+        yield f"{prefix}.self_attention.linear_proj", layer.self_attention.linear_proj
+        yield f"{prefix}.mlp.linear_fc1", layer.mlp.linear_fc1
+        yield f"{prefix}.mlp.linear_fc2", layer.mlp.linear_fc2
+        yield prefix, layer
+    if hasattr(model, "output_layer"):
+        yield "output_layer", model.output_layer

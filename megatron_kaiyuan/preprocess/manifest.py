@@ -1,0 +1,150 @@
+"""The `P.manifest.json` beside a shard: what it holds, what it was built from, and how to tell that it is whole.
+
+The manifest carries no time and no machine name, so the same input and the same command give the same bytes.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from megatron_kaiyuan import __version__
+from megatron_kaiyuan.errors import ShardError
+
+__all__ = [
+    "FileRecord",
+    "InputRecord",
+    "Manifest",
+    "ScoreSummary",
+    "TokenizerRecord",
+    "created_by",
+    "load_manifest",
+    "manifest_path",
+    "verify_manifest",
+]
+
+_HASH_BYTES = 1 << 22
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """One file of the shard; the name is relative to the manifest's folder, so a shard can be moved."""
+
+    name: str
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class ScoreSummary(_Record):
+    """Range and mean of one score over the documents kept."""
+
+    min: float
+    max: float
+    mean: float
+
+
+class TokenizerRecord(_Record):
+    """Which tokenizer made the ids."""
+
+    type: str
+    """Name as in Megatron's `--tokenizer-type`."""
+    model: str | None
+    """`--tokenizer-model` as given."""
+    vocab_size: int
+    eod_id: int | None
+    """Id appended after each document with `--append-eod`; None where the tokenizer has none."""
+    fingerprint: str
+    """sha256 of the tokenizer's content, whatever its path."""
+
+
+class InputRecord(_Record):
+    """One input file."""
+
+    name: str
+    bytes: NonNegativeInt
+    rows: NonNegativeInt
+    """Lines or Parquet rows read, those skipped included."""
+
+
+class Manifest(_Record):
+    """Content of `P.manifest.json`."""
+
+    format: Literal["megatron_kaiyuan.shard/1"] = "megatron_kaiyuan.shard/1"
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    dtype: Literal["int32", "uint16"]
+    max_token_id: int
+    """Largest id in the `.bin`, end-of-document ids included; -1 where there are no tokens."""
+    append_eod: bool
+    files: dict[str, FileRecord]
+    """Keys: `bin`, `idx`, and `scores.<key>` for each score."""
+    scores: dict[str, ScoreSummary]
+    tokenizer: TokenizerRecord
+    inputs: list[InputRecord]
+    skipped: dict[str, int] = Field(description="rows left out, per reason")
+    json_key: str
+    created_by: str
+
+
+def created_by() -> str:
+    """`megatron_kaiyuan <version>`."""
+    return f"megatron_kaiyuan {__version__}"
+
+
+def manifest_path(prefix: str) -> Path:
+    """Where the manifest of the shard `prefix` lies."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def load_manifest(prefix: str) -> Manifest:
+    """Read and validate the manifest of one shard.
+
+    Raises:
+        ShardError: the manifest is missing, is not JSON, or has a missing or unknown field.
+    """
+    path = manifest_path(prefix)
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path}: no such manifest (looked in {Path.cwd()}); a shard without one is incomplete or was made by "
+            "another tool: rebuild it with tools/preprocess_data.py"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "content"
+        raise ShardError(f"{path}: {field}: {first['msg']}; rebuild the shard or restore the file") from error
+
+
+def verify_manifest(prefix: str) -> Manifest:
+    """Compare size and sha256 of every file of the shard with its manifest; reads all of them once.
+
+    Raises:
+        ShardError: a file is missing or differs; the message names it.
+    """
+    manifest = load_manifest(prefix)
+    folder = manifest_path(prefix).parent
+    for record in manifest.files.values():
+        _verify_file(folder / record.name, record)
+    return manifest
+
+
+def _verify_file(path: Path, record: FileRecord) -> None:
+    remedy = "copy it again or rebuild the shard"
+    if not path.is_file():
+        raise ShardError(f"{path}: the manifest lists this file, but it does not exist; {remedy}")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise ShardError(f"{path}: {size} bytes, the manifest says {record.bytes}; {remedy}")
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != record.sha256:
+        raise ShardError(
+            f"{path}: sha256 {digest.hexdigest()[:16]}..., the manifest says {record.sha256[:16]}...; {remedy}"
+        )

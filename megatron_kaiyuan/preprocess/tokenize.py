@@ -1,0 +1,312 @@
+"""Tokenizers by Megatron's `--tokenizer-type` names, giving the ids that Megatron's own wrappers give.
+
+Nothing here imports torch, Megatron or transformers: the libraries below those wrappers (tokenizers, sentencepiece,
+tiktoken) are called directly, and only the one that is asked for is imported.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.errors import TokenizerError
+
+__all__ = [
+    "TOKENIZER_TYPES",
+    "DocumentTokenizer",
+    "TokenBatch",
+    "TokenizerConfig",
+    "load_reference_tokenizer",
+    "tokenizer_fingerprint",
+]
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer", "NullTokenizer")
+_KNOWN_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>")
+_TIKTOKEN_VOCABULARY = 1 << 17
+_TIKTOKEN_SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+_TIKTOKEN_PATTERNS = {
+    "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "v2": "|".join(
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+            r"\p{N}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        )
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """What decides the ids; hashable, so that each process builds a tokenizer once."""
+
+    type: str
+    """One of `TOKENIZER_TYPES`."""
+    model: str | None = None
+    """Directory or tokenizer.json (HuggingFaceTokenizer), .model (SentencePiece), vocabulary .json (TikTokenizer)."""
+    vocab_size: int | None = None
+    """Needed by NullTokenizer; caps TikTokenizer (131072 when left out); elsewhere the model decides."""
+    eod_token: str | None = None
+    """Token that ends a document; None: what the tokenizer declares, else a well-known name in its vocabulary."""
+    include_special_tokens: bool = True
+    """HuggingFaceTokenizer: add what its post-processor adds (such as a leading <s>), as Megatron does by default."""
+    tiktoken_pattern: Literal["v1", "v2"] = "v2"
+    tiktoken_num_special_tokens: int = 1000
+    """TikTokenizer: ids below this number are reserved for special tokens."""
+
+    def __post_init__(self) -> None:
+        if self.type not in TOKENIZER_TYPES:
+            raise TokenizerError(f"--tokenizer-type {self.type}: not known; choose one of {', '.join(TOKENIZER_TYPES)}")
+        if self.type == "NullTokenizer":
+            if self.vocab_size is None or self.vocab_size < 1:
+                raise TokenizerError(f"--vocab-size {self.vocab_size}: NullTokenizer needs a positive --vocab-size")
+        elif self.model is None:
+            raise TokenizerError(f"--tokenizer-model is missing: {self.type} is read from a file")
+        elif self.vocab_size is not None and self.type != "TikTokenizer":
+            raise TokenizerError(f"--vocab-size {self.vocab_size}: {self.type} brings its own; leave the flag out")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Ids of several documents, one after another."""
+
+    tokens: NDArray[np.integer]
+    """`[sum(lengths)]`."""
+    lengths: NDArray[np.int64]
+    """`[documents]`."""
+    faults: dict[int, str] = field(default_factory=dict)
+    """Documents that cannot be tokenized, with the reason; their length is 0."""
+
+
+class DocumentTokenizer(Protocol):
+    """What the pipeline needs of a tokenizer."""
+
+    vocab_size: int
+    """Entries, added tokens included, as Megatron counts them for the type of the ids on disk."""
+    eod_id: int | None
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        """Ids of each text, without an end-of-document id."""
+        ...
+
+
+def tokenizer_fingerprint(config: TokenizerConfig) -> str:
+    """Sha256 of what decides the ids: the content of the tokenizer's file, and options that are not at their default.
+
+    The path, the `--tokenizer-type` alias and the end-of-document token are no part of it.
+
+    Raises:
+        TokenizerError: the file is missing or cannot be read.
+    """
+    options: dict[str, object] = {}
+    if config.type == "HuggingFaceTokenizer" and not config.include_special_tokens:
+        options = {"include_special_tokens": False}
+    if config.type == "TikTokenizer":
+        vocab_size = config.vocab_size or _TIKTOKEN_VOCABULARY
+        options = {"layout": [config.tiktoken_pattern, config.tiktoken_num_special_tokens, vocab_size]}
+    content = b"NullTokenizer %d" % (config.vocab_size or 0) if config.type == "NullTokenizer" else _read_model(config)
+    suffix = json.dumps(options, sort_keys=True).encode() if options else b""
+    return hashlib.sha256(content + suffix).hexdigest()
+
+
+def model_file(config: TokenizerConfig) -> Path:
+    """The file that holds the tokenizer's content."""
+    path = Path(config.model or "")
+    if config.type == "HuggingFaceTokenizer" and path.is_dir():
+        path /= "tokenizer.json"
+        if not path.exists():
+            raise TokenizerError(
+                f"--tokenizer-model {config.model}: the directory has no tokenizer.json; write one with "
+                "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+    return path
+
+
+def _read_model(config: TokenizerConfig) -> bytes:
+    try:
+        return model_file(config).read_bytes()
+    except OSError as error:
+        raise TokenizerError(
+            f"--tokenizer-model {config.model}: {error.strerror} (looked in {Path.cwd()}); give the path of the "
+            f"{config.type}'s file"
+        ) from error
+
+
+@functools.lru_cache(maxsize=4)
+def load_reference_tokenizer(config: TokenizerConfig) -> DocumentTokenizer:
+    """Build the tokenizer on the library that Megatron uses for this type; built once per process and config.
+
+    Raises:
+        TokenizerError: the library or the file is missing, the file is damaged, or `eod_token` is not in it.
+    """
+    if config.type == "NullTokenizer":
+        return _NullTokenizer(config)
+    content = _read_model(config)
+    builders: dict[str, Callable[[TokenizerConfig, bytes], DocumentTokenizer]] = {
+        "HuggingFaceTokenizer": _HuggingFace,
+        "TikTokenizer": _TikToken,
+    }
+    try:
+        return builders.get(config.type, _SentencePiece)(config, content)
+    except TokenizerError:
+        raise
+    except ModuleNotFoundError as error:
+        raise TokenizerError(f"--tokenizer-type {config.type}: needs the package {error.name}; install it") from error
+    except Exception as error:  # the libraries raise bare Exception, RuntimeError, or what their Rust side panics with
+        raise TokenizerError(
+            f"--tokenizer-model {model_file(config)}: cannot be loaded as {config.type}: {error}; check the file and "
+            "the type"
+        ) from error
+
+
+def _joined(rows: Sequence[Sequence[int]], faults: dict[int, str] | None = None) -> TokenBatch:
+    lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+    tokens = np.fromiter((token for row in rows for token in row), dtype=np.int64, count=int(lengths.sum()))
+    return TokenBatch(tokens, lengths, faults or {})
+
+
+class _NullTokenizer:
+    """Text that already is ids, separated by single spaces."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        assert config.vocab_size is not None
+        self.vocab_size = config.vocab_size
+        self.eod_id: int | None = self.vocab_size - 1
+        if config.eod_token is not None:
+            if not config.eod_token.isdecimal() or int(config.eod_token) >= self.vocab_size:
+                raise TokenizerError(f"--eod-token {config.eod_token}: not an id below {self.vocab_size}")
+            self.eod_id = int(config.eod_token)
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        rows: list[list[int]] = []
+        faults = {}
+        for number, text in enumerate(texts):
+            row: list[int] = []
+            try:
+                row = [int(word) for word in text.split(" ")] if text else []
+            except ValueError as error:
+                faults[number] = str(error)
+            if row and not 0 <= min(row) <= max(row) < self.vocab_size:
+                faults[number] = f"ids from {min(row)} to {max(row)}, the vocabulary has {self.vocab_size}"
+                row = []
+            rows.append(row)
+        return _joined(rows, faults)
+
+
+class _HuggingFace:
+    def __init__(self, config: TokenizerConfig, content: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        self._tokenizer.no_truncation()  # some files carry the limits of a model; a document is never cut
+        self._tokenizer.no_padding()
+        self._special = config.include_special_tokens
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        declared = _declared_by_transformers(model_file(config).parent, self._tokenizer.token_to_id)
+        self.eod_id = _find_eod(config, declared, self._tokenizer.token_to_id)
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        # one text a call: a longer batch would start as many threads as the machine has cores in every worker
+        encode = self._tokenizer.encode_batch_fast
+        return _joined([encode([text], add_special_tokens=self._special)[0].ids for text in texts])
+
+
+class _SentencePiece:
+    def __init__(self, config: TokenizerConfig, content: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor(model_proto=content)
+        self.vocab_size = int(self._processor.get_piece_size())
+        eos = int(self._processor.eos_id())
+        declared = self._processor.id_to_piece(eos) if eos >= 0 else None
+        self.eod_id = _find_eod(config, declared, self._piece_to_id)
+
+    def _piece_to_id(self, piece: str) -> int | None:
+        number = int(self._processor.piece_to_id(piece))
+        return number if self._processor.id_to_piece(number) == piece else None
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        return _joined([self._processor.encode(text, out_type=int) for text in texts])
+
+
+class _TikToken:
+    """Megatron's layout: special tokens take the first ids, the vocabulary's ranks follow."""
+
+    def __init__(self, config: TokenizerConfig, content: bytes) -> None:
+        import tiktoken
+
+        self.vocab_size = config.vocab_size or _TIKTOKEN_VOCABULARY
+        reserved = config.tiktoken_num_special_tokens
+        if not len(_TIKTOKEN_SPECIALS) <= reserved < self.vocab_size:
+            raise TokenizerError(
+                f"--tiktoken-num-special-tokens {reserved}: must lie between {len(_TIKTOKEN_SPECIALS)} and the "
+                f"vocabulary of {self.vocab_size}"
+            )
+        names = [*_TIKTOKEN_SPECIALS, *(f"<SPECIAL_{number}>" for number in range(len(_TIKTOKEN_SPECIALS), reserved))]
+        specials = {name: number for number, name in enumerate(names)}
+        self._encoding = tiktoken.Encoding(
+            name=Path(config.model or "").stem,
+            pat_str=_TIKTOKEN_PATTERNS[config.tiktoken_pattern],
+            mergeable_ranks=_tiktoken_ranks(config.model, content, self.vocab_size - reserved, reserved),
+            special_tokens=specials,
+        )
+        self.eod_id = _find_eod(config, "</s>", specials.get)
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        return _joined([self._encoding.encode(text, allowed_special="all") for text in texts])
+
+
+def _tiktoken_ranks(model: str | None, content: bytes, count: int, offset: int) -> dict[bytes, int]:
+    entries = json.loads(content)
+    if not isinstance(entries, list) or not entries or not {"rank", "token_bytes"} <= set(entries[0]):
+        raise TokenizerError(
+            f"--tokenizer-model {model}: a TikTokenizer vocabulary is a JSON list of objects with rank, token_bytes "
+            "(base64) and token_str, as Megatron reads it; convert the file"
+        )
+    if len(entries) < count:
+        raise TokenizerError(
+            f"--tokenizer-model {model}: {len(entries)} ranks, but a vocabulary of {count + offset} with {offset} "
+            f"special tokens needs {count}; give --vocab-size {len(entries) + offset}"
+        )
+    return {base64.b64decode(entry["token_bytes"]): entry["rank"] + offset for entry in entries[:count]}
+
+
+def _declared_by_transformers(folder: Path, token_to_id: Callable[[str], int | None]) -> str | None:
+    """End token of a tokenizer_config.json beside the file, after checking that both describe the same vocabulary."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        if token_to_id(token["content"]) != int(number):
+            raise TokenizerError(
+                f"{path}: token {token['content']!r} has id {number} there and {token_to_id(token['content'])} in "
+                "tokenizer.json; save both again with transformers' save_pretrained"
+            )
+    declared = settings.get("eos_token") or settings.get("sep_token")
+    content = declared["content"] if isinstance(declared, dict) else declared
+    return None if content is None else str(content)
+
+
+def _find_eod(config: TokenizerConfig, declared: str | None, token_to_id: Callable[[str], int | None]) -> int | None:
+    wanted = config.eod_token or declared
+    if wanted is None:
+        known = (token_to_id(name) for name in _KNOWN_EOD_TOKENS)
+        return next((number for number in known if number is not None), None)
+    number = token_to_id(wanted)
+    if number is None:
+        flag = "--eod-token" if config.eod_token else "the end token of tokenizer_config.json,"
+        raise TokenizerError(f"{flag} {wanted!r}: not in the vocabulary of {config.model}; name a token that is")
+    return int(number)

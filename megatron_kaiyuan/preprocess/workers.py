@@ -1,0 +1,160 @@
+"""What the worker processes do: parse a block, tokenize it, and send back ids in the type they have on disk.
+
+Blocks come back in the order they were cut, so the output does not depend on the number of workers. At most
+`_BLOCKS_PER_WORKER` blocks a worker are in flight, which bounds memory whatever the input.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.errors import PreprocessError, TokenizerError
+from megatron_kaiyuan.preprocess.documents import DocumentBatch, Fault, FieldKeys, Reason, parse_block
+from megatron_kaiyuan.preprocess.fast_tokenize import load_tokenizer
+from megatron_kaiyuan.preprocess.readers import Block
+from megatron_kaiyuan.preprocess.tokenize import TokenBatch, TokenizerConfig
+
+__all__ = ["BlockResult", "Job", "ordered_results", "process_block"]
+
+_BLOCKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker needs beside the block."""
+
+    keys: FieldKeys
+    tokenizer: TokenizerConfig
+    fast: bool
+    append_eod: bool
+    max_tokens: int | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """A block turned into ids."""
+
+    source: int
+    input_bytes: int
+    rows: int
+    outputs: tuple[TokenBatch, ...]
+    """One per text key, of the shard's dtype."""
+    scores: NDArray[np.float32]
+    skipped: dict[Reason, int]
+    first_faults: tuple[Fault, ...]
+    """The first of each reason."""
+
+
+def ordered_results(blocks: Iterable[Block], job: Job, workers: int) -> Iterator[BlockResult]:
+    """Results of all blocks in their order; one worker works in this process.
+
+    Raises:
+        PreprocessError: a worker process died.
+    """
+    if workers == 1:
+        for block in blocks:
+            yield process_block(block, job)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pending: deque[Future[BlockResult]] = deque()
+    try:
+        for block in blocks:
+            pending.append(pool.submit(process_block, block, job))
+            if len(pending) >= workers * _BLOCKS_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise PreprocessError(
+            "a worker process died, most likely for want of memory; run again with fewer --workers, nothing was left "
+            "under a final name"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Prepare a worker: one thread, deaf to Ctrl-C (the main process ends it), and gone when the main process is."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when the main process ends in any way, SIGKILL included
+        os._exit(1)
+
+
+def process_block(block: Block, job: Job) -> BlockResult:
+    """Parse and tokenize one block; a row that is faulty under any text key is left out under all of them."""
+    batch = parse_block(block, job.keys)
+    tokenizer = load_tokenizer(job.tokenizer, fast=job.fast)
+    encoded = [tokenizer.encode([texts[column] for texts in batch.texts]) for column in range(len(job.keys.text))]
+    kept = _kept_documents(batch, encoded, job)
+    eod_id = tokenizer.eod_id if job.append_eod else None
+    outputs = tuple(_selected(tokens, kept, eod_id, np.dtype(job.dtype)) for tokens in encoded)
+    first: dict[Reason, Fault] = {}
+    for fault in sorted(batch.faults, key=lambda fault: fault.row):
+        first.setdefault(fault.reason, fault)
+    return BlockResult(
+        source=block.source,
+        input_bytes=block.input_bytes,
+        rows=batch.rows,
+        outputs=outputs,
+        scores=batch.score_matrix(len(job.keys.scores))[kept],
+        skipped=dict(Counter(fault.reason for fault in batch.faults)),
+        first_faults=tuple(first.values()),
+    )
+
+
+def _kept_documents(batch: DocumentBatch, encoded: Sequence[TokenBatch], job: Job) -> NDArray[np.bool_]:
+    """Mark documents to keep, bool `[documents]`, and note a fault for each of the others."""
+    kept = np.ones(len(batch.texts), dtype=np.bool_)
+    for column, (key, tokens) in enumerate(zip(job.keys.text, encoded, strict=True)):
+        # a tokenizer may put <s> even before nothing
+        empty = (tokens.lengths == 0) | np.array([not texts[column] for texts in batch.texts], dtype=np.bool_)
+        limit = job.max_tokens if job.max_tokens is not None else np.iinfo(np.int32).max - 1
+        for document in np.flatnonzero(kept & (empty | (tokens.lengths > limit))).tolist():
+            kept[document] = False
+            reason, detail = (
+                Reason.TOO_LONG,
+                f"field {key!r} has {tokens.lengths[document]} tokens, the limit is {limit}",
+            )
+            if document in tokens.faults:
+                reason, detail = Reason.NOT_TOKENIZABLE, f"field {key!r}: {tokens.faults[document]}"
+            elif empty[document]:
+                reason, detail = Reason.EMPTY_DOCUMENT, f"field {key!r} has no tokens"
+            batch.faults.append(Fault(batch.row_numbers[document], reason, detail))
+    return kept
+
+
+def _selected(
+    batch: TokenBatch, kept: NDArray[np.bool_], eod_id: int | None, dtype: np.dtype[np.generic]
+) -> TokenBatch:
+    tokens, lengths = batch.tokens, batch.lengths
+    if not kept.all():
+        tokens, lengths = tokens[np.repeat(kept, lengths)], lengths[kept]
+    highest = max(int(tokens.max(initial=0)), eod_id or 0)
+    if highest > np.iinfo(dtype.name).max:
+        raise TokenizerError(
+            f"token id {highest} does not fit {dtype}, the type Megatron chooses for this vocabulary size; the "
+            "vocabulary has gaps: renumber it"
+        )
+    tokens = tokens.astype(dtype)
+    if eod_id is not None:
+        tokens = np.insert(tokens, np.cumsum(lengths), dtype.type(eod_id))
+        lengths = lengths + 1
+    return TokenBatch(tokens, lengths)

@@ -1,0 +1,51 @@
+"""Entry point: `python -m megatron_kaiyuan.pretrain --plan PLAN <Megatron flags>`, alone or under torchrun."""
+
+import os
+import socket
+import sys
+import warnings
+
+from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.errors import KaiyuanError
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Train as the command line says.
+
+    Returns:
+        0 when the run is done; 1 after a mistake in the flags, the plan or the data, explained on stderr.
+    """
+    _stand_alone_unless_launched()
+    cpu_platform.install()
+    with warnings.catch_warnings():
+        # Said once for each module that could use them; the launcher prints what their absence changes.
+        warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+        warnings.filterwarnings("ignore", message="Only transformer-engine>=1.7.0 supports MoE experts")
+        # Not before: importing Megatron reads what the CPU platform replaces.
+        from megatron_kaiyuan.training.launch import run_pretraining
+
+    try:
+        run_pretraining()
+    except KaiyuanError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: files may be missing on one of them only
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _stand_alone_unless_launched() -> None:
+    """Without a launcher, be the only process of a group of one, as torchrun would set it up."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The changes made to Megatron 0.19 from outside, all of them, each with its reason. Everything else uses its hooks."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import training
+
+__all__ = ["keep_shipped_dataset_helpers", "repair_distributed_torch_adam", "use_scheduler"]
+
+
+def keep_shipped_dataset_helpers() -> None:
+    """Do not build the dataset helpers where there is nothing to build them with.
+
+    Megatron runs `make` beside its dataset sources at every start. The wheel ships the compiled helper but no Makefile,
+    so that `make` fails and the run ends, on every machine.
+    """
+    if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
+        dataset_utils.compile_helpers = lambda: None
+
+
+def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
+    """Let the training loop build its parameter scheduler through `build`, called with Megatron's own arguments.
+
+    The loop names the class in the middle of a function and offers no hook to choose another.
+    """
+    training.OptimizerParamScheduler = build
+
+
+def repair_distributed_torch_adam() -> None:
+    """Let `--use-distributed-optimizer` resume with torch's Adam, which stands in where apex and TE are absent.
+
+    Three defects of the distributed optimizer with it. Before a checkpoint is loaded it asks Adam for its step number,
+    which torch's Adam creates at its first step: an assertion ends the run. It gives all parameters one and the same
+    step tensor, which each of them then advances: the bias correction of the resumed run is wrong. And in the fully
+    reshardable format it saves no step with each parameter, but looks for one. A second call changes nothing.
+    """
+    if hasattr(DistributedOptimizer.state_dict, "__wrapped__"):
+        return
+    original_state, original_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    original_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original_state)
+    def state_dict(self: Any) -> Any:
+        _create_adam_state(self.optimizer)
+        return original_state(self)
+
+    @functools.wraps(original_load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original_load(self, state_dict)
+        _separate_adam_steps(self.optimizer)
+
+    @functools.wraps(original_set)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        original_set(self, model_param, {"step": None, **tensors})  # None: leave the step as loaded with the groups
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _create_adam_state(optimizer: object) -> None:
+    """Give each parameter the state that torch's Adam would give it at its first step."""
+    if not isinstance(optimizer, torch.optim.Adam) or optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        on_device = group["capturable"] or group["fused"]
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _separate_adam_steps(optimizer: object) -> None:
+    if isinstance(optimizer, torch.optim.Adam):
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()

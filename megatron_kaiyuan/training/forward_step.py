@@ -1,0 +1,111 @@
+"""One micro-batch through the model: the batch on every rank that needs it, and the loss in Megatron's convention.
+
+Shapes: b = micro-batch, s = sequence on this context-parallel rank.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+__all__ = ["forward_step", "language_model_loss"]
+
+_MODEL_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """Run one micro-batch; the second result turns the output of the last stage into the loss."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    args = get_args()
+    micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(language_model_loss, batch["loss_mask"])
+
+
+def _batch_on_this_rank(
+    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, micro_batch_size: int
+) -> dict[str, Tensor | None]:
+    """Tensors [b, s] that this rank's stage uses; None for the others, and for all of them on a middle stage."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_MODEL_KEYS)
+    args = get_args()
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch = _next_batch(data_iterator) if tensor_rank == 0 else {}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tensor_rank,
+        micro_batch_size=micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    cp_group = parallel_state.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    return {key: batch[key] for key in _MODEL_KEYS}
+
+
+def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+    assert data_iterator is not None, "the first tensor-parallel rank of an outer stage has the data"
+    loaded = next(data_iterator)
+    return {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in _MODEL_KEYS}
+
+
+def language_model_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses that count, how many these are, and both again for the log.
+
+    Megatron divides the sum by the number, over all micro-batches and ranks together, so every token weighs the same.
+
+    Args:
+        loss_mask: 1 for tokens that count, else 0; float [b, s]. None on the stages before the last, which compute no
+            loss.
+        losses: Loss of each token; [b, s].
+
+    Returns:
+        Loss (scalar, FP32), number of tokens (scalar, int32), and `{"lm loss": [sum, number]}`.
+    """
+    assert loss_mask is not None, "the last stage has the mask"
+    counted = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * counted)
+    num_tokens = counted.sum().detach().to(torch.int)
+    _check_finite(loss)
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
+
+
+def _check_finite(loss: Tensor) -> None:
+    """Stop at a NaN or infinite loss before it is averaged over the ranks; off under dynamic loss scaling."""
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=is_bad,
+            message=f"{name} in the loss of this rank",
+            tolerance=0.0,  # the forward pass repeats exactly
+            fatal=True,
+        )

@@ -1,0 +1,105 @@
+"""From the command line to Megatron's training loop. What can be wrong is looked at before the loop starts."""
+
+import argparse
+import warnings
+from functools import partial
+
+from megatron.core.enums import ModelType
+from megatron.training import get_args, get_tokenizer, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.utils import print_rank_0
+
+from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.arguments import arguments_provider, defaults_without_optional_kernels
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.model.builder import kaiyuan_builder
+from megatron_kaiyuan.model.config import model_options_from_args
+from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.blend import check_data_arguments
+from megatron_kaiyuan.training.forward_step import forward_step
+from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
+from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
+from megatron_kaiyuan.training.plan_record import check_resume, store_record
+from megatron_kaiyuan.training.provider import PlanDatasetsProvider
+from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
+
+__all__ = ["run_pretraining"]
+
+
+def run_pretraining() -> None:
+    """Parse the command line, check it, and train.
+
+    Raises:
+        KaiyuanError: a mistake in the flags, the plan or the data; raised before any model is built.
+    """
+    args, plan = _configure()
+    check_resume(args, plan)
+    store_record(args, plan)
+    compat.keep_shipped_dataset_helpers()
+    compat.repair_distributed_torch_adam()
+    if plan is not None and plan_has_learning_rate(plan):
+        _follow_planned_rate(args, plan)
+    with warnings.catch_warnings():
+        # It recommends a config class in place of a model builder; Megatron's own class cannot hold our options.
+        warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig", category=UserWarning)
+        container = pretrain_cfg_container_from_args(args)
+    pretrain(
+        container,
+        PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod),
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=partial(kaiyuan_builder, args),
+    )
+
+
+def _configure() -> tuple[argparse.Namespace, Plan | None]:
+    """Arguments as Megatron validated them, and the plan if there is one."""
+    defaults = _platform_defaults()
+    first_look = parse_args(arguments_provider(defaults))
+    plan = None if first_look.plan is None else Plan.load(first_look.plan)
+    plan_values = {}
+    if plan is None:
+        check_supported(first_look)
+        check_data_arguments(first_look)
+    else:
+        defaults.update(plan_parser_defaults())
+        plan_values = plan_argument_defaults(first_look, plan)
+    model_options_from_args(first_look)
+    args = parse_and_validate_args(arguments_provider(defaults), args_defaults=plan_values)
+    _say_aloud(defaults, plan_values)
+    if plan is not None:
+        check_plan_arguments(args, plan)
+        plan.check_vocabulary(get_tokenizer().vocab_size)
+        if not plan.validation:
+            print_rank_0("> the plan holds out no documents: no evaluation (--eval-iters 0)")
+            args.eval_iters = 0
+    return args, plan
+
+
+def _platform_defaults() -> dict[str, object]:
+    # Megatron divides by --eval-interval and gives it no default in this version.
+    defaults: dict[str, object] = {"eval_interval": 1000}
+    defaults.update(defaults_without_optional_kernels())
+    if cpu_platform.is_installed():
+        defaults.update(cpu_platform.CPU_ARGUMENT_DEFAULTS)
+    return defaults
+
+
+def _say_aloud(defaults: dict[str, object], plan_values: dict[str, object]) -> None:
+    """Print the defaults that are not Megatron's, and which of them the command line overrode."""
+    args = get_args()
+    where = "without CUDA" if cpu_platform.is_installed() else "with CUDA"
+    for name, value in {**defaults, **plan_values}.items():
+        origin = "the plan" if name in plan_values else f"this platform ({where})"
+        actual = getattr(args, name)
+        note = "" if actual == value else f", overridden: {actual}"
+        print_rank_0(f"> default from {origin}: {name} = {value}{note}")
+
+
+def _follow_planned_rate(args: argparse.Namespace, plan: Plan) -> None:
+    print_rank_0(
+        "> the plan gives the learning rate; --lr, --min-lr, --lr-decay-* and --lr-warmup-* have no effect "
+        f"(--lr {args.lr}, --lr-decay-style {args.lr_decay_style})"
+    )
+    compat.use_scheduler(partial(PlannedScheduler, plan=plan, consumed_samples=lambda: args.consumed_train_samples))

@@ -1,0 +1,126 @@
+"""A model from a checkpoint alone, in one process: for evaluation, generation and conversion.
+
+The checkpoint carries the arguments of its run, and `torch_dist` tensors know no parallel layout, so nothing else is
+needed: the model is built by the run's own builder and filled through Megatron's `dist_checkpointing`. No global
+argument namespace is set. Import this after `cpu_platform.install()`.
+"""
+
+import argparse
+import random
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.transformer.module import Float16Module
+from torch._C._distributed_c10d import HashStore  # torch.distributed re-exports it without saying so
+
+from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.arguments import defaults_without_optional_kernels
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.model.builder import kaiyuan_builder
+from megatron_kaiyuan.model.config import kaiyuan_config_from_args
+from megatron_kaiyuan.training.checkpoint_io import Checkpoint
+
+__all__ = ["build_untrained", "load_model", "load_weights", "single_process_arguments", "start_single_process"]
+
+_ONE_RANK: dict[str, object] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "data_parallel_size": 1,
+    "world_size": 1,
+    "rank": 0,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+}
+"""Arguments of a run on many ranks that a single process changes; none changes the function that the model computes."""
+
+
+def start_single_process() -> None:
+    """Make this process a group of one, which Megatron's layers ask for; a second call changes nothing."""
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if cpu_platform.is_installed() else "nccl"
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+
+
+def single_process_arguments(saved: argparse.Namespace) -> argparse.Namespace:
+    """Arguments of a checkpoint, changed where one process on this machine needs other values."""
+    arguments = copy(saved)
+    changes = dict(_ONE_RANK)
+    changes.update(defaults_without_optional_kernels())
+    if cpu_platform.is_installed():
+        changes.update(cpu_platform.CPU_ARGUMENT_DEFAULTS)
+    for name, value in changes.items():
+        setattr(arguments, name, value)
+    return arguments
+
+
+def build_untrained(arguments: argparse.Namespace) -> Any:
+    """Build the model with the initial weights of its run: the same seed, drawn in the same order.
+
+    That holds for a run with `--use-cpu-initialization` and one pipeline stage; any other starts from weights of the
+    same distribution.
+
+    Args:
+        arguments: From `single_process_arguments`; `start_single_process` was called.
+
+    Returns:
+        The model in evaluation mode, in the precision of its run.
+    """
+    random.seed(arguments.seed)
+    np.random.seed(arguments.seed)
+    torch.manual_seed(arguments.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(arguments.seed)
+    model = kaiyuan_builder(arguments, pre_process=True, post_process=True).cuda()
+    if arguments.fp16 or arguments.bf16:
+        model = Float16Module(kaiyuan_config_from_args(arguments), model)
+    model.eval()
+    return model
+
+
+def load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """Fill a model with the weights of a checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    bare = model.module if isinstance(model, Float16Module) else model
+    wanted = bare.sharded_state_dict()
+    missing = sorted(
+        {
+            tensor.key
+            for tensor in wanted.values()
+            if isinstance(tensor, dist_checkpointing.ShardedTensor) and tensor.key not in checkpoint.tensors
+        }
+    )
+    if missing:
+        raise ConfigError(
+            f"{checkpoint.folder}: has no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; "
+            "it is of another model than its arguments say"
+        )
+    state = dist_checkpointing.load(wanted, str(Path(checkpoint.folder)))
+    bare.load_state_dict({name: state[name] for name in wanted})
+
+
+def load_model(checkpoint: Checkpoint) -> tuple[Any, int]:
+    """The model of a checkpoint in evaluation mode, and the longest context it takes, in tokens.
+
+    Raises:
+        ConfigError: the checkpoint holds no arguments of a run, or is of another model than they say.
+    """
+    start_single_process()
+    arguments = single_process_arguments(checkpoint.arguments)
+    model = build_untrained(arguments)
+    load_weights(model, checkpoint)
+    return model, int(arguments.max_position_embeddings)

@@ -1,0 +1,76 @@
+"""Megatron's own datasets, for runs without a plan: `--data-path` and its relatives mean what they mean upstream."""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_kaiyuan.errors import ConfigError
+
+__all__ = ["PlainDatasetsProvider", "check_supported"]
+
+
+def check_supported(args: argparse.Namespace) -> None:
+    """Refuse the data flags that name other datasets than GPT pretraining's.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for flag in ("--sft", "--fim-data", "--dataloader-inter-document-masking", "--hybrid-context-parallel"):
+        if getattr(args, flag.removeprefix("--").replace("-", "_"), False):
+            raise ConfigError(f"{flag} is not supported by this entry point; remove it")
+
+
+class PlainDatasetsProvider:
+    """Called by Megatron on every rank; the builder itself knows which ranks hold the data."""
+
+    is_distributed = True
+    """Tells Megatron to call this on all ranks."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
+        """Train, validation and test datasets."""
+        dataset = MockGPTDataset if self.args.mock_data else GPTDataset
+        is_built_here = partial(_feeds_a_stage, vp_stage)
+        return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, self._config()).build()
+
+    def _config(self) -> GPTDatasetConfig:
+        args = self.args
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+        sequences = args.per_dataset_sequences_path
+        return GPTDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            blend=blend,
+            blend_per_split=blend_per_split,
+            split=args.split,
+            multiple_validation_sets=args.multiple_validation_sets,
+            full_validation=args.full_validation,
+            num_dataset_builder_threads=args.num_dataset_builder_threads,
+            path_to_cache=args.data_cache_path,
+            mmap_bin_files=args.mmap_bin_files,
+            tokenizer=get_tokenizer(),
+            reset_position_ids=args.reset_position_ids,
+            reset_attention_mask=args.reset_attention_mask,
+            eod_mask_loss=args.eod_mask_loss,
+            create_attention_mask=args.create_attention_mask_in_dataloader,
+            object_storage_cache_path=args.object_storage_cache_path,
+            mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+            allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+            fast_cache_load=args.dataloader_fast_cache_load,
+            sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8")) if sequences else None,
+            defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        )
+
+
+def _feeds_a_stage(vp_stage: int | None) -> bool:
+    return bool(is_first_or_last_pipeline_stage(vp_stage)) and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,0 +1,141 @@
+"""What a plan decides of Megatron's arguments, and where the two must agree."""
+
+import argparse
+from typing import Any
+
+from megatron_kaiyuan.data import Plan, resolve_prefixes
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.preprocess.manifest import TokenizerRecord, load_manifest, manifest_path
+from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
+
+__all__ = ["check_plan_arguments", "plan_argument_defaults", "plan_parser_defaults"]
+
+_OTHER_DATA = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+)
+
+
+def plan_parser_defaults() -> dict[str, object]:
+    """Defaults of Megatron's parser that differ in runs with a plan."""
+    # Causal attention needs no mask, and one is seq_length^2 bytes a sample.
+    return {"create_attention_mask_in_dataloader": False}
+
+
+def plan_argument_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """Values for the arguments that the command line leaves open.
+
+    Raises:
+        ConfigError: no tokenizer is given and the shards do not tell the size of their vocabulary.
+    """
+    values: dict[str, Any] = {"seq_length": plan.seq_length, "max_position_embeddings": plan.seq_length}
+    if args.train_iters is None:
+        values["train_samples"] = plan.num_samples
+    if plan_has_learning_rate(plan):
+        values["lr"] = max(max(phase.lr.start, phase.lr.end) for phase in plan.phases if phase.lr is not None)
+    values.update(_tokenizer_defaults(args, plan))
+    return {name: value for name, value in values.items() if getattr(args, name) is None}
+
+
+def _tokenizer_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """Training on a plan turns no text into tokens: vocabulary size and end-of-document id are all it needs to know."""
+    if args.tokenizer_type is not None:
+        return {}
+    record = _tokenizer_of_shards(plan)
+    if record is None and args.vocab_size is None:
+        raise ConfigError(
+            "the size of the vocabulary is unknown: the shards of the plan have no manifest; "
+            "give --vocab-size N, or --tokenizer-type and --tokenizer-model"
+        )
+    if record is None:
+        return {"tokenizer_type": "NullTokenizer"}
+    return {
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": record.vocab_size,
+        "null_tokenizer_eod_id": record.eod_id,
+    }
+
+
+def _tokenizer_of_shards(plan: Plan) -> TokenizerRecord | None:
+    """The tokenizer all manifests of the plan name; None where no shard has a manifest.
+
+    Raises:
+        ConfigError: two shards were built with different tokenizers.
+    """
+    found: tuple[str, TokenizerRecord] | None = None
+    for source in plan.sources.values():
+        for prefix in resolve_prefixes(source.shards):
+            if not manifest_path(prefix).is_file():
+                continue
+            record = load_manifest(prefix).tokenizer
+            if found is not None and found[1].fingerprint != record.fingerprint:
+                raise ConfigError(
+                    f"shards {found[0]} and {prefix} were built with different tokenizers ({found[1].model} and "
+                    f"{record.model}); build one of them again, they cannot share a vocabulary"
+                )
+            found = found or (prefix, record)
+    return None if found is None else found[1]
+
+
+def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
+    """Compare the validated arguments with the plan.
+
+    Raises:
+        ConfigError: names the flag, both values and the remedy.
+    """
+    other = ["--" + name.replace("_", "-") for name in _OTHER_DATA if getattr(args, name) is not None]
+    if other or args.mock_data:
+        raise ConfigError(f"--plan and {', '.join(other) or '--mock-data'} both name the data; give one of them")
+    if args.seq_length != plan.seq_length:
+        raise ConfigError(
+            f"--seq-length {args.seq_length}, but the plan cuts its samples to seq_length {plan.seq_length}; "
+            "make them equal, or leave --seq-length out"
+        )
+    if args.dataloader_type != "single":
+        raise ConfigError(
+            f"--dataloader-type {args.dataloader_type} has an order of its own; a plan needs --dataloader-type single"
+        )
+    _check_length(args, plan)
+    _check_document_options(args)
+    _check_validation(args, plan)
+
+
+def _check_length(args: argparse.Namespace, plan: Plan) -> None:
+    """The run must see the whole plan, but for the samples that do not fill a last batch."""
+    batch = args.global_batch_size
+    whole_steps = plan.num_samples // batch
+    if whole_steps == 0:
+        raise ConfigError(f"the plan has {plan.num_samples} samples, fewer than --global-batch-size {batch}")
+    if args.train_iters is not None and not args.train_samples:
+        wanted = args.train_iters * batch
+        flag = f"--train-iters {args.train_iters} x --global-batch-size {batch} = {wanted} samples"
+    else:
+        wanted = args.train_samples
+        flag = f"--train-samples {wanted}"
+    if wanted // batch != whole_steps:
+        remedy = (
+            "repeat more in the plan or train less" if wanted > plan.num_samples else "--exit-interval to stop early"
+        )
+        raise ConfigError(
+            f"{flag}, but the plan has {plan.num_samples} samples ({whole_steps} steps of {batch}): {remedy}, or leave "
+            "--train-iters and --train-samples out to run the whole plan"
+        )
+
+
+def _check_document_options(args: argparse.Namespace) -> None:
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        raise ConfigError(
+            "--reset-attention-mask needs the mask, which runs with a plan leave out of the loader; "
+            "remove the flag, or --no-create-attention-mask-in-dataloader"
+        )
+
+
+def _check_validation(args: argparse.Namespace, plan: Plan) -> None:
+    if args.multiple_validation_sets and not args.full_validation:
+        raise ConfigError("--multiple-validation-sets needs --full-validation")
+    if args.full_validation and not plan.validation:
+        raise ConfigError("--full-validation, but the plan holds out no documents; add a validation section to it")

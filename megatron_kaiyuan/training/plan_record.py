@@ -1,0 +1,80 @@
+"""The order of a run, stored with its checkpoints and compared before it is resumed.
+
+Megatron saves its argument namespace in every checkpoint's common state. The order goes along as one more argument, so
+that any checkpoint format carries it and no file has to travel beside the checkpoint.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+
+from megatron.training.checkpointing import load_args_from_checkpoint
+
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import ResumeError
+
+__all__ = ["RECORD", "check_resume", "saved_arguments", "store_record"]
+
+RECORD = "kaiyuan_plan_record"
+"""Name of the argument that holds `Plan.order_record()`."""
+
+
+def store_record(args: argparse.Namespace, plan: Plan | None) -> None:
+    """Let every checkpoint of this run carry the order of its samples."""
+    setattr(args, RECORD, None if plan is None else plan.order_record())
+
+
+def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
+    """Arguments of the run that wrote the checkpoint under `--load`; None where there is none."""
+    if args.load is None:
+        return None
+    # The function reports each model argument it sets; it sets them on a copy here, where only the other result counts.
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = load_args_from_checkpoint(copy.copy(args))
+    return found[1] if isinstance(found, tuple) else None
+
+
+def check_resume(args: argparse.Namespace, plan: Plan | None) -> None:
+    """Refuse to continue a run whose consumed samples the present plan would have chosen differently.
+
+    With `--finetune` the count of samples starts again, and there is nothing to compare.
+
+    Raises:
+        ResumeError: the plan changed in its consumed part, only one of the two runs has a plan, or the vocabulary is
+            padded to another size.
+    """
+    saved = None if args.finetune else saved_arguments(args)
+    consumed = getattr(saved, "consumed_train_samples", 0)
+    if saved is None or consumed == 0:
+        return
+    _check_padding(args, saved)
+    record = getattr(saved, RECORD, None)
+    if plan is not None and record is not None:
+        plan.check_resume(record, consumed)
+    elif plan is not None:
+        raise ResumeError(
+            f"--load {args.load}: {consumed:,} samples were trained on without a plan, so the place where --plan "
+            f"{args.plan} should start is unknown; add --finetune to start the plan at its first sample from these "
+            "weights"
+        )
+    elif record is not None:
+        raise ResumeError(
+            f"--load {args.load}: {consumed:,} samples were trained on with a plan, and this run has none; give its "
+            "--plan to resume it, or --finetune to start from its weights"
+        )
+
+
+def _check_padding(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """The padding of the vocabulary takes part in the softmax, so the model would be another one.
+
+    Megatron pads to a multiple of `--make-vocab-size-divisible-by` times the tensor-parallel size, and loads a
+    checkpoint of another padding without a word.
+    """
+    before, now = saved.padded_vocab_size, args.padded_vocab_size
+    if before != now:
+        raise ResumeError(
+            f"--load {args.load}: its vocabulary is padded to {before} ids, that of this run to {now} "
+            f"(--tensor-model-parallel-size {args.tensor_model_parallel_size}), which would change every probability; "
+            f"add --padded-vocab-size {before}"
+        )

@@ -1,0 +1,140 @@
+"""Datasets of a plan, in the shape Megatron's loop asks for them."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.utils import Split
+from megatron.training.utils import is_first_or_last_pipeline_stage, print_rank_0
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
+from megatron_kaiyuan.training.samples import SampleOptions, make_sample
+
+__all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
+
+
+class _Windows(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]: ...
+
+
+class PlanSamples(Dataset[dict[str, Tensor]]):
+    """The samples of a plan in training order: `[s]` is sample `s`, whoever asks and when.
+
+    Megatron's `single` data loader starts at `consumed_train_samples`, which is all that an exact resume needs.
+    """
+
+    split = Split.train
+
+    def __init__(self, order: CurriculumDataset, options: SampleOptions) -> None:
+        self.order = order
+        self.options = options
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`make_sample` of the window, with `dataset_id`: the number of its source in the plan, int64 scalar."""
+        sample = make_sample(self.order[index]["tokens"], self.options)
+        sample["dataset_id"] = torch.tensor(self.order.source_index(index))
+        return sample
+
+
+class HeldOutSamples(Dataset[dict[str, Tensor]]):
+    """Held-out windows of one or several sources, evenly interleaved.
+
+    The loop asks for ever new validation samples. Here number `i` is window `i` modulo `samples_per_evaluation`, so
+    that each evaluation of a run, and of a resumed run, sees the same text and their losses compare.
+    """
+
+    split = Split.valid
+
+    def __init__(
+        self, sources: Sequence[_Windows], options: SampleOptions, num_samples: int | None, samples_per_evaluation: int
+    ) -> None:
+        """Interleave the sources.
+
+        Args:
+            sources: Held-out windows of each source.
+            options: Document boundaries.
+            num_samples: Length of this dataset, over all evaluations of the run; None: each window once.
+            samples_per_evaluation: Windows of one evaluation; not more than there are.
+        """
+        self.sources = list(sources)
+        self.options = options
+        self.order = spread_evenly([len(source) for source in self.sources])
+        self.period = min(samples_per_evaluation, len(self.order)) if num_samples is not None else len(self.order)
+        self.num_samples = len(self.order) if num_samples is None else num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`make_sample` of the window."""
+        source, window = self.order[index % self.period]
+        return make_sample(self.sources[source][int(window)]["tokens"], self.options)
+
+
+def spread_evenly(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Order all items of several lists so that each list is spread over the whole.
+
+    Item `j` of a list of `n` sits at `(j + 0.5) / n`; ties go to the earlier list.
+
+    Returns:
+        int64 `[sum(lengths), 2]`: list number and item number.
+    """
+    lists = np.concatenate([np.full(length, number, dtype=np.int64) for number, length in enumerate(lengths)])
+    items = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    places = (items + 0.5) / np.asarray(lengths, dtype=np.float64)[lists]
+    return np.stack([lists, items], axis=1)[np.argsort(places, kind="stable")]
+
+
+class PlanDatasetsProvider:
+    """Called by Megatron on every rank; builds on those that feed a model stage, returns None on the others."""
+
+    is_distributed = True
+    """Tells Megatron to call this on all ranks."""
+
+    def __init__(self, plan: Plan, args: argparse.Namespace, eod_token: int | None) -> None:
+        self.plan = plan
+        self.args = args
+        self.options = SampleOptions(
+            eod_token=eod_token,
+            eod_mask_loss=args.eod_mask_loss,
+            reset_position_ids=args.reset_position_ids,
+            reset_attention_mask=args.reset_attention_mask,
+            create_attention_mask=args.create_attention_mask_in_dataloader,
+        )
+
+    def __call__(
+        self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
+    ) -> tuple[PlanSamples | None, HeldOutSamples | list[HeldOutSamples] | None, None]:
+        """Train, validation and test datasets; a plan has no test documents."""
+        if not is_first_or_last_pipeline_stage(vp_stage) or parallel_state.get_tensor_model_parallel_rank() != 0:
+            return None, None, None
+        return PlanSamples(CurriculumDataset(self.plan), self.options), self._validation(num_samples[1]), None
+
+    def _validation(self, num_samples: int | None) -> HeldOutSamples | list[HeldOutSamples] | None:
+        sources = [HeldOutDataset(self.plan, name) for name in self.plan.validation]
+        if not sources:
+            return None
+        if self.args.multiple_validation_sets:
+            return [self._held_out([source], num_samples) for source in sources]
+        return self._held_out(sources, num_samples)
+
+    def _held_out(self, sources: list[HeldOutDataset], num_samples: int | None) -> HeldOutSamples:
+        wanted = self.args.eval_iters * self.args.eval_global_batch_size if num_samples is not None else 0
+        samples = HeldOutSamples(sources, self.options, num_samples, wanted)
+        if samples.period < wanted:
+            print_rank_0(
+                f"> the plan holds out {samples.period} windows, an evaluation asks for {wanted}: some are used again; "
+                "lower --eval-iters, or hold out more documents"
+            )
+        return samples

@@ -1,0 +1,41 @@
+"""How many bytes of text each token stands for: turns nats per token into bits per byte."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.errors import TokenizerError
+
+__all__ = ["token_bytes"]
+
+
+def token_bytes(tokenizer_model: str | Path) -> NDArray[np.int64] | None:
+    """Bytes of text that each token id stands for, int64 `[vocabulary]`; special tokens stand for none.
+
+    Args:
+        tokenizer_model: Folder or file of a `tokenizer.json`.
+
+    Returns:
+        None when the tokenizer is not byte-level: a token's bytes then depend on its neighbours.
+
+    Raises:
+        TokenizerError: no such tokenizer.
+    """
+    path = Path(tokenizer_model)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise TokenizerError(f"{path}: no such tokenizer; give a folder with a tokenizer.json, or that file")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        return None
+    added = {entry["id"]: entry for entry in content["added_tokens"]}
+    vocabulary = {**content["model"]["vocab"], **{entry["content"]: number for number, entry in added.items()}}
+    result = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, number in vocabulary.items():
+        if number not in added:
+            result[number] = len(token)  # the byte-level alphabet has one character for each byte
+        elif not added[number]["special"]:
+            result[number] = len(token.encode())
+    return result

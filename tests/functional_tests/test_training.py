@@ -1,0 +1,191 @@
+"""The entry point end to end, on the CPU platform: one process and two, unbroken and resumed, with a plan and without.
+
+All runs train the same tiny model on the same 48 samples. The runs that must agree bit for bit use FP16 and the dynamic
+loss scaler, started so high that the first steps overflow. Those that may round differently use FP32, where the
+tolerance can be small; see `ROUNDING`.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_kaiyuan.data import Plan
+from tests.functional_tests.training_run import BATCH, STEPS, Finished, saved_tensors, train, train_well, write_corpus
+
+HALF = ("--fp16", "--initial-loss-scale", str(2**20), "--hysteresis", "1")
+SAVE_EVERY_THREE = ("--save-interval", "3")
+SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+
+# A split run sums the same FP32 terms in another order. Each gradient is a sum of at most 256 tokens x 96 logits, so
+# two orders differ by a few 2^-24 of the sum of magnitudes, here taken as 2^-19 of the gradient. Adam turns this into
+# at most 2^-18 lr a weight and step; over three steps with lr <= 0.01 and 25 000 weights the weights differ by at most
+# 3 * 2^-18 * 0.01 * sqrt(25 000) = 1.8e-5 in norm, and the loss by that times the gradient norm, below 2.
+ROUNDING = 4e-5
+# The same in FP16, whose unit is 2^-11 and not 2^-24, with gradients accumulated in FP16: at worst 2^-10 lr a weight.
+HALF_ROUNDING = 2 * 3 * 2**-10 * 0.01 * 25_000**0.5
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def half(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """Six steps in FP16, checkpoints after three and six."""
+    folder = tmp_path_factory.mktemp("half")
+    return folder, train_well(folder, "--plan", str(plan), "--save", "saved", *SAVE_EVERY_THREE, *HALF)
+
+
+@pytest.fixture(scope="module")
+def single(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """The same in FP32, with the distributed optimizer, whose checkpoints fit other numbers of ranks."""
+    folder = tmp_path_factory.mktemp("single")
+    return folder, train_well(folder, "--plan", str(plan), "--save", "saved", *SAVE_EVERY_THREE, *SHARDED)
+
+
+def resume(folder: Path, plan: Path, origin: Path, *flags: str, processes: int = 1) -> Finished:
+    """Continue after step 3 of the run in `origin`."""
+    loaded = ("--plan", str(plan), "--load", str(origin / "saved"), "--ckpt-step", "3")
+    return train_well(folder, *loaded, *flags, processes=processes)
+
+
+def assert_same_tail(finished: Finished, unbroken: Finished, tolerance: float) -> None:
+    """Loss and gradient norm of steps 4 to 6, and the rate exactly."""
+    for name in ("lm loss", "grad-norm"):
+        expected = {step: value for step, value in unbroken.logged(name).items() if step > 3}
+        assert finished.logged(name) == pytest.approx(expected, rel=0, abs=tolerance), name
+        assert len(expected) == 3
+    rates = {step: rate for step, rate in unbroken.logged("learning-rate").items() if step > 3}
+    assert finished.logged("learning-rate") == rates
+
+
+def test_resuming_in_half_precision_repeats_the_unbroken_run_bit_for_bit(
+    half: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    origin, unbroken = half
+    finished = resume(tmp_path, plan, origin, "--save", "saved", *SAVE_EVERY_THREE, *HALF)
+    assert_same_tail(finished, unbroken, tolerance=0)
+    ours = saved_tensors(tmp_path / "saved" / "iter_0000006")
+    theirs = saved_tensors(origin / "saved" / "iter_0000006")
+    assert len(ours) > 20
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_the_first_steps_overflow_and_the_scaler_recovers(half: tuple[Path, Finished]) -> None:
+    """What makes the test above worth something: it resumes a scaler that has acted."""
+    scales = half[1].logged("loss-scale")
+    assert scales[1] == 2**19
+    assert scales[STEPS] < 2**20
+    assert scales[STEPS] == scales[3]
+
+
+def test_the_rate_follows_the_samples_through_overflowing_steps(half: tuple[Path, Finished], plan: Path) -> None:
+    skipped = [step for step in range(1, STEPS + 1) if step not in half[1].logged("grad-norm")]
+    assert skipped
+    logged = half[1].logged("learning-rate")
+    warm, decay = (phase.lr for phase in Plan.load(plan).phases)
+    assert warm is not None
+    assert decay is not None
+    expected = {step: warm.start + (warm.end - warm.start) * (step - 1) / 3 for step in (1, 2, 3)}
+    for step in (4, 5, 6):
+        done = ((step - 4) / 3) ** 0.5
+        expected[step] = decay.start * (1 - done) + decay.end * done
+    for step in set(expected) - set(skipped):
+        assert logged[step] == pytest.approx(expected[step], rel=1e-6), step
+
+
+def test_a_half_precision_checkpoint_of_one_rank_resumes_on_two_tensor_parallel_ranks(
+    half: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    finished = resume(tmp_path, plan, half[0], "--tensor-model-parallel-size", "2", *HALF, processes=2)
+    assert_same_tail(finished, half[1], HALF_ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        ("--tensor-model-parallel-size", "2"),
+        ("--pipeline-model-parallel-size", "2"),
+        (),
+    ],
+    ids=["tensor", "pipeline", "data"],
+)
+def test_two_ranks_continue_as_one_rank_would(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path, split: tuple[str, ...]
+) -> None:
+    finished = resume(tmp_path, plan, single[0], *SHARDED, *split, processes=2)
+    assert_same_tail(finished, single[1], ROUNDING)
+
+
+def test_a_run_without_a_plan_trains_on_a_megatron_blend(plan: Path, tmp_path: Path) -> None:
+    blend = (
+        "--data-path",
+        "0.3",
+        str(plan.parent / "scored"),
+        "0.7",
+        str(plan.parent / "plain"),
+        "--split",
+        "80,10,10",
+    )
+    sizes = ("--seq-length", "32", "--max-position-embeddings", "32", "--train-iters", "2", "--lr", "1e-2")
+    finished = train_well(tmp_path, *blend, *sizes, "--tokenizer-type", "NullTokenizer", "--data-cache-path", "cache")
+    losses = finished.logged("lm loss")
+    assert sorted(losses) == [1, 2]
+    assert losses[1] == pytest.approx(4.6, abs=0.3)  # ln(96): the untrained model knows nothing
+    assert "validation loss at iteration 2" in finished.output
+
+
+def test_the_run_tells_which_defaults_it_changed(single: tuple[Path, Finished]) -> None:
+    for line in (
+        "> default from the plan: train_samples = 48",
+        "> default from the plan: lr = 0.01",
+        "> default from this platform (without CUDA): distributed_backend = gloo",
+        "> the plan gives the learning rate; --lr, --min-lr, --lr-decay-* and --lr-warmup-* have no effect",
+        "validation loss at iteration 6",
+    ):
+        assert line in single[1].output
+    assert f"consumed samples: {STEPS * BATCH:12d}" in single[1].output
+
+
+def test_a_plan_that_changes_consumed_samples_is_refused_before_training(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "plan.yaml"
+    changed.write_text(plan.read_text().replace("seed: 7", "seed: 8"))
+    finished = train(tmp_path, "--plan", str(changed), "--load", str(single[0] / "saved"), "--ckpt-step", "3")
+    assert finished.returncode == 1
+    assert "ResumeError: resume after 24 samples: seed was 7 and is now 8" in finished.output
+    assert "Traceback" not in finished.output
+    assert "building" not in finished.output
+
+
+def test_a_vocabulary_padded_to_another_size_is_refused(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    more = ("--make-vocab-size-divisible-by", "64")
+    finished = train(tmp_path, "--plan", str(plan), "--load", str(single[0] / "saved"), "--ckpt-step", "3", *more)
+    assert finished.returncode == 1
+    assert "padded to 96 ids, that of this run to 128" in finished.output
+    assert "add --padded-vocab-size 96" in finished.output
+
+
+def test_a_plan_that_changes_only_later_phases_resumes(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "plan.yaml"
+    changed.write_text(plan.read_text().replace("top 50%", "top 40%"))
+    finished = resume(tmp_path, changed, single[0], *SHARDED)
+    assert sorted(finished.logged("lm loss")) == [4, 5, 6]
+
+
+def test_a_checkpoint_of_a_plan_is_not_resumed_without_one(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    data = ("--data-path", str(plan.parent / "plain"), "--split", "80,10,10", "--tokenizer-type", "NullTokenizer")
+    sizes = ("--seq-length", "32", "--max-position-embeddings", "32", "--train-samples", "48", "--lr", "1e-2")
+    finished = train(tmp_path, *data, *sizes, "--load", str(single[0] / "saved"))
+    assert finished.returncode == 1
+    assert "48 samples were trained on with a plan, and this run has none" in finished.output

@@ -1,0 +1,137 @@
+"""Several processes in one test: `run_distributed(function, world_size, *args)`."""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: object, timeout: float = 120.0) -> list[Any]:
+    """Call `function(rank, *args)` in `world_size` fresh processes that form one gloo group.
+
+    Each process has one thread and, where there is no CUDA, the CPU platform, installed before Megatron is imported.
+    `function` must be defined at the top level of a module, and its arguments and results must pickle.
+
+    Args:
+        function: Called in every process with its rank first. Megatron is not imported before.
+        world_size: Number of processes.
+        *args: Handed on to `function`.
+        timeout: Seconds for all processes together.
+
+    Returns:
+        What `function` returned on ranks 0, 1, ...
+
+    Raises:
+        AssertionError: A rank failed (the text holds its traceback), died, or the time ran out. No process is left.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    workers: list[tuple[BaseProcess, Connection]] = []
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run_rank, args=(theirs, rank, world_size, port, function, args))
+            process.start()
+            theirs.close()
+            workers.append((process, ours))
+        return _collect(workers, time.monotonic() + timeout, timeout)
+    finally:
+        for process, connection in workers:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            process.close()
+            connection.close()
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _collect(workers: list[tuple[BaseProcess, Connection]], deadline: float, timeout: float) -> list[Any]:
+    """Results by rank; the first failure is raised at once, for the other ranks may wait for the failed one forever."""
+    results: dict[int, Any] = {}
+    rank_of = {connection: rank for rank, (_, connection) in enumerate(workers)}
+    while len(results) < len(workers):
+        pending = [connection for connection, rank in rank_of.items() if rank not in results]
+        ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise AssertionError(f"ranks {[rank_of[c] for c in pending]} did not finish within {timeout:.0f} s")
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            results[rank_of[connection]] = _receive(connection, rank_of[connection], workers)
+    return [results[rank] for rank in range(len(workers))]
+
+
+def _receive(connection: Connection, rank: int, workers: list[tuple[BaseProcess, Connection]]) -> Any:
+    try:
+        succeeded, value = connection.recv()
+    except EOFError:
+        process = workers[rank][0]
+        process.join(timeout=5)
+        raise AssertionError(f"rank {rank} died without a word; exit code {process.exitcode}") from None
+    if not succeeded:
+        raise AssertionError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _run_rank(
+    connection: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    args: tuple[object, ...],
+) -> None:
+    """The life of one process: report `(True, result)` or `(False, traceback)`, then leave the group.
+
+    In this order: leaving first would make the waiting ranks fail before the rank with the reason has spoken.
+    """
+    try:
+        _prepare_environment(rank, world_size, port)
+        _join_group()
+        connection.send((True, function(rank, *args)))
+    except BaseException:  # SystemExit too: Megatron leaves through sys.exit
+        connection.send((False, traceback.format_exc()))
+    finally:
+        connection.close()
+        _leave_group()
+
+
+def _prepare_environment(rank: int, world_size: int, port: int) -> None:
+    """What torchrun would set, for one host."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+    )
+
+
+def _join_group() -> None:
+    import torch
+
+    from megatron_kaiyuan import cpu_platform
+
+    torch.set_num_threads(1)
+    cpu_platform.install()
+    torch.distributed.init_process_group("gloo")
+
+
+def _leave_group() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,87 @@
+"""A brute-force model of the training order, written from the design and without any code of the engine.
+
+It builds every list that the engine never stores: the sorted documents, the packed windows, the merged samples. It
+covers all that is not drawn at random: curricula with distinct scores, whole passes, bands, budgets and weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a phase takes from one source: documents with distinct scores, a band of ranks, whole passes."""
+
+    documents: Sequence[Sequence[int]]
+    scores: Sequence[float]
+    low: Fraction = Fraction(0)
+    high: Fraction = Fraction(1)
+    by: str = "documents"
+    repeat: int = 1
+    weight: float | None = None
+    held_out: frozenset[int] = field(default_factory=frozenset)
+
+
+def half_up(value: Fraction) -> int:
+    """Nearest whole number, halves upwards."""
+    return (2 * value.numerator + value.denominator) // (2 * value.denominator)
+
+
+def ranked(part: Part) -> list[list[int]]:
+    """Trainable documents in ascending score."""
+    numbers = [n for n in range(len(part.documents)) if n not in part.held_out]
+    return [list(part.documents[n]) for n in sorted(numbers, key=lambda n: part.scores[n])]
+
+
+def nearest_boundary(documents: Sequence[Sequence[int]], tokens: Fraction) -> int:
+    """How many documents to take to come nearest to `tokens` tokens; the fewer when two are equally near.
+
+    Among boundaries that differ by empty documents alone any is right; tokens are what counts.
+    """
+    counts = [0]
+    for document in documents:
+        counts.append(counts[-1] + len(document))
+    return min(range(len(counts)), key=lambda n: (abs(counts[n] - tokens), n))
+
+
+def selected(part: Part) -> list[list[int]]:
+    """Documents of the band, ascending."""
+    documents = ranked(part)
+    if part.by == "documents":
+        return documents[half_up(part.low * len(documents)) : half_up(part.high * len(documents))]
+    total = sum(map(len, documents))
+    return documents[nearest_boundary(documents, part.low * total) : nearest_boundary(documents, part.high * total)]
+
+
+def windows(tokens: Sequence[int], seq_length: int, *, drop_first: bool) -> list[Tokens]:
+    """Windows of `seq_length + 1` tokens every `seq_length`; the part that fills none is dropped at one end."""
+    count = max(0, (len(tokens) - 1) // seq_length)
+    first = len(tokens) - 1 - count * seq_length if drop_first else 0
+    return [tuple(tokens[first + w * seq_length : first + (w + 1) * seq_length + 1]) for w in range(count)]
+
+
+def stream(part: Part, seq_length: int) -> list[Tokens]:
+    """All windows of an ascending stream."""
+    tokens = [token for document in selected(part) for token in document] * part.repeat
+    return windows(tokens, seq_length, drop_first=True)
+
+
+def merged(rates: Sequence[float], samples: int) -> list[tuple[int, int]]:
+    """The first `samples` (stream, sample of the stream), by position `(j + 1/2) / rate`, ties by stream."""
+    enough = [int(samples * rate / sum(rates)) + len(rates) + 3 for rate in rates]
+    every = [((j + 0.5) / rates[i], i, j) for i in range(len(rates)) for j in range(enough[i])]
+    return [(i, j) for _, i, j in sorted(every)[:samples]]
+
+
+def curriculum(parts: Sequence[Part], seq_length: int, tokens: int | None = None) -> list[tuple[int, Tokens]]:
+    """Number of the source and tokens of every sample of a curriculum phase."""
+    streams = [stream(part, seq_length) for part in parts]
+    natural = [float(len(windows_of)) for windows_of in streams]
+    rates = [part.weight if part.weight is not None else size for part, size in zip(parts, natural, strict=True)]
+    samples = sum(map(len, streams)) if tokens is None else tokens // seq_length
+    order = merged(rates, samples)
+    used = [sum(1 for i, _ in order if i == number) for number in range(len(parts))]
+    return [(i, streams[i][(j + 1) * len(streams[i]) // used[i] - 1]) for i, j in order]

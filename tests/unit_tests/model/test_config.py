@@ -1,0 +1,101 @@
+"""Options that cannot work are refused by name before a model is built."""
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.model.config import KaiyuanModelOptions, KaiyuanTransformerConfig, model_options_from_args
+
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "normalization": "RMSNorm",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "cuda_graph_modules": [],  # its default is deprecated
+}
+
+
+def config(**values: Any) -> KaiyuanTransformerConfig:
+    return KaiyuanTransformerConfig(**(BASE | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"logit_softcap": -1.0}, r"--kaiyuan-logit-softcap must be a finite number >= 0, got -1.0; 0 switches"),
+        ({"logit_softcap": math.nan}, "--kaiyuan-logit-softcap must be"),
+        ({"logit_softcap": math.inf}, "--kaiyuan-logit-softcap must be"),
+        ({"z_loss": -1e-4}, "--kaiyuan-z-loss must be"),
+        (
+            {"sandwich_norm": True, "post_norm_gain_init": 0.0},
+            "--kaiyuan-post-norm-gain-init must be a positive number",
+        ),
+        ({"post_norm_gain_init": 0.5}, "add --kaiyuan-sandwich-norm or remove them"),
+        ({"post_norm_depth_scaled": True}, "add --kaiyuan-sandwich-norm or remove them"),
+        ({"attention": "flash"}, "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, unfused"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_its_flag(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        KaiyuanModelOptions(**values)
+
+
+@pytest.mark.filterwarnings("ignore:Transformer Engine cross entropy loss fusion has known stability issues")
+@pytest.mark.parametrize(
+    ("options", "values", "complaint"),
+    [
+        ({"logit_softcap": 30.0}, {"cross_entropy_loss_fusion": True}, "remove --cross-entropy-loss-fusion"),
+        (
+            {"z_loss": 1e-4},
+            {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
+            "remove --cross-entropy-loss-fusion",
+        ),
+        ({"logit_softcap": 30.0}, {"mtp_num_layers": 1}, "remove --mtp-num-layers"),
+        ({"sandwich_norm": True}, {"normalization": "LayerNorm"}, "add --normalization RMSNorm"),
+        ({"sandwich_norm": True}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 64}, "--num-experts"),
+        ({"sandwich_norm": True}, {"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p"),
+        ({"attention": "sdpa"}, {"transformer_impl": "transformer_engine"}, "use --attention-backend there"),
+        ({}, {"context_parallel_size": 2}, "--context-parallel-size 2 needs --transformer-impl transformer_engine"),
+        ({}, {"window_size": (128, 0)}, "use --kaiyuan-attention unfused"),
+        ({}, {"softmax_type": "off-by-one"}, "use --kaiyuan-attention unfused"),
+    ],
+)
+def test_a_contradiction_with_a_megatron_flag_is_refused_with_the_remedy(
+    options: dict[str, Any], values: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        config(kaiyuan=KaiyuanModelOptions(**options), **values)
+
+
+def test_the_unfused_kernel_takes_what_sdpa_refuses() -> None:
+    chosen = config(kaiyuan=KaiyuanModelOptions(attention="unfused"), window_size=(128, 0))
+    assert chosen.local_attention_kernel == "unfused"
+
+
+def test_by_default_nothing_of_the_model_changes() -> None:
+    assert config().local_attention_kernel == "sdpa"
+    assert config(transformer_impl="transformer_engine").has_stock_layers
+    assert config(kaiyuan=KaiyuanModelOptions(attention="unfused")).has_stock_layers
+    defaults = KaiyuanModelOptions()
+    assert (defaults.sandwich_norm, defaults.logit_softcap, defaults.z_loss) == (False, 0.0, 0.0)
+
+
+def test_depth_scaling_divides_the_gain_by_the_square_root_of_the_depth() -> None:
+    assert KaiyuanModelOptions(sandwich_norm=True).post_norm_gain(28) == 1.0
+    scaled = KaiyuanModelOptions(sandwich_norm=True, post_norm_gain_init=2.0, post_norm_depth_scaled=True)
+    assert scaled.post_norm_gain(16) == 0.5
+
+
+def test_options_are_read_from_the_arguments_of_the_same_name() -> None:
+    options = KaiyuanModelOptions(sandwich_norm=True, logit_softcap=20.0, z_loss=1e-5, attention="unfused")
+    arguments = {f"kaiyuan_{name}": value for name, value in dataclasses.asdict(options).items()}
+    assert model_options_from_args(argparse.Namespace(**arguments, lr=1.0)) == options
+    del arguments["kaiyuan_z_loss"]
+    with pytest.raises(ConfigError, match="no kaiyuan_z_loss"):
+        model_options_from_args(argparse.Namespace(**arguments))

@@ -1,0 +1,68 @@
+"""Our flags are one group beside Megatron's, and leave its command lines as they were."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_kaiyuan.arguments import add_kaiyuan_arguments, arguments_provider
+from megatron_kaiyuan.errors import ConfigError
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return add_kaiyuan_arguments(argparse.ArgumentParser()).parse_args(words)
+
+
+def test_there_is_one_flag_for_each_model_option_with_the_same_default() -> None:
+    from megatron_kaiyuan.model.config import KaiyuanModelOptions, model_options_from_args
+
+    flags = {name.removeprefix("kaiyuan_") for name in vars(parse()) if name.startswith("kaiyuan_")}
+    assert flags == {field.name for field in dataclasses.fields(KaiyuanModelOptions)}
+    assert model_options_from_args(parse()) == KaiyuanModelOptions()
+
+
+def test_the_flags_reach_the_model_options() -> None:
+    from megatron_kaiyuan.model.config import KaiyuanModelOptions, model_options_from_args
+
+    words = "--kaiyuan-sandwich-norm --kaiyuan-post-norm-gain-init 0.5 --kaiyuan-post-norm-depth-scaled"
+    words += " --kaiyuan-logit-softcap 30 --kaiyuan-z-loss 1e-4 --kaiyuan-attention unfused"
+    assert model_options_from_args(parse(*words.split())) == KaiyuanModelOptions(
+        sandwich_norm=True,
+        post_norm_gain_init=0.5,
+        post_norm_depth_scaled=True,
+        logit_softcap=30.0,
+        z_loss=1e-4,
+        attention="unfused",
+    )
+    with pytest.raises(ConfigError, match="--kaiyuan-logit-softcap"):
+        model_options_from_args(parse("--kaiyuan-logit-softcap", "-1"))
+
+
+def test_no_flag_repeats_one_of_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--plan", "plan.yaml"])
+    stock, ours = vars(parse_args(ignore_unknown_args=True)), vars(parse_args(add_kaiyuan_arguments))
+    assert ours["plan"] == "plan.yaml"
+    assert {name for name in ours if name not in stock} == set(vars(parse()))
+    assert all(ours[name] == value for name, value in stock.items())
+
+
+def test_a_changed_default_gives_way_to_the_command_line() -> None:
+    def megatron() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--distributed-backend", default="nccl")
+        return arguments_provider({"distributed_backend": "gloo"})(parser)
+
+    assert megatron().parse_args([]).distributed_backend == "gloo"
+    assert megatron().parse_args(["--distributed-backend", "ucc"]).distributed_backend == "ucc"
+
+
+def test_every_default_of_the_cpu_platform_is_an_argument_of_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import parse_args
+
+    from megatron_kaiyuan.arguments import defaults_without_optional_kernels
+    from megatron_kaiyuan.cpu_platform import CPU_ARGUMENT_DEFAULTS
+
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    assert {*CPU_ARGUMENT_DEFAULTS, *defaults_without_optional_kernels()} <= vars(parse_args()).keys()

@@ -1,0 +1,59 @@
+"""The process runner itself: a test that cannot fail would hide every distributed bug."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from tests.helpers import run_distributed
+
+
+def _sum_of_ranks(rank: int, offset: int) -> tuple[int, float, bool]:
+    import torch
+
+    megatron_absent = "megatron.core" not in sys.modules
+    value = torch.tensor([float(rank + offset)], device="cuda")
+    torch.distributed.all_reduce(value)
+    return rank, value.item(), megatron_absent
+
+
+def _fail_on_rank_one(rank: int) -> None:
+    import torch
+
+    if rank == 1:
+        raise ZeroDivisionError("the reason")
+    torch.distributed.barrier()
+
+
+def _die(rank: int) -> None:
+    os._exit(7)
+
+
+def _sleep(rank: int) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.distributed
+def test_every_rank_gets_the_arguments_and_returns_its_result() -> None:
+    assert run_distributed(_sum_of_ranks, 2, 10) == [(0, 21.0, True), (1, 21.0, True)]
+
+
+@pytest.mark.distributed
+def test_the_traceback_of_a_failing_rank_is_raised_while_the_other_ranks_wait_for_it() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 failed:.*_fail_on_rank_one.*ZeroDivisionError: the reason"):
+        run_distributed(_fail_on_rank_one, 2)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_dies_is_reported_with_its_exit_code() -> None:
+    with pytest.raises(AssertionError, match="rank 0 died without a word; exit code 7"):
+        run_distributed(_die, 1)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_is_ended_after_the_timeout() -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ranks \[0\] did not finish within 4 s"):
+        run_distributed(_sleep, 1, timeout=4)
+    assert time.monotonic() - started < 20

@@ -1,0 +1,131 @@
+"""What the command line leaves open follows from the plan; what contradicts the plan is an error that says so."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults
+from tests.unit_tests.data.tiny import numbered_documents, write_shard
+
+FINGERPRINT = "a" * 64
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> dict[str, Any]:
+    """A plan of 10 samples of 4 tokens over one shard of 41 tokens."""
+    write_shard(tmp_path / "text", numbered_documents([20, 21]))
+    return {
+        "seq_length": 4,
+        "sources": {"text": {"shards": str(tmp_path / "text")}},
+        "phases": [{"name": "only", "order": "shuffled", "sources": {"text": "all"}}],
+    }
+
+
+def write_manifest(prefix: Path, *, vocab_size: int = 50, fingerprint: str = FINGERPRINT) -> None:
+    tokenizer = {"type": "T", "model": prefix.name, "vocab_size": vocab_size, "eod_id": 3, "fingerprint": fingerprint}
+    manifest = {
+        "documents": 2, "tokens": 41, "dtype": "int32", "max_token_id": 40, "append_eod": False, "files": {},
+        "scores": {}, "tokenizer": tokenizer, "inputs": [], "skipped": {}, "json_key": "text", "created_by": "a test",
+    }  # fmt: skip
+    Path(f"{prefix}.manifest.json").write_text(json.dumps(manifest))
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, *words: str, **values: object) -> argparse.Namespace:
+    """Megatron's own parser with our flags; `values` stand for what its validation fills in."""
+    from megatron.training.arguments import parse_args
+
+    from megatron_kaiyuan.arguments import add_kaiyuan_arguments
+
+    monkeypatch.setattr(
+        "sys.argv", ["pretrain", "--plan", "plan.yaml", "--no-create-attention-mask-in-dataloader", *words]
+    )
+    args = parse_args(add_kaiyuan_arguments)
+    for name, value in ({"dataloader_type": "single", "global_batch_size": 2, "seq_length": 4} | values).items():
+        setattr(args, name, value)
+    return args
+
+
+def test_what_is_left_open_follows_from_the_plan(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec["phases"][0]["lr"] = {"start": 0.1, "end": 0.3, "shape": "linear"}
+    args = arguments(monkeypatch, "--vocab-size", "50", seq_length=None)
+    assert plan_argument_defaults(args, Plan.from_spec(spec)) == {
+        "seq_length": 4,
+        "max_position_embeddings": 4,
+        "train_samples": 10,
+        "lr": 0.3,
+        "tokenizer_type": "NullTokenizer",
+    }
+
+
+def test_what_is_given_stays(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "--seq-length 4 --max-position-embeddings 8 --train-iters 5 --tokenizer-type NullTokenizer --vocab-size 50"
+    args = arguments(monkeypatch, *words.split())
+    assert plan_argument_defaults(args, Plan.from_spec(spec)) == {}
+
+
+def test_the_vocabulary_comes_from_the_manifests(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(tmp_path / "text")
+    values = plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec))
+    assert values["tokenizer_type"] == "NullTokenizer"
+    assert values["vocab_size"] == 50
+    assert values["null_tokenizer_eod_id"] == 3
+
+
+def test_an_unknown_vocabulary_is_an_error(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"vocabulary is unknown.*give --vocab-size N, or --tokenizer-type"):
+        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec))
+
+
+def test_shards_of_two_tokenizers_are_an_error_that_names_both(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "more", numbered_documents([20, 21]))
+    spec["sources"]["more"] = {"shards": str(tmp_path / "more")}
+    write_manifest(tmp_path / "text")
+    write_manifest(tmp_path / "more", fingerprint="b" * 64)
+    with pytest.raises(ConfigError, match=r"text and .*more were built with different tokenizers"):
+        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"train_samples": 10},
+        {"train_samples": 11},  # the last, half-filled batch is dropped either way
+        {"train_iters": 5},
+    ],
+)
+def test_a_run_over_the_whole_plan_is_accepted(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch, given: dict[str, object]
+) -> None:
+    check_plan_arguments(arguments(monkeypatch, **given), Plan.from_spec(spec))
+
+
+@pytest.mark.parametrize(
+    ("words", "values", "complaint"),
+    [
+        ("", {"train_samples": 12}, r"--train-samples 12, but the plan has 10 samples \(5 steps of 2\): repeat more"),
+        ("", {"train_samples": 8}, r"--train-samples 8, but the plan has 10 samples.*--exit-interval"),
+        ("", {"train_iters": 4}, r"--train-iters 4 x --global-batch-size 2 = 8 samples, but the plan has 10"),
+        ("", {"train_iters": 5, "global_batch_size": 16}, "10 samples, fewer than --global-batch-size 16"),
+        ("", {"train_iters": 5, "seq_length": 8}, "--seq-length 8, but the plan cuts its samples to seq_length 4"),
+        ("", {"train_iters": 5, "dataloader_type": "cyclic"}, "a plan needs --dataloader-type single"),
+        ("--data-path p", {"train_iters": 5}, "--plan and --data-path both name the data"),
+        ("--mock-data", {"train_iters": 5}, "--plan and --mock-data both name the data"),
+        ("--reset-attention-mask", {"train_iters": 5}, "--reset-attention-mask needs the mask"),
+        ("--full-validation", {"train_iters": 5}, "the plan holds out no documents"),
+        ("--multiple-validation-sets", {"train_iters": 5}, "needs --full-validation"),
+    ],
+)
+def test_a_contradiction_is_an_error_with_both_values(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch, words: str, values: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        check_plan_arguments(arguments(monkeypatch, *words.split(), **values), Plan.from_spec(spec))

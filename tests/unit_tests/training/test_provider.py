@@ -1,0 +1,75 @@
+"""Training samples are the plan's; held-out samples are the same in each evaluation."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from megatron_kaiyuan.training.provider import HeldOutSamples, PlanSamples, spread_evenly
+from megatron_kaiyuan.training.samples import SampleOptions
+
+
+class Windows:
+    """`length` windows of three tokens; the first one tells which window of which list it is."""
+
+    def __init__(self, length: int, first: int) -> None:
+        self.length, self.first = length, first
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert 0 <= index < self.length
+        return {"tokens": np.array([self.first + index, 1, 2])}
+
+
+def first_tokens(samples: HeldOutSamples, count: int) -> list[int]:
+    return [int(samples[index]["tokens"][0]) for index in range(count)]
+
+
+def test_every_item_occurs_once_and_each_list_keeps_its_order_and_share() -> None:
+    for lengths in itertools.product(range(5), repeat=3):
+        if not any(lengths):
+            continue
+        order = spread_evenly(lengths).tolist()
+        assert sorted(order) == [[number, item] for number, length in enumerate(lengths) for item in range(length)]
+        for number, length in enumerate(lengths):
+            places = [place for place, (owner, _) in enumerate(order) if owner == number]
+            assert [order[place][1] for place in places] == list(range(length))
+            for place in range(len(order) + 1):
+                share = place * length / len(order)
+                assert abs(sum(other < place for other in places) - share) < len(lengths)
+
+
+def test_each_evaluation_sees_the_same_windows_of_every_source() -> None:
+    samples = HeldOutSamples([Windows(4, 0), Windows(2, 100)], SampleOptions(), 9, samples_per_evaluation=3)
+    first, second, third = itertools.batched(first_tokens(samples, 9), 3)
+    assert first == second == third == (0, 100, 1)
+    assert len(samples) == 9
+
+
+def test_an_evaluation_larger_than_what_is_held_out_starts_over() -> None:
+    samples = HeldOutSamples([Windows(2, 0)], SampleOptions(), 10, samples_per_evaluation=5)
+    assert samples.period == 2
+    assert first_tokens(samples, 5) == [0, 1, 0, 1, 0]
+
+
+def test_a_full_validation_sees_each_window_once() -> None:
+    samples = HeldOutSamples([Windows(3, 0), Windows(2, 100)], SampleOptions(), None, samples_per_evaluation=0)
+    assert sorted(first_tokens(samples, len(samples))) == [0, 1, 2, 100, 101]
+
+
+class Order(Windows):
+    """What is asked of a `CurriculumDataset`."""
+
+    def source_index(self, sample: int) -> int:
+        return 10 + sample
+
+
+def test_a_training_sample_is_the_window_of_its_number_with_its_source() -> None:
+    order: Any = Order(3, 40)
+    samples = PlanSamples(order, SampleOptions())
+    assert len(samples) == 3
+    assert samples[2]["tokens"].tolist() == [42, 1]
+    assert samples[2]["labels"].tolist() == [1, 2]
+    assert samples[2]["dataset_id"].item() == 12

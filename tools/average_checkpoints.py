@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Average the weights of several checkpoints of one run, on the CPU and in one process."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.cli import run_tool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of the tool."""
+    parser = argparse.ArgumentParser(
+        description="Average the weights of several checkpoints of one run, on the CPU and in one process. The "
+        "result is a torch_dist checkpoint for any parallel layout, without optimizer state: load it with --finetune, "
+        "or evaluate it."
+    )
+    parser.add_argument("directory", metavar="CHECKPOINT_DIR", type=Path, help="what --save named in training")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--last", type=int, metavar="N", help="the last N checkpoints (default: all)")
+    chosen.add_argument("--iterations", type=int, nargs="+", metavar="I", help="the checkpoints of these iterations")
+    parser.add_argument(
+        "--weights",
+        default="mean",
+        metavar="KIND",
+        help="mean: equal weights (default); wma: 1, 2, 3, ... from the oldest to the newest; ema:A, such as ema:0.2: "
+        "average = A * newer + (1 - A) * average, from the oldest on",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="save directory of the result")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    arguments = build_parser().parse_args()
+    cpu_platform.install()
+    from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints
+
+    checkpoints = choose_checkpoints(arguments.directory, arguments.last, arguments.iterations)
+    manifest = average_checkpoints(checkpoints, arguments.weights, arguments.output)
+    for part in manifest.checkpoints:
+        print(f"{part.weight:8.4f} x iteration {part.iteration} ({part.consumed_samples:,} samples)")
+    print(f"{arguments.output}: average of {manifest.parameters:,} parameters in {manifest.tensors} tensors")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
