@@ -18,6 +18,9 @@ def run_tool(main: Callable[[], None]) -> int:
     except KaiyuanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a missing folder, no permission: it names the file itself
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

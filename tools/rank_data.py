@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="index file (default: beside the first shard)")
     parser.add_argument("--verify", action="store_true", help="compare an existing index with a fresh ranking")
     args = parser.parse_args()
+    if args.verify and args.scores:
+        parser.error("--verify compares with the stored scores; leave out --scores, or rank first and verify then")
     source = open_source("source", args.shards)
     if args.scores:
         import_scores(source, args.scores, args.score)

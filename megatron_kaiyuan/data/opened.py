@@ -80,6 +80,10 @@ class OpenedSource:
         ranks = np.unique(np.linspace(0, len(index.order) - 1, _PROBES).astype(np.int64))
         return sha256(f"{index.seed} {index.order[ranks].tolist()}".encode()).hexdigest()[:16]
 
+    def require_ranking(self) -> None:
+        """Open the rank index now, so that one that is missing stops a run before it starts and not at a report."""
+        _ = self.ranked_order
+
     @cached_property
     def _rank_index(self) -> RankIndex:
         assert self.spec.score is not None
@@ -94,6 +98,7 @@ def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> O
 
     Raises:
         ShardError: shards are missing or damaged.
+        ScoreError, RankIndexError: the source names a score, and its sidecars or its rank index are missing or stale.
         PlanError: fewer documents than are to be held out.
     """
     source = open_source(name, spec.shards)
@@ -104,4 +109,7 @@ def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> O
             "on; hold out fewer"
         )
     drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))
-    return OpenedSource(name, spec, source, np.sort(drawn))
+    opened = OpenedSource(name, spec, source, np.sort(drawn))
+    if spec.score is not None:
+        opened.require_ranking()
+    return opened

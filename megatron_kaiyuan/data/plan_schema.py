@@ -31,6 +31,8 @@ _WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
 
 
 def _parse_tokens(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kmbgt]?)", value.strip().lower())
@@ -137,7 +139,7 @@ class PhaseSourceSpec(_Strict):
 class LearningRateSpec(_Strict):
     """The learning rate over a phase."""
 
-    start: float = Field(gt=0)
+    start: float = Field(ge=0)
     end: float = Field(ge=0)
     shape: Literal["constant", "linear", "cosine", "sqrt", "warmup"] = "constant"
 
@@ -191,8 +193,8 @@ class AveragingSpec(_Strict):
 class PlanSpec(_Strict):
     """A whole plan file."""
 
-    seq_length: int = Field(gt=0)
-    seed: int = Field(default=1234, ge=0)
+    seq_length: int = Field(gt=0, strict=True)
+    seed: int = Field(default=1234, ge=0, strict=True)
     tokenizer: TokenizerSpec | None = None
     sources: dict[str, SourceSpec] = Field(min_length=1)
     phases: list[PhaseSpec] = Field(min_length=1)

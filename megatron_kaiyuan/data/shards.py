@@ -11,15 +11,17 @@ import glob as globbing
 import os
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.maps import open_maps
 from megatron_kaiyuan.errors import ShardError
 
 __all__ = ["DTYPE_CODES", "INDEX_HEADER", "Shard", "open_shard", "resolve_prefixes"]
@@ -41,7 +43,10 @@ _TOKEN_CODES = (1, 2, 3, 4, 5, 8)
 
 @dataclass(frozen=True)
 class Shard:
-    """One opened `.bin`/`.idx` pair. Arrays are memory-mapped on first use and shared between forked workers."""
+    """One opened `.bin`/`.idx` pair. Arrays are memory-mapped when used and shared between forked workers.
+
+    Take an array once for a loop rather than an element at a time: see maps.py for how long a map stays open.
+    """
 
     prefix: str
     """Path without suffix, as Megatron names a dataset."""
@@ -49,20 +54,28 @@ class Shard:
     tokens: int
     dtype: np.dtype[np.generic]
 
-    @cached_property
+    @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document, int32 `[documents]`."""
-        return _map(f"{self.prefix}.idx", np.dtype(np.int32), self.documents, INDEX_HEADER.size)
+        return self._index[0]
 
-    @cached_property
+    @property
     def pointers(self) -> NDArray[np.int64]:
         """Byte offset of each document in the `.bin`, int64 `[documents]`."""
-        return _map(f"{self.prefix}.idx", np.dtype(np.int64), self.documents, INDEX_HEADER.size + 4 * self.documents)
+        return self._index[1]
 
     @cached_property
     def token_data(self) -> NDArray[Any]:
         """All tokens, `[tokens]` of the shard's dtype."""
+        open_maps().add(self, "token_data")
         return _map(f"{self.prefix}.bin", self.dtype, self.tokens, 0)
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Lengths and pointers, views of one map."""
+        open_maps().add(self, "_index")
+        raw = _map(f"{self.prefix}.idx", np.dtype(np.uint8), 12 * self.documents, INDEX_HEADER.size)
+        return raw[: 4 * self.documents].view(np.int32), raw[4 * self.documents :].view(np.int64)
 
     def token_start(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """First token of each of these documents, counted in tokens from the start of the shard."""
@@ -87,21 +100,27 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
         ShardError: a file is missing, is not a version 1 index, holds no tokens dtype, or sizes disagree.
     """
     prefix = os.fspath(prefix)
-    for suffix in (".idx", ".bin"):
-        if not Path(prefix + suffix).is_file():
-            raise ShardError(
-                f"shard {prefix!r}: {prefix + suffix} does not exist (looked in {Path.cwd()}); "
-                "give the path of the .bin/.idx pair without its suffix, or build it with tools/preprocess_data.py"
-            )
-    sequences, dtype = _read_header(prefix)
-    tokens = _checked_tokens(prefix, sequences, dtype)
-    return Shard(prefix=prefix, documents=sequences, tokens=tokens, dtype=dtype)
+    try:
+        with Path(f"{prefix}.idx").open("rb", buffering=0) as index:
+            sequences, dtype = _read_header(index, f"{prefix}.idx")
+            end = _end_of_last_document(index, sequences, dtype)
+        size = Path(f"{prefix}.bin").stat().st_size
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ShardError(
+            f"shard {prefix!r}: {error.filename} does not exist (looked in {Path.cwd()}); "
+            "give the path of the .bin/.idx pair without its suffix, or build it with tools/preprocess_data.py"
+        ) from error
+    if size != end:
+        problem = "is truncated" if size < end else "is longer than its index says"
+        raise ShardError(
+            f"{prefix}.bin: {size} bytes, but {prefix}.idx ends at byte {end}: the file {problem}, or the two belong "
+            "to different runs; copy or build both again"
+        )
+    return Shard(prefix=prefix, documents=sequences, tokens=size // dtype.itemsize, dtype=dtype)
 
 
-def _read_header(prefix: str) -> tuple[int, np.dtype[np.generic]]:
-    path = f"{prefix}.idx"
-    with Path(path).open("rb") as stream:
-        raw = stream.read(INDEX_HEADER.size)
+def _read_header(index: FileIO, path: str) -> tuple[int, np.dtype[np.generic]]:
+    raw = index.read(INDEX_HEADER.size)
     if len(raw) < INDEX_HEADER.size or not raw.startswith(INDEX_MAGIC):
         raise ShardError(f"{path}: not a Megatron index (it starts with {raw[:9]!r}); rebuild the shard")
     _, version, code, sequences, boundaries = INDEX_HEADER.unpack(raw)
@@ -117,7 +136,7 @@ def _read_header(prefix: str) -> tuple[int, np.dtype[np.generic]]:
             "document: rebuild the shard without --split-sentences"
         )
     expected = INDEX_HEADER.size + sequences * (4 + 8) + boundaries * 8
-    actual = Path(path).stat().st_size
+    actual = os.fstat(index.fileno()).st_size
     if actual < expected:
         raise ShardError(
             f"{path}: {actual} bytes, its header asks for {expected}; the file is truncated, copy it again"
@@ -127,23 +146,14 @@ def _read_header(prefix: str) -> tuple[int, np.dtype[np.generic]]:
     return sequences, np.dtype(DTYPE_CODES[code])
 
 
-def _checked_tokens(prefix: str, sequences: int, dtype: np.dtype[np.generic]) -> int:
-    size = Path(f"{prefix}.bin").stat().st_size
-    end = 0
-    if sequences:
-        with Path(f"{prefix}.idx").open("rb") as stream:
-            stream.seek(INDEX_HEADER.size + 4 * (sequences - 1))
-            length = int.from_bytes(stream.read(4), "little", signed=True)
-            stream.seek(INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-            end = int.from_bytes(stream.read(8), "little", signed=True) + length * dtype.itemsize
-    if size != end:
-        problem = "is truncated" if size < end else "is longer than its index says"
-        raise ShardError(
-            f"{prefix}.bin: {size} bytes, but {prefix}.idx ends at byte {end}: the file {problem}, or the two "
-            "belong to "
-            "different runs; copy or build both again"
-        )
-    return size // dtype.itemsize
+def _end_of_last_document(index: FileIO, sequences: int, dtype: np.dtype[np.generic]) -> int:
+    """The byte at which the `.bin` should end."""
+    if not sequences:
+        return 0
+    index.seek(INDEX_HEADER.size + 4 * (sequences - 1))
+    length = int.from_bytes(index.read(4), "little", signed=True)
+    index.seek(INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+    return int.from_bytes(index.read(8), "little", signed=True) + length * dtype.itemsize
 
 
 def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str]:
@@ -154,12 +164,20 @@ def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str
     """
     items = [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)
     found = [prefix for item in items for prefix in _resolve_one(item)]
-    files = [os.path.realpath(f"{prefix}.bin") for prefix in found]
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(prefix) for prefix in found}}  # noqa: PTH120
+    files = [_real_file(prefix, folders) for prefix in found]
     times = Counter(files)
     duplicates = [prefix for prefix, file in zip(found, files, strict=True) if times[file] > 1]
     if duplicates:
         raise ShardError(f"shards {items}: {duplicates[-1]!r} is named twice; name each shard once and use repeat")
     return found
+
+
+def _real_file(prefix: str, folders: Mapping[str, str]) -> str:
+    """The `.bin` with symbolic links followed; each folder's are followed only once, not for each of its shards."""
+    folder, name = os.path.split(prefix)
+    path = os.path.join(folders[folder], f"{name}.bin")  # noqa: PTH118
+    return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114
 
 
 def _resolve_one(item: str) -> list[str]:

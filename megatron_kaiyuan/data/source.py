@@ -3,6 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.errors import ScoreError, ShardError
 
 __all__ = ["Segment", "Source", "open_source"]
+
+_OPENING_THREADS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,10 @@ class Source:
         Raises:
             ScoreError: a sidecar is missing, has another length than its shard, or holds NaN.
         """
-        parts = [load_score_sidecar(shard, score) for shard in self.shards]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(self.shards) == 1:
+            return load_score_sidecar(self.shards[0], score)
+        # each part is copied out of its map at once: a map of every shard would be too many open files
+        return np.concatenate([np.array(load_score_sidecar(shard, score)) for shard in self.shards])
 
     def scores_of(self, score: str, documents: NDArray[np.int64]) -> NDArray[np.floating]:
         """Scores of these documents alone, float64 `[n]`; reads only their pages."""
@@ -148,7 +153,8 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
     Raises:
         ShardError: no shard, an invalid shard, or shards of different token dtypes.
     """
-    opened = tuple(open_shard(prefix) for prefix in resolve_prefixes(shards))
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:  # a network file system answers each question slowly
+        opened = tuple(pool.map(open_shard, resolve_prefixes(shards)))
     if len({shard.dtype for shard in opened}) > 1:
         first, other = opened[0], next(shard for shard in opened if shard.dtype != opened[0].dtype)
         raise ShardError(

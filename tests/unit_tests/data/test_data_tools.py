@@ -187,7 +187,7 @@ def test_a_killed_build_leaves_no_index_or_the_whole_one(million):
     for attempt in range(8):
         path.unlink(missing_ok=True)
         process = start("rank_data", prefix)
-        time.sleep(duration * (0.5 + 0.5 * rng.random()) if attempt else duration * 0.3)
+        time.sleep(duration * (0.5 + 0.5 * rng.random()) if attempt else 0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
         outcomes.add(path.exists())

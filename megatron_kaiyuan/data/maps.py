@@ -1,0 +1,50 @@
+"""How many files a process keeps memory-mapped at once.
+
+A map costs a file descriptor (often 1,024 a process) and an entry of the kernel's list of maps (65,530 on a stock
+Linux, `vm.max_map_count`). A source of 40,000 shards would need 80,000 of each, so the maps opened longest ago are
+given up and opened again when they are needed: about 30 microseconds, the page cache still holds their data.
+"""
+
+import resource
+import weakref
+from collections import deque
+from functools import lru_cache
+
+__all__ = ["OpenMaps", "open_maps"]
+
+_FEWEST = 64
+_MOST = 1 << 14
+
+
+class OpenMaps:
+    """Attributes that hold maps, oldest first; the oldest is deleted from its owner when there are too many.
+
+    An array that somebody still uses stays valid: deleting the attribute only drops one reference to its map.
+
+    Args:
+        limit: attributes to keep.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._opened: deque[tuple[weakref.ref[object], str]] = deque()  # appending and popping are atomic
+
+    def add(self, owner: object, attribute: str) -> None:
+        """Note that `owner` is about to keep a map under `attribute` of its `__dict__` (a cached property)."""
+        self._opened.append((weakref.ref(owner), attribute))
+        while len(self._opened) > self.limit:
+            try:
+                oldest, name = self._opened.popleft()
+            except IndexError:  # another thread was faster
+                return
+            alive = oldest()
+            if alive is not None:
+                alive.__dict__.pop(name, None)
+
+
+@lru_cache(maxsize=1)
+def open_maps() -> OpenMaps:
+    """The maps of this process: half of its file descriptors, at most 16,384."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST if soft == resource.RLIM_INFINITY else soft // 2
+    return OpenMaps(max(_FEWEST, min(allowed, _MOST)))
