@@ -3,26 +3,28 @@
 
     python -m benchmarks.demo_throughput --rounds 3 --json throughput.json
 
-Each row trains both for some steps, one after the other, several rounds of this; a speed is tokens of a step over the
-median seconds of the steps after the warm-up, of all rounds. One thread a process. Both read random tokens that cost
-nothing to make, so that training is compared; `benchmarks/data_engine.py` compares the reading.
+Each row trains both for some steps, one after the other, several rounds of this. A speed is tokens of a step over the
+median seconds of the steps after the warm-up, of all rounds; it means nothing on a machine that does other work too.
+The ratio by CPU time does: it compares what a long run costs more than a short one, in CPU seconds of all processes.
+One thread a process. Both read random tokens that cost nothing to make, so that training is compared;
+`benchmarks/data_engine.py` compares the reading.
 """
 
 import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import yaml
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks.plain_torch_gpt import Job, Shape
@@ -40,6 +42,8 @@ class Row:
     processes: int
     ours: float
     plain: float
+    cpu_ratio: float
+    """CPU seconds of a step, plain over ours; above 1: ours costs less."""
 
     @property
     def ratio(self) -> float:
@@ -108,13 +112,20 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
-def run(command: list[str]) -> str:
-    """Output of a command; its end is raised if it fails."""
+def cpu_seconds() -> float:
+    """CPU time of all processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(command: list[str]) -> tuple[str, float]:
+    """Output of a command and its CPU seconds; the end of its output is raised if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before = cpu_seconds()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\nfailed:\n{(done.stdout + done.stderr)[-3000:]}")
-    return done.stdout
+    return done.stdout, cpu_seconds() - before
 
 
 def ours_seconds(output: str) -> list[float]:
@@ -128,38 +139,51 @@ def plain_seconds(output: str) -> list[float]:
     return seconds
 
 
-def measure(ours: list[str], plain: list[str], rounds: int, advance: Callable[[], None]) -> tuple[float, float]:
-    """Median seconds of a step of each; they alternate, so that what else the machine does hits both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+def measure(
+    command: Callable[[Job], list[str]], step_seconds: Callable[[str], list[float]], job: Job
+) -> tuple[list[float], float]:
+    """Seconds of each step after the warm-up, and CPU seconds of a step: a long run's less a short one's."""
+    short = replace(job, steps=WARM_UP_STEPS)
+    _, short_cpu = run(command(short))
+    output, long_cpu = run(command(job))
+    return step_seconds(output)[WARM_UP_STEPS:], (long_cpu - short_cpu) / (job.steps - WARM_UP_STEPS)
+
+
+def measure_row(shape: Shape, job: Job, processes: int, flags: list[str], rounds: int) -> Row:
+    """Alternate between the two, so that what else the machine does hits both."""
+    ours, plain = [], []
     for _ in range(rounds):
-        seconds[0].extend(ours_seconds(run(ours))[WARM_UP_STEPS:])
-        advance()
-        seconds[1].extend(plain_seconds(run(plain))[WARM_UP_STEPS:])
-        advance()
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+        ours.append(measure(lambda it: ours_command(shape, it, processes, flags), ours_seconds, job))
+        plain.append(measure(lambda it: plain_command(shape, it, processes), plain_seconds, job))
+    tokens = job.micro_batch * job.accumulation * processes * shape.sequence
+    medians = [statistics.median(second for seconds, _ in side for second in seconds) for side in (ours, plain)]
+    costs = [statistics.median(cpu for _, cpu in side) for side in (ours, plain)]
+    return Row(
+        dtype=job.dtype,
+        processes=processes,
+        ours=tokens / medians[0],
+        plain=tokens / medians[1],
+        cpu_ratio=costs[1] / costs[0],
+    )
 
 
 def measure_rows(shape: Shape, job: Job, flags: list[str], processes: list[int], rounds: int) -> list[Row]:
     """One row for each precision and number of processes."""
-    cases = [(count, replace(job, dtype=dtype)) for count in processes for dtype in ("float16", "float32")]
-    rows = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("training", total=2 * rounds * len(cases))
-        for count, case in cases:
-            ours = ours_command(shape, case, count, flags)
-            plain = plain_command(shape, case, count)
-            speeds = measure(ours, plain, rounds, partial(progress.advance, task))
-            tokens = case.micro_batch * case.accumulation * count * shape.sequence
-            rows.append(Row(dtype=case.dtype, processes=count, ours=tokens / speeds[0], plain=tokens / speeds[1]))
-    return rows
+    cases = [(replace(job, dtype=dtype), count) for count in processes for dtype in ("float16", "float32")]
+    return [
+        measure_row(shape, case, count, flags, rounds)
+        for case, count in track(cases, "training", console=Console(stderr=True))
+    ]
 
 
 def print_table(rows: list[Row], shape: Shape) -> None:
     """The result for people."""
     title = f"{shape.layers} layers, hidden {shape.hidden}, vocabulary {shape.vocabulary}, sequence {shape.sequence}"
-    table = Table("precision", "processes", "ours, tokens/s", "plain torch, tokens/s", "ours / plain", title=title)
+    headings = ["precision", "processes", "ours, tokens/s", "plain torch, tokens/s", "ratio", "ratio by CPU time"]
+    table = Table(*headings, title=title)
     for row in rows:
-        table.add_row(row.dtype, str(row.processes), f"{row.ours:.0f}", f"{row.plain:.0f}", f"{row.ratio:.2f}")
+        speeds = [f"{row.ours:.0f}", f"{row.plain:.0f}", f"{row.ratio:.2f}", f"{row.cpu_ratio:.2f}"]
+        table.add_row(row.dtype, str(row.processes), *speeds)
     Console().print(table)
 
 
@@ -167,7 +191,7 @@ def main() -> None:
     """Measure, print, and write the JSON file if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="how often each is run (default 2)")
-    parser.add_argument("--steps", type=int, default=12, help="steps of a run (default 12)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of a run (default 16)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="process counts (default 1 2)")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()

@@ -139,7 +139,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Trainer:
-    """Steps on random tokens; weights and gradient sums are FP16 or FP32, the optimizer's weights FP32, as in the demo."""
+    """Steps on random tokens; weights and gradient sums in the run's precision, the optimizer's weights in FP32."""
 
     def __init__(self, shape: Shape, job: Job) -> None:
         torch.manual_seed(1234)

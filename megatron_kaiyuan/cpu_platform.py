@@ -181,6 +181,8 @@ def _substitutions() -> tuple[tuple[object, dict[str, object]], ...]:
     return (
         (torch.cuda, {**_device_substitutions(), **_random_substitutions(), **_stream_substitutions()}),
         (torch.cuda.random, _random_substitutions()),
+        # A data loader with workers asks here whether to page-lock what they send; torch.cuda says yes now.
+        (torch.accelerator, {"is_available": lambda: False}),
         # Marks for a GPU profiler.
         (torch.cuda.nvtx, {"range_push": _nothing, "range_pop": _nothing, "mark": _nothing, "range": _any_context}),
         # Moving to the device moves nothing. Page-locked memory serves copies to a GPU and needs its driver.

@@ -3,10 +3,10 @@
 import os
 import socket
 import sys
-import warnings
 
 from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.errors import KaiyuanError
+from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
 __all__ = ["main"]
 
@@ -19,10 +19,7 @@ def main() -> int:
     """
     _stand_alone_unless_launched()
     cpu_platform.install()
-    with warnings.catch_warnings():
-        # Said once for each module that could use them; the launcher prints what their absence changes.
-        warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
-        warnings.filterwarnings("ignore", message="Only transformer-engine>=1.7.0 supports MoE experts")
+    with quiet_megatron_import():
         # Not before: importing Megatron reads what the CPU platform replaces.
         from megatron_kaiyuan.training.launch import run_pretraining
 

@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", required=True, type=Path, metavar="FILE", help="plan of the run; holds the documents out"
     )
-    parser.add_argument("--untrained", action="store_true", help="evaluate the initial weights as well")
+    parser.add_argument("--untrained", action="store_true", help="evaluate an untrained model as well")
     parser.add_argument("--windows", type=int, metavar="N", help="samples of each source (default: all held-out ones)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples in one pass (default 8)")
     parser.add_argument(

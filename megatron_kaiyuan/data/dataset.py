@@ -66,12 +66,12 @@ class CurriculumDataset:
     def source_index(self, sample: int) -> int:
         """Number of the sample's source in `list(plan.sources)`."""
         phase, number, _ = self._place(sample)
-        return self._source_numbers[tuple(phase.streams)[number]]
+        return self._source_numbers[phase.source_list[number]]
 
     def provenance(self, sample: int) -> Provenance:
         """Phase, source, pass, quantile range and documents of a sample."""
         phase, number, window = self._place(sample)
-        name, stream = tuple(phase.streams.items())[number]
+        name, stream = phase.source_list[number], phase.stream_list[number]
         return Provenance(
             phase=phase.name,
             source=name,
@@ -94,7 +94,7 @@ class CurriculumDataset:
 
     def _stream_and_window(self, sample: int) -> tuple[Stream, int]:
         phase, number, window = self._place(sample)
-        return tuple(phase.streams.values())[number], window
+        return phase.stream_list[number], window
 
     def _place(self, sample: int) -> tuple[Phase, int, int]:
         """Phase, stream number and window of a sample."""

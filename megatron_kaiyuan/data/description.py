@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.constraints import bounded_shares, describe_bound, domain_samples
 from megatron_kaiyuan.data.interleave import prefix_bound
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
@@ -33,6 +34,8 @@ def describe_plan(plan: Plan, bands: int = 10) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "samples": plan.num_samples,
         "tokens": plan.num_samples * plan.seq_length,
+        "domains": _domain_shares(plan, plan.phases),
+        "domain_bounds": [describe_bound(share, plan.seq_length) for share in bounded_shares(plan.spec, plan.phases)],
         "phases": [_describe_phase(plan, phase) for phase in plan.phases],
         "sources": {name: _describe_source(plan, source, bands) for name, source in plan.opened.items()},
     }
@@ -43,10 +46,6 @@ def _describe_phase(plan: Plan, phase: Phase) -> dict[str, Any]:
         name: _describe_stream(phase, number, name, stream)
         for number, (name, stream) in enumerate(phase.streams.items())
     }
-    domains: dict[str, float] = {}
-    for name, row in sources.items():
-        domain = plan.sources[name].domain or name
-        domains[domain] = domains.get(domain, 0.0) + row["share"]
     return {
         "name": phase.name,
         "order": phase.order,
@@ -55,9 +54,14 @@ def _describe_phase(plan: Plan, phase: Phase) -> dict[str, Any]:
         "tokens": phase.num_samples * plan.seq_length,
         "tokens_unused_of_budget": 0 if phase.spec.tokens is None else phase.spec.tokens % plan.seq_length,
         "lr": phase.lr.model_dump() if phase.lr else None,
-        "domains": domains,
+        "domains": _domain_shares(plan, [phase]),
         "sources": sources,
     }
+
+
+def _domain_shares(plan: Plan, phases: list[Phase]) -> dict[str, float]:
+    total = sum(phase.num_samples for phase in phases)
+    return {domain: samples / total for domain, samples in domain_samples(plan.spec, phases).items()}
 
 
 def _describe_stream(phase: Phase, number: int, name: str, stream: Stream) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 __all__ = ["merged_block", "prefix_bound", "prefix_counts"]
 
+_ROUNDING = 1 / 64  # more than the rounding error of `rates * position` for streams below 2**45 samples
+
 
 def prefix_bound(rates: Sequence[float], stream: int) -> float:
     """Largest deviation, in samples, of a stream's count in a prefix from its exact share."""
@@ -38,7 +40,8 @@ def merged_block(rates: NDArray[np.float64], start: int, stop: int) -> tuple[NDA
     Returns:
         Stream number and sample number within the stream, each int64 `[stop - start]`.
 
-    Cost: O(k + stop - start) memory, one sort of that size; nothing depends on `start`.
+    Cost: O(k + stop - start) memory; a sort of about `sqrt(k) + stop - start` positions, or of `k` more where many
+    streams have equal ones. Nothing depends on `start`.
     """
     streams, samples, settled = _sorted_candidates(rates, start, stop)
     before = start - int(settled.sum())
@@ -55,24 +58,45 @@ def prefix_counts(rates: NDArray[np.float64], samples: int) -> NDArray[np.int64]
 def _sorted_candidates(
     rates: NDArray[np.float64], start: int, stop: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Candidates for `[start, stop)` in merged order, and per stream the number of samples that surely come before."""
-    lowest, highest = _candidate_range(rates, start, stop)
+    """Candidates for `[start, stop)` in merged order, and per stream the number of samples that come before them.
+
+    All samples between two positions are taken, first between two near ones. Left of position `x` there are `sum(rates)
+    * x` samples, up to half a one for each stream, but the halves mostly cancel. If the samples asked for turn out to
+    lie between the two positions, whatever was left out comes before or after them; if not, `k + 2` samples to both
+    sides always suffice.
+    """
+    total = float(rates.sum())
+    for margin in (2 + 1.25 * math.sqrt(len(rates)), len(rates) + 2):
+        low, high = (start - margin) / total, (stop + margin) / total
+        lowest, highest = _between(rates, low, high)
+        streams, samples, positions = _sorted_by_position(rates, lowest, highest)
+        before = start - int(lowest.sum())
+        last = before + stop - start - 1
+        if (
+            0 <= before < len(positions)
+            and last < len(positions)
+            and positions[before] >= low
+            and (last < 0 or positions[last] <= high)
+        ):
+            return streams, samples, lowest
+    raise AssertionError(f"samples {start} to {stop} are not where they must be")
+
+
+def _between(rates: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Per stream the range of samples that holds all those at positions from `low` to `high`, and hardly another."""
+    lowest = np.ceil(rates * low - (0.5 + _ROUNDING)).astype(np.int64)
+    highest = np.floor(rates * high - (0.5 - _ROUNDING)).astype(np.int64) + 1
+    return np.maximum(lowest, 0), np.maximum(highest, 0)
+
+
+def _sorted_by_position(
+    rates: NDArray[np.float64], lowest: NDArray[np.int64], highest: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Stream, sample and position of all samples in these ranges, in merged order."""
     counts = highest - lowest
     streams = np.repeat(np.arange(len(rates)), counts)
     firsts = np.repeat(np.cumsum(counts) - counts - lowest, counts)
     samples = np.arange(len(streams)) - firsts
-    order = np.lexsort((streams, (samples + 0.5) / rates[streams]))
-    return streams[order], samples[order], lowest
-
-
-def _candidate_range(rates: NDArray[np.float64], start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Per stream, a range of its samples that surely holds all of its merged samples in `[start, stop)`.
-
-    A stream has `rate * x` samples left of position `x` up to 1/2, so `k` streams together are off by at most `k /
-    2`. A margin of `k + 2` samples on both sides therefore covers the range, and the rounding of doubles too.
-    """
-    total = float(rates.sum())
-    margin = len(rates) + 2
-    low = np.floor(rates * ((start - margin) / total) - 0.5).astype(np.int64)
-    high = np.ceil(rates * ((stop + margin) / total) + 0.5).astype(np.int64)
-    return np.maximum(low, 0), np.maximum(high, 0)
+    positions = (samples + 0.5) / rates[streams]
+    order = np.argsort(positions, kind="stable")  # candidates stand by stream, so equal positions stay by stream
+    return streams[order], samples[order], positions[order]

@@ -27,19 +27,21 @@ class OpenMaps:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._opened: deque[tuple[weakref.ref[object], str]] = deque()  # appending and popping are atomic
+        self._kept: deque[tuple[weakref.ref[object], str]] = deque()  # appending and popping are atomic
 
-    def add(self, owner: object, attribute: str) -> None:
-        """Note that `owner` is about to keep a map under `attribute` of its `__dict__` (a cached property)."""
-        self._opened.append((weakref.ref(owner), attribute))
-        while len(self._opened) > self.limit:
+    def keep[Value](self, owner: object, attribute: str, value: Value) -> Value:
+        """Store what holds a map under `attribute` of `owner.__dict__`, and return it."""
+        owner.__dict__[attribute] = value  # before it is noted: what is noted can be given up by another thread
+        self._kept.append((weakref.ref(owner), attribute))
+        while len(self._kept) > self.limit:
             try:
-                oldest, name = self._opened.popleft()
+                oldest, name = self._kept.popleft()
             except IndexError:  # another thread was faster
-                return
+                break
             alive = oldest()
             if alive is not None:
                 alive.__dict__.pop(name, None)
+        return value
 
 
 @lru_cache(maxsize=1)

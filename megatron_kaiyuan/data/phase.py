@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import NoReturn
 
 import numpy as np
@@ -15,10 +16,12 @@ from megatron_kaiyuan.data.permutation import derive_key
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec, PhaseSpec
 from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.data.selection import Keep
-from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.data.stream import Stream, thinned
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = ["Phase", "build_phase"]
+
+_FEW = 16  # samples of a shuffled stream; below, plain integers are faster than arrays
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,44 @@ class Phase:
     def block(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Stream number and window of the phase's samples `start <= s < stop`, counted from its first sample."""
         numbers, samples = merged_block(self.rates, start, stop)
-        windows = np.empty_like(samples)
-        for number, stream in enumerate(self.streams.values()):
-            where = np.flatnonzero(numbers == number)
-            if len(where):
-                windows[where] = stream.windows(samples[where], int(self.used[number]))
+        ascending, available = self._stream_facts
+        windows = thinned(samples, self.used[numbers], available[numbers])  # of ascending streams; others follow
+        shuffled = np.flatnonzero(~ascending[numbers])
+        by_stream = shuffled[np.argsort(numbers[shuffled], kind="stable")]
+        firsts = np.flatnonzero(np.diff(numbers[by_stream], prepend=-1))
+        for where in np.split(by_stream, firsts[1:]) if len(by_stream) else []:
+            number = int(numbers[where[0]])
+            windows[where] = self._shuffled_windows(number, samples[where])
         return numbers, windows
+
+    def _shuffled_windows(self, number: int, samples: NDArray[np.int64]) -> NDArray[np.int64] | list[int]:
+        """Windows of one stream: all at once, or one by one where they are so few that this is faster."""
+        stream, used = self.stream_list[number], int(self.used[number])
+        if len(samples) > _FEW:
+            return stream.windows(samples, used)
+        return [stream.window(sample, used) for sample in samples.tolist()]
 
     def sample(self, sample: int) -> tuple[int, int]:
         """Stream number and window of one sample of the phase."""
         numbers, samples = merged_block(self.rates, sample, sample + 1)
         number = int(numbers[0])
-        stream = tuple(self.streams.values())[number]
-        return number, stream.window(int(samples[0]), int(self.used[number]))
+        return number, self.stream_list[number].window(int(samples[0]), int(self.used[number]))
+
+    @cached_property
+    def stream_list(self) -> tuple[Stream, ...]:
+        """The streams by number."""
+        return tuple(self.streams.values())
+
+    @cached_property
+    def source_list(self) -> tuple[str, ...]:
+        """Names of the streams' sources by number."""
+        return tuple(self.streams)
+
+    @cached_property
+    def _stream_facts(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Whether each stream is ascending, and its windows; `[streams]` each."""
+        ascending = np.array([stream.ascending for stream in self.stream_list])
+        return ascending, np.array([stream.num_windows for stream in self.stream_list], dtype=np.int64)
 
 
 def build_phase(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_source
 from megatron_kaiyuan.data.phase import Phase, build_phase
@@ -65,6 +66,7 @@ class Plan:
         for phase in spec.phases:
             first = phases[-1].first_sample + phases[-1].num_samples if phases else 0
             phases.append(build_phase(phase, opened, first, spec.seq_length, spec.seed))
+        check_domain_bounds(spec, phases)
         return cls(spec, opened, phases)
 
     @property

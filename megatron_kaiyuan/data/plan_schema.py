@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_kaiyuan.data.selection import Keep, parse_keep
+from megatron_kaiyuan.data.selection import Keep, parse_fraction, parse_keep
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = [
     "AveragingSpec",
+    "DomainBoundSpec",
     "ExpectedSpec",
     "LearningRateSpec",
     "PhaseSourceSpec",
@@ -57,6 +58,14 @@ def _parse_selection(value: object) -> Keep:
     return value if isinstance(value, Keep) else parse_keep(str(value))
 
 
+def _parse_share(value: object) -> object:
+    if value is None or isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool):
+        raise ValueError("true and false are not a share; write 30% or 0.3")
+    return parse_fraction(str(value).strip())
+
+
 def _positive(value: Fraction) -> Fraction:
     if value <= 0:
         raise ValueError(f"must be above 0, got {float(value)}; leave the source out of the phase to skip it")
@@ -71,6 +80,7 @@ def _check_weights(value: str) -> str:
 
 Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(gt=0)]
 Ratio = Annotated[Fraction, BeforeValidator(_parse_ratio), AfterValidator(_positive)]
+Share = Annotated[Fraction | None, BeforeValidator(_parse_share)]
 
 
 class _Strict(BaseModel):
@@ -181,6 +191,27 @@ class ValidationSpec(_Strict):
     documents: int = Field(gt=0)
 
 
+class DomainBoundSpec(_Strict):
+    """Which share of the tokens a domain must or may have. It is checked, and changes nothing in the order."""
+
+    min: Share = None
+    """At least this share; None: no lower bound."""
+    max: Share = None
+    """At most this share; None: no upper bound."""
+    scope: Literal["run", "phase"] = "run"
+    """Whether all phases together keep the bound, or each phase does."""
+    on_violation: Literal["error", "report"] = "error"
+    """Whether a broken bound refuses the plan, or is only shown by the dry run."""
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> "DomainBoundSpec":
+        if self.min is None and self.max is None:
+            raise ValueError("neither min nor max; give at least one, such as {max: 30%}")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {float(self.min):.4g} is above max {float(self.max):.4g}; no share keeps both")
+        return self
+
+
 class AveragingSpec(_Strict):
     """Which checkpoints the final weights average."""
 
@@ -199,6 +230,8 @@ class PlanSpec(_Strict):
     sources: dict[str, SourceSpec] = Field(min_length=1)
     phases: list[PhaseSpec] = Field(min_length=1)
     validation: dict[str, ValidationSpec] = Field(default_factory=dict)
+    domains: dict[str, DomainBoundSpec] = Field(default_factory=dict)
+    """Bounds on shares of tokens, by domain."""
     averaging: AveragingSpec | None = None
 
     @model_validator(mode="after")
@@ -217,7 +250,15 @@ class PlanSpec(_Strict):
                         "names none; add score:, or keep a random part"
                     )
         self._check_sources("validation", list(self.validation))
+        domains = list(dict.fromkeys(self.domain_of(name) for name in self.sources))
+        for name in self.domains:
+            if name not in domains:
+                raise ValueError(f"domains.{name}: no source is of this domain; known are {', '.join(domains)}")
         return self
+
+    def domain_of(self, source: str) -> str:
+        """The domain of a source: the one it names, or else itself."""
+        return self.sources[source].domain or source
 
     def _check_sources(self, where: str, names: list[str]) -> None:
         for name in names:

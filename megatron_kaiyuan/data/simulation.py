@@ -63,11 +63,13 @@ class SimulatedOrder:
         return np.minimum(tokens.astype(np.int64), self.source.num_tokens)
 
     def locate(self, token: int) -> int:
-        """The position that holds this token: the formula inverted, then corrected for its rounding."""
-        share = token / self.source.num_tokens
-        if self._trend:
-            linear = 1 - self._trend
-            share = (math.sqrt(linear * linear + 4 * self._trend * share) - linear) / (2 * self._trend)
+        """The position that holds this token: the formula inverted, then corrected for its rounding.
+
+        The root is written without a difference, which a small trend would leave without digits.
+        """
+        tokens = token / self.source.num_tokens
+        linear = 1 - self._trend
+        share = 2 * tokens / (linear + math.sqrt(linear * linear + 4 * self._trend * tokens))
         position = min(max(int(share * self.num_documents), 0), self.num_documents - 1)
         while self._offset(position) > token:
             position -= 1

@@ -17,7 +17,7 @@ from megatron_kaiyuan.errors import ScoreError, ShardError
 
 __all__ = ["Segment", "Source", "open_source"]
 
-_OPENING_THREADS = 1
+_OPENING_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +195,16 @@ def _map_scores(shard: Shard, score: str) -> NDArray[np.floating]:
 
 def load_npy(path: str | os.PathLike[str], origin: str) -> NDArray[Any]:
     """Memory-map a `.npy` file; a file that is none, or a truncated one, raises ScoreError."""
+    return open_npy(path, origin).view(np.ndarray)
+
+
+def open_npy(path: str | os.PathLike[str], origin: str) -> "np.memmap[Any, Any]":
+    """`load_npy` that keeps numpy's class, which knows at what byte the numbers begin."""
     try:
-        return np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
-    except ValueError as error:
+        return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # the header is parsed as Python text, so damage shows as any of the parser's errors
         raise ScoreError(f"{origin}: not a whole .npy file of numbers ({error}); write the scores again") from error
 
 

@@ -6,6 +6,7 @@ target, which is the next window's first input), and documents flow across windo
 fewer than `seq_length` tokens of a stream are never predicted, and `leftover` says how many.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -17,7 +18,7 @@ from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.runs import DocumentRuns
 from megatron_kaiyuan.data.source import Segment
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "thinned"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Stream:
                 stays; a shuffled one is cut short, which leaves out a random part.
         """
         if self.ascending:
-            return _thinned(samples, used, self.num_windows)
+            return thinned(samples, used, self.num_windows)
         result = samples.copy()  # sample j of a shuffled stream lies in the pass of window j
         passes = self.pass_of_window(samples)
         within = samples - self.pass_windows[passes]
@@ -103,9 +104,10 @@ class Stream:
         """`windows` for one sample, in plain integers: faster for random access."""
         if self.ascending:
             return (sample + 1) * self.num_windows // used - 1
-        number = int(np.searchsorted(self.pass_windows, sample, side="right")) - 1
-        first = int(self.pass_windows[number])
-        if sample - first >= self._inner_windows[number]:
+        firsts, inner = self._pass_lists
+        number = bisect_right(firsts, sample) - 1
+        first = firsts[number]
+        if sample - first >= inner[number]:
             return sample
         return first + self._permutation(number)(sample - first)
 
@@ -171,12 +173,19 @@ class Stream:
         return cache[number]
 
     @cached_property
+    def _pass_lists(self) -> tuple[list[int], list[int]]:
+        """`pass_windows` and `_inner_windows` as plain integers: several times faster for one sample."""
+        return self.pass_windows.tolist(), self._inner_windows.tolist()
+
+    @cached_property
     def _permutations(self) -> dict[int, KeyedPermutation]:
         return {}
 
 
-def _thinned(samples: NDArray[np.int64], used: int, available: int) -> NDArray[np.int64]:
+def thinned(
+    samples: NDArray[np.int64], used: int | NDArray[np.int64], available: int | NDArray[np.int64]
+) -> NDArray[np.int64]:
     """`(j + 1) * available // used - 1` without overflow: even gaps, and the last sample shows the last window."""
-    quotient, remainder = divmod(available, used)
+    quotient, remainder = np.divmod(available, used)
     # (j + 1) * remainder < used**2: below 2**63 for up to 3e9 samples of one stream
     return (samples + 1) * quotient + (samples + 1) * remainder // used - 1

@@ -27,6 +27,8 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
         global_batch_size: sequences a step; adds the steps of each phase.
     """
     parts: list[Table | Text] = [_phases_table(description, global_batch_size)]
+    if description["domain_bounds"]:
+        parts.append(_bounds_table(description))
     parts += [_phase_table(phase) for phase in description["phases"]]
     if any(source["bands"] for source in description["sources"].values()):
         parts.append(_bands_table(description))
@@ -57,7 +59,31 @@ def _phases_table(description: dict[str, Any], batch: int | None) -> Table:
             format_tokens(phase["tokens"]),
             f"{phase['samples'] / batch:,.1f}" if batch else "-",
             _learning_rate(phase["lr"]),
-            ", ".join(f"{domain} {share:.1%}" for domain, share in phase["domains"].items()),
+            _shares(phase["domains"]),
+        )
+    return table
+
+
+def _shares(domains: dict[str, float]) -> str:
+    return ", ".join(f"{domain} {share:.1%}" for domain, share in domains.items())
+
+
+def _bounds_table(description: dict[str, Any]) -> Table:
+    table = Table(title="Domain bounds", title_justify="left")
+    for name in ("domain", "over"):
+        table.add_column(name)
+    for name in ("tokens", "share", "min", "max"):
+        table.add_column(name, justify="right")
+    table.add_column("kept")
+    for bound in description["domain_bounds"]:
+        limits = ["-" if bound[side] is None else f"{bound[side]:.1%}" for side in ("min", "max")]
+        table.add_row(
+            bound["domain"],
+            bound["phase"] or "the run",
+            format_tokens(bound["tokens"]),
+            f"{bound['share']:.1%}",
+            *limits,
+            "yes" if bound["met"] else "NO (reported only)",
         )
     return table
 
@@ -112,5 +138,6 @@ def _summary(description: dict[str, Any], batch: int | None) -> Text:
     return Text(
         f"{description['samples']:,} samples of {description['seq_length']:,} tokens = "
         f"{format_tokens(description['tokens'])} tokens{steps}; {held_out:,} documents held out\n"
+        f"over the run: {_shares(description['domains'])}\n"
         f"seed {description['seed']}, fingerprint {description['fingerprint']}"
     )

@@ -121,9 +121,10 @@ class Checkpoint:
         with quiet_megatron_import():  # unpickling imports parts of it
             stored = torch.load(raw, map_location="cpu", weights_only=False)
         common = stored if legacy.is_file() else stored[0]
-        if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
+        arguments = common.get("args") if isinstance(common, dict) else None
+        if not isinstance(arguments, argparse.Namespace):
             raise ConfigError(f"{self.folder}: holds no arguments of a run; it was not written by megatron.training")
-        return common["args"]
+        return arguments
 
     def load_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Load these tensors whole, on the CPU, in their stored dtype."""

@@ -35,10 +35,12 @@ def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
 def repair_distributed_torch_adam() -> None:
     """Let `--use-distributed-optimizer` resume with torch's Adam, which stands in where apex and TE are absent.
 
-    Three defects of the distributed optimizer with it. Before a checkpoint is loaded it asks Adam for its step number,
-    which torch's Adam creates at its first step: an assertion ends the run. It gives all parameters one and the same
-    step tensor, which each of them then advances: the bias correction of the resumed run is wrong. And in the fully
-    reshardable format it saves no step with each parameter, but looks for one. A second call changes nothing.
+    Defects of the distributed optimizer with it, all but the last about Adam's number of steps. Before a checkpoint is
+    loaded it asks for the number, which torch's Adam creates at its first step: an assertion ends the run. It gives all
+    parameters one and the same tensor, which each of them then advances: the bias correction of the resumed run is
+    wrong. Having loaded the number it sets it back to that of the fresh optimizer (default checkpoint format), or looks
+    for one that was not saved and ends (fully reshardable format). And in FP32 the default format writes to weights
+    that require gradients, which torch refuses. A second call changes nothing.
     """
     if hasattr(DistributedOptimizer.state_dict, "__wrapped__"):
         return
@@ -57,7 +59,8 @@ def repair_distributed_torch_adam() -> None:
 
     @functools.wraps(original_set)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        original_set(self, model_param, {"step": None, **tensors})  # None: leave the step as loaded with the groups
+        with torch.no_grad():  # in FP32 the main weights are views of the model's, and the default format forgets this
+            original_set(self, model_param, {**tensors, "step": None})  # None: leave it as loaded with the groups
 
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict

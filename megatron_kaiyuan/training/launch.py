@@ -20,7 +20,7 @@ from megatron_kaiyuan.training.blend import check_data_arguments
 from megatron_kaiyuan.training.forward_step import forward_step
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
-from megatron_kaiyuan.training.plan_record import check_resume, store_record
+from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 
@@ -34,7 +34,6 @@ def run_pretraining() -> None:
         KaiyuanError: a mistake in the flags, the plan or the data; raised before any model is built.
     """
     args, plan = _configure()
-    check_resume(args, plan)
     store_record(args, plan)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
@@ -58,16 +57,18 @@ def _configure() -> tuple[argparse.Namespace, Plan | None]:
     defaults = _platform_defaults()
     first_look = parse_args(arguments_provider(defaults))
     plan = None if first_look.plan is None else Plan.load(first_look.plan)
+    saved = saved_arguments(first_look)
     plan_values = {}
     if plan is None:
         check_supported(first_look)
         check_data_arguments(first_look)
     else:
         defaults.update(plan_parser_defaults())
-        plan_values = plan_argument_defaults(first_look, plan)
+        plan_values = plan_argument_defaults(first_look, plan, saved)
     model_options_from_args(first_look)
     args = parse_and_validate_args(arguments_provider(defaults), args_defaults=plan_values)
     _say_aloud(defaults, plan_values)
+    check_resume(args, plan, saved)
     if plan is not None:
         check_plan_arguments(args, plan)
         plan.check_vocabulary(get_tokenizer().vocab_size)

@@ -6,12 +6,10 @@ argument namespace is set. Import this after `cpu_platform.install()`.
 """
 
 import argparse
-import random
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.transformer.module import Float16Module
@@ -67,10 +65,10 @@ def single_process_arguments(saved: argparse.Namespace) -> argparse.Namespace:
 
 
 def build_untrained(arguments: argparse.Namespace) -> Any:
-    """Build the model with the initial weights of its run: the same seed, drawn in the same order.
+    """Build the model with untrained weights.
 
-    That holds for a run with `--use-cpu-initialization` and one pipeline stage; any other starts from weights of the
-    same distribution.
+    They are of the distribution of the run's initial weights and repeat exactly, but they are another draw: what the
+    training loop does before it builds its model uses the random state too.
 
     Args:
         arguments: From `single_process_arguments`; `start_single_process` was called.
@@ -78,8 +76,6 @@ def build_untrained(arguments: argparse.Namespace) -> Any:
     Returns:
         The model in evaluation mode, in the precision of its run.
     """
-    random.seed(arguments.seed)
-    np.random.seed(arguments.seed)
     torch.manual_seed(arguments.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(arguments.seed)
     model = kaiyuan_builder(arguments, pre_process=True, post_process=True).cuda()

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megatron_kaiyuan.data import Plan, resolve_prefixes
+from megatron_kaiyuan.data import HeldOutDataset, Plan, resolve_prefixes
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.preprocess.manifest import TokenizerRecord, load_manifest, manifest_path
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
@@ -26,8 +26,13 @@ def plan_parser_defaults() -> dict[str, object]:
     return {"create_attention_mask_in_dataloader": False}
 
 
-def plan_argument_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+def plan_argument_defaults(args: argparse.Namespace, plan: Plan, saved: argparse.Namespace | None) -> dict[str, Any]:
     """Values for the arguments that the command line leaves open.
+
+    Args:
+        args: Parsed, not yet validated.
+        plan: The plan of the run.
+        saved: Arguments of the run to continue, if there is one.
 
     Raises:
         ConfigError: no tokenizer is given and the shards do not tell the size of their vocabulary.
@@ -36,9 +41,14 @@ def plan_argument_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, An
     if args.train_iters is None:
         values["train_samples"] = plan.num_samples
     if plan_has_learning_rate(plan):
-        values["lr"] = max(max(phase.lr.start, phase.lr.end) for phase in plan.phases if phase.lr is not None)
+        # Megatron matches parameter groups of a checkpoint by this value: later phases must not change it.
+        values["lr"] = _peak_learning_rate(plan) if saved is None else saved.lr
     values.update(_tokenizer_defaults(args, plan))
     return {name: value for name, value in values.items() if getattr(args, name) is None}
+
+
+def _peak_learning_rate(plan: Plan) -> float:
+    return max(max(phase.lr.start, phase.lr.end) for phase in plan.phases if phase.lr is not None)
 
 
 def _tokenizer_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
@@ -86,6 +96,7 @@ def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
 
     Raises:
         ConfigError: names the flag, both values and the remedy.
+        PlanError: the held-out documents of a source do not fill a window.
     """
     other = ["--" + name.replace("_", "-") for name in _OTHER_DATA if getattr(args, name) is not None]
     if other or args.mock_data:
@@ -139,3 +150,5 @@ def _check_validation(args: argparse.Namespace, plan: Plan) -> None:
         raise ConfigError("--multiple-validation-sets needs --full-validation")
     if args.full_validation and not plan.validation:
         raise ConfigError("--full-validation, but the plan holds out no documents; add a validation section to it")
+    for name in plan.validation:
+        HeldOutDataset(plan, name)  # raises where the held-out documents do not fill a window

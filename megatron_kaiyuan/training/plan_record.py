@@ -26,8 +26,11 @@ def store_record(args: argparse.Namespace, plan: Plan | None) -> None:
 
 
 def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
-    """Arguments of the run that wrote the checkpoint under `--load`; None where there is none."""
-    if args.load is None:
+    """Arguments of the run that this one continues; None where it starts from its first sample.
+
+    With `--finetune` the count of samples starts again, whatever the weights.
+    """
+    if args.load is None or args.finetune:
         return None
     # The function reports each model argument it sets; it sets them on a copy here, where only the other result counts.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -35,16 +38,18 @@ def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
     return found[1] if isinstance(found, tuple) else None
 
 
-def check_resume(args: argparse.Namespace, plan: Plan | None) -> None:
+def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Namespace | None) -> None:
     """Refuse to continue a run whose consumed samples the present plan would have chosen differently.
 
-    With `--finetune` the count of samples starts again, and there is nothing to compare.
+    Args:
+        args: Validated arguments of this run.
+        plan: Its plan, if it has one.
+        saved: Arguments of the run to continue, from `saved_arguments`.
 
     Raises:
         ResumeError: the plan changed in its consumed part, only one of the two runs has a plan, or the vocabulary is
             padded to another size.
     """
-    saved = None if args.finetune else saved_arguments(args)
     consumed = getattr(saved, "consumed_train_samples", 0)
     if saved is None or consumed == 0:
         return

@@ -60,6 +60,13 @@ class PlannedScheduler(OptimizerParamScheduler):
         for inner in _torch_optimizers(self.optimizer):
             inner.register_step_pre_hook(partial(_refresh, self))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the count of steps. All else in the state describes a schedule that the plan replaces.
+
+        Megatron would insist that it did not change, and so that no later phase did.
+        """
+        self.step(state_dict["num_steps"])
+
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """The plan's rate, scaled for groups with a peak of their own (`--decoupled-lr`, mu-parametrisation)."""
         relative: float = param_group.get("max_lr", self.max_lr) / self.max_lr

@@ -17,6 +17,14 @@ HALF = ("--fp16", "--initial-loss-scale", str(2**20), "--hysteresis", "1")
 SAVE_EVERY_THREE = ("--save-interval", "3")
 SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 
+ANOTHER_PHASE = """
+  - name: after
+    order: shuffled
+    tokens: 256
+    lr: {start: 5.0e-2, end: 5.0e-2}
+    sources: {plain: all}
+"""
+
 # A split run sums the same FP32 terms in another order. Each gradient is a sum of at most 256 tokens x 96 logits, so
 # two orders differ by a few 2^-24 of the sum of magnitudes, here taken as 2^-19 of the gradient. Adam turns this into
 # at most 2^-18 lr a weight and step; over three steps with lr <= 0.01 and 25 000 weights the weights differ by at most
@@ -120,6 +128,15 @@ def test_two_ranks_continue_as_one_rank_would(
     assert_same_tail(finished, single[1], ROUNDING)
 
 
+def test_the_distributed_optimizer_resumes_from_its_default_format(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    optimizer = "--use-distributed-optimizer"
+    train_well(tmp_path, "--plan", str(plan), "--save", "saved", *SAVE_EVERY_THREE, "--exit-interval", "3", optimizer)
+    (tmp_path / "resumed").mkdir()
+    assert_same_tail(resume(tmp_path / "resumed", plan, tmp_path, optimizer), single[1], tolerance=0)
+
+
 def test_a_run_without_a_plan_trains_on_a_megatron_blend(plan: Path, tmp_path: Path) -> None:
     blend = (
         "--data-path",
@@ -172,13 +189,17 @@ def test_a_vocabulary_padded_to_another_size_is_refused(
     assert "add --padded-vocab-size 96" in finished.output
 
 
-def test_a_plan_that_changes_only_later_phases_resumes(
+def test_a_plan_with_another_phase_at_its_end_resumes_where_it_was(
     single: tuple[Path, Finished], plan: Path, tmp_path: Path
 ) -> None:
-    changed = tmp_path / "plan.yaml"
-    changed.write_text(plan.read_text().replace("top 50%", "top 40%"))
-    finished = resume(tmp_path, changed, single[0], *SHARDED)
-    assert sorted(finished.logged("lm loss")) == [4, 5, 6]
+    longer = tmp_path / "plan.yaml"
+    longer.write_text(plan.read_text().replace("validation:", ANOTHER_PHASE + "validation:"))
+    finished = resume(tmp_path, longer, single[0], *SHARDED)
+    losses, rates = finished.logged("lm loss"), finished.logged("learning-rate")
+    expected = single[1].logged("lm loss")
+    assert {step: losses[step] for step in (4, 5, 6)} == {step: expected[step] for step in (4, 5, 6)}
+    assert sorted(losses) == [4, 5, 6, 7]
+    assert rates[7] == pytest.approx(0.05)
 
 
 def test_a_checkpoint_of_a_plan_is_not_resumed_without_one(

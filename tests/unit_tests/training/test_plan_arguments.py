@@ -53,7 +53,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, *words: str, **values: object) ->
 def test_what_is_left_open_follows_from_the_plan(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spec["phases"][0]["lr"] = {"start": 0.1, "end": 0.3, "shape": "linear"}
     args = arguments(monkeypatch, "--vocab-size", "50", seq_length=None)
-    assert plan_argument_defaults(args, Plan.from_spec(spec)) == {
+    assert plan_argument_defaults(args, Plan.from_spec(spec), None) == {
         "seq_length": 4,
         "max_position_embeddings": 4,
         "train_samples": 10,
@@ -62,17 +62,25 @@ def test_what_is_left_open_follows_from_the_plan(spec: dict[str, Any], monkeypat
     }
 
 
+def test_a_resumed_run_keeps_the_base_rate_of_its_checkpoint(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec["phases"][0]["lr"] = {"start": 0.1, "end": 0.3, "shape": "linear"}
+    args = arguments(monkeypatch, "--vocab-size", "50")
+    assert plan_argument_defaults(args, Plan.from_spec(spec), argparse.Namespace(lr=0.2))["lr"] == 0.2
+
+
 def test_what_is_given_stays(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--seq-length 4 --max-position-embeddings 8 --train-iters 5 --tokenizer-type NullTokenizer --vocab-size 50"
     args = arguments(monkeypatch, *words.split())
-    assert plan_argument_defaults(args, Plan.from_spec(spec)) == {}
+    assert plan_argument_defaults(args, Plan.from_spec(spec), None) == {}
 
 
 def test_the_vocabulary_comes_from_the_manifests(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_manifest(tmp_path / "text")
-    values = plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec))
+    values = plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec), None)
     assert values["tokenizer_type"] == "NullTokenizer"
     assert values["vocab_size"] == 50
     assert values["null_tokenizer_eod_id"] == 3
@@ -80,7 +88,7 @@ def test_the_vocabulary_comes_from_the_manifests(
 
 def test_an_unknown_vocabulary_is_an_error(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"vocabulary is unknown.*give --vocab-size N, or --tokenizer-type"):
-        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec))
+        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec), None)
 
 
 def test_shards_of_two_tokenizers_are_an_error_that_names_both(
@@ -91,7 +99,7 @@ def test_shards_of_two_tokenizers_are_an_error_that_names_both(
     write_manifest(tmp_path / "text")
     write_manifest(tmp_path / "more", fingerprint="b" * 64)
     with pytest.raises(ConfigError, match=r"text and .*more were built with different tokenizers"):
-        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec))
+        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec), None)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def build(plan: Any, optimizer: Any, progress: Any) -> PlannedScheduler:
     )
 
 
+@pytest.fixture(autouse=True)
+def _first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron asks the environment for its rank before it logs."""
+    monkeypatch.setenv("RANK", "0")
+
+
 @pytest.mark.parametrize(
     ("sample", "expected"),
     [(0, 1.0), (4, 2.0), (7, 2.75), (8, 3.0), (15, 3.0), (16, 3.0), (18, 2.0), (24, 1.0), (99, 1.0)],
@@ -96,6 +102,17 @@ def test_the_state_of_a_checkpoint_does_not_move_the_rate() -> None:
     scheduler.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(3.0 - 2.0 * 0.5**0.5)
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_longer_plan_with_another_peak_continues_from_a_checkpoint_of_the_shorter() -> None:
+    progress = SimpleNamespace(consumed=8)
+    state = build(fake_plan(FLAT, SQRT), fake_optimizer(), progress).state_dict() | {
+        "lr_decay_steps": 16,
+        "max_lr": 9.0,
+    }
+    optimizer = fake_optimizer()
+    build(fake_plan(FLAT, WARM, SQRT), optimizer, progress).load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_a_plan_gives_the_rate_of_all_phases_or_of_none() -> None:

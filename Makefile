@@ -1,0 +1,42 @@
+# `make` lists the commands. Each one prepares .venv first (tools/dev/env.sh), which does nothing when it is ready.
+SHELL := /bin/bash
+PYTHON_IN_VENV := .venv/bin/python
+# One thread a process: the tests and the demo start several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env demo test lint format types check clean distclean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+env:  ## prepare .venv: find Python 3.12, create, install
+	@bash tools/dev/env.sh
+
+demo: env  ## the main job on real text in minutes, on two CPU cores
+	@$(PYTHON_IN_VENV) examples/demo/run_demo.py $(ARGS)
+
+test: env  ## the tests; choose some with ARGS="-k name"
+	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+
+lint: env  ## ruff: rules and formatting
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m ruff format --check .
+
+format: env  ## apply ruff's formatting and its safe fixes
+	@$(PYTHON_IN_VENV) -m ruff check --fix .
+	@$(PYTHON_IN_VENV) -m ruff format .
+
+types: env  ## mypy --strict
+	@$(PYTHON_IN_VENV) -m mypy
+
+# The tests come last: the last line of a run is then pytest's summary.
+check: lint types test  ## everything that CI runs
+
+clean:  ## remove caches, builds and the demo's output; keep .venv
+	@rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and .venv too
+	@rm -rf .venv megatron_kaiyuan.egg-info

@@ -1,0 +1,106 @@
+"""Token ids back to text, with the tokenizer that the flags, the plan or the shards' manifests name."""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_kaiyuan.errors import TokenizerError
+from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
+from megatron_kaiyuan.preprocess.tokenize import (
+    TokenizerConfig,
+    load_reference_tokenizer,
+    model_file,
+    tokenizer_fingerprint,
+)
+
+__all__ = ["TextDecoder", "choose_decoder"]
+
+_TIKTOKEN_RESERVED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TextDecoder:
+    """How ids become text."""
+
+    decode: Callable[[Sequence[int]], str]
+    note: str
+    """Which tokenizer it is, or why ids are shown instead; for the reader."""
+
+
+def choose_decoder(kind: str | None, model: str | None, recorded: TokenizerRecord | None) -> TextDecoder:
+    """The decoder to use.
+
+    Args:
+        kind: `--tokenizer-type`, or the plan's; None: what the manifest records.
+        model: `--tokenizer-model`, or the plan's; None: what the manifest records.
+        recorded: the tokenizer of the shards' manifests, if any.
+
+    Returns:
+        A decoder; one that shows ids where nothing names a tokenizer, or the recorded one is not on this machine.
+
+    Raises:
+        TokenizerError: the tokenizer that was asked for cannot be loaded.
+    """
+    if kind is None and recorded is None:
+        return TextDecoder(
+            _ids, "token ids: no manifest names a tokenizer; give --tokenizer-type and --tokenizer-model"
+        )
+    asked = kind or (recorded.type if recorded else "")
+    if asked == "NullTokenizer":
+        return TextDecoder(_ids, "token ids: a NullTokenizer's text is its ids")
+    path = model or (recorded.model if recorded else None)
+    try:
+        config = TokenizerConfig(type=asked, model=path)
+        decoder = TextDecoder(_DECODERS.get(asked, _sentencepiece)(config), f"decoded with {asked} {path}")
+        fingerprint = tokenizer_fingerprint(config)
+    except TokenizerError as error:
+        if kind is not None or model is not None:
+            raise
+        return TextDecoder(_ids, f"token ids: the manifest's tokenizer cannot be loaded ({error})")
+    if recorded is not None and fingerprint != recorded.fingerprint:
+        told = (
+            f"{decoder.note}, which is not the one the shards were built with (fingerprint {fingerprint[:12]}, there "
+        )
+        return TextDecoder(decoder.decode, f"{told}{recorded.fingerprint[:12]})")
+    return decoder
+
+
+def _ids(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def _hugging_face(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
+    load_reference_tokenizer(config)  # refuses a damaged or missing file by name
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_file(config)))
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _sentencepiece(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
+    load_reference_tokenizer(config)
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(model_file(config)))
+    return lambda ids: str(processor.decode(list(ids)))
+
+
+def _tiktoken(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
+    """Megatron's layout: reserved ids first, the vocabulary's ranks after them; the bytes are joined."""
+    try:
+        entries = json.loads(model_file(config).read_bytes())
+        pieces = {entry["rank"] + _TIKTOKEN_RESERVED: base64.b64decode(entry["token_bytes"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(f"--tokenizer-model {config.model}: not a TikTokenizer vocabulary ({error!r})") from error
+
+    def decode(ids: Sequence[int]) -> str:
+        return b"".join(pieces.get(number, b"<SPECIAL_%d>" % number) for number in ids).decode("utf-8", "replace")
+
+    return decode
+
+
+_DECODERS: dict[str, Callable[[TokenizerConfig], Callable[[Sequence[int]], str]]] = {
+    "HuggingFaceTokenizer": _hugging_face,
+    "TikTokenizer": _tiktoken,
+}

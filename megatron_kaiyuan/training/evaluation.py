@@ -1,0 +1,160 @@
+"""Held-out loss of checkpoints, source by source of a plan, in one process."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data import HeldOutDataset, Plan
+from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.training.checkpoint_io import Checkpoint
+from megatron_kaiyuan.training.loading import (
+    build_untrained,
+    load_weights,
+    single_process_arguments,
+    start_single_process,
+)
+
+__all__ = ["CheckpointLoss", "SourceLoss", "evaluate_checkpoints", "results_as_json", "window_losses"]
+
+
+class Windows(Protocol):
+    """Held-out windows of one source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLoss:
+    """Loss on the held-out documents of one source."""
+
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    tokens: int
+    """Predicted tokens."""
+    bits_per_byte: float | None
+    """Comparable between tokenizers; None when the bytes of the tokens are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLoss:
+    """Losses of one state of the weights."""
+
+    label: str
+    """Where the weights are from."""
+    iteration: int
+    """Training steps; 0 for untrained weights."""
+    sources: Mapping[str, SourceLoss]
+    """By source name, in the plan's order."""
+
+
+def evaluate_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+    plan: Plan,
+    *,
+    untrained: bool = False,
+    max_windows: int | None = None,
+    batch_size: int = 8,
+    bytes_of_token: NDArray[np.int64] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[CheckpointLoss]:
+    """Evaluate checkpoints of one model on the held-out documents of a plan.
+
+    Args:
+        checkpoints: At least one; the model is built from the arguments of the first.
+        plan: Names the held-out documents.
+        untrained: Begin with untrained weights.
+        max_windows: Windows of each source; None: all.
+        batch_size: Windows in one forward pass.
+        bytes_of_token: Bytes of each token id, int64 `[vocabulary]`, see `token_bytes.py`; None: unknown.
+        progress: Called with a line of text as each state of the weights is done.
+
+    Raises:
+        PlanError: the plan holds out nothing, or its samples are longer than the model's positions.
+        ConfigError: a checkpoint is of another model.
+    """
+    start_single_process()
+    arguments = single_process_arguments(checkpoints[0].arguments)
+    _check_plan(plan, arguments.max_position_embeddings)
+    plan.check_vocabulary(arguments.padded_vocab_size)
+    held_out = {name: HeldOutDataset(plan, name) for name in plan.validation}
+    model = build_untrained(arguments)
+    results = []
+    for label, iteration, checkpoint in _states(checkpoints, untrained=untrained):
+        if checkpoint is not None:
+            load_weights(model, checkpoint)
+        losses = {
+            name: _source_loss(model, windows, max_windows, batch_size, bytes_of_token)
+            for name, windows in held_out.items()
+        }
+        results.append(CheckpointLoss(label, iteration, losses))
+        progress(f"{label}: " + ", ".join(f"{name} {result.loss:.3f}" for name, result in losses.items()))
+    return results
+
+
+def _states(checkpoints: Sequence[Checkpoint], *, untrained: bool) -> Iterator[tuple[str, int, Checkpoint | None]]:
+    if untrained:
+        yield "untrained", 0, None
+    for checkpoint in checkpoints:
+        yield str(checkpoint.folder), checkpoint.iteration, checkpoint
+
+
+def _check_plan(plan: Plan, positions: int) -> None:
+    if not plan.validation:
+        raise PlanError("the plan holds out no documents; add a validation section to it and train with it")
+    if plan.seq_length > positions:
+        raise PlanError(
+            f"the plan cuts samples of seq_length {plan.seq_length}, but the model has {positions} positions "
+            "(--max-position-embeddings of its run); give the plan of that run"
+        )
+
+
+def _source_loss(
+    model: Any,
+    windows: Windows,
+    max_windows: int | None,
+    batch_size: int,
+    bytes_of_token: NDArray[np.int64] | None,
+) -> SourceLoss:
+    count = len(windows) if max_windows is None else min(max_windows, len(windows))
+    total = 0.0
+    tokens = text_bytes = 0
+    for start in range(0, count, batch_size):
+        rows = np.stack([windows[index]["tokens"] for index in range(start, min(start + batch_size, count))])
+        total += float(window_losses(model, rows).sum(dtype=torch.float64))
+        tokens += rows[:, 1:].size
+        if bytes_of_token is not None:
+            text_bytes += int(bytes_of_token[rows[:, 1:]].sum())
+    bits_per_byte = total / math.log(2) / text_bytes if text_bytes else None
+    return SourceLoss(loss=total / tokens if tokens else math.nan, tokens=tokens, bits_per_byte=bits_per_byte)
+
+
+@torch.no_grad()
+def window_losses(model: Any, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Cross-entropy of each predicted token.
+
+    Args:
+        model: In evaluation mode.
+        rows: int64 `[b, s + 1]`.
+
+    Returns:
+        float32 `[b, s]`, nats.
+    """
+    ids = torch.from_numpy(np.ascontiguousarray(rows)).cuda()
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    losses: torch.Tensor = model(inputs, positions, None, labels=labels)
+    return losses.float()
+
+
+def results_as_json(results: Sequence[CheckpointLoss], plan: Plan) -> str:
+    """Results with the fingerprint of the plan they belong to, as JSON text."""
+    content = {"plan_fingerprint": plan.fingerprint, "results": [asdict(result) for result in results]}
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,122 @@
+"""Simulated sources: their arithmetic is an order of documents like any other, up to the sizes of the real run."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_kaiyuan.data import CurriculumDataset, Plan
+from megatron_kaiyuan.data.order import RankedOrder, StorageOrder
+from megatron_kaiyuan.data.plan_schema import ExpectedSpec
+from megatron_kaiyuan.data.simulation import SimulatedOrder, SimulatedSource
+from megatron_kaiyuan.errors import PlanError
+from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
+
+SETTINGS = settings(deadline=None, max_examples=150)
+
+
+@st.composite
+def orders(draw, most_documents=10**10):
+    """A simulated order: documents, tokens, and a trend of length over quality."""
+    documents = draw(st.integers(1, most_documents))
+    tokens = documents * draw(st.integers(1, 3000)) + draw(st.integers(0, documents - 1))
+    trend = draw(st.one_of(st.just(0.0), st.floats(-0.95, 0.95)))
+    return simulated(documents, tokens, trend, ranked=draw(st.booleans()))
+
+
+def simulated(documents, tokens, trend=0.0, *, ranked=True):
+    expected = ExpectedSpec(documents=documents, tokens=tokens, length_by_quality=trend)
+    return SimulatedOrder(SimulatedSource("s", expected), ranked=ranked)
+
+
+def offsets(order, *positions):
+    return order.token_offsets(np.array(positions, dtype=np.int64)).tolist()
+
+
+@SETTINGS
+@given(order=orders(), data=st.data())
+@example(order=simulated(542_451_381, 610 * 10**9, 0.3), data=None)
+@example(order=simulated(10**10, 10**13, 1e-15), data=None)
+@example(order=simulated(10**10, 10**10, -0.95), data=None)
+def test_locate_is_the_inverse_of_token_offsets(order, data):
+    tokens = order.source.num_tokens
+    asked = [0, 1, tokens // 3, tokens - 1]
+    if data is not None:
+        asked.append(data.draw(st.integers(0, tokens - 1)))
+    for token in asked:
+        position = order.locate(min(token, tokens - 1))
+        assert 0 <= position < order.num_documents
+        start, end = offsets(order, position, position + 1)
+        assert start <= min(token, tokens - 1) < end
+
+
+@SETTINGS
+@given(order=orders(), data=st.data())
+def test_token_offsets_never_fall_and_are_exact_at_both_ends(order, data):
+    count = order.num_documents
+    asked = sorted(data.draw(st.lists(st.integers(0, count), max_size=30)))
+    found = offsets(order, 0, *asked, count)
+    assert found[0] == 0
+    assert found[-1] == order.source.num_tokens
+    assert found == sorted(found)
+
+
+@SETTINGS
+@given(order=orders(most_documents=3000))
+def test_documents_are_as_long_as_the_trend_says(order):
+    """The mean length times `1 + trend (2 q - 1)`, with q in the middle of the document, up to the rounding."""
+    count, tokens = order.num_documents, order.source.num_tokens
+    trend = Fraction(order.source.expected.length_by_quality) if order.ranked else Fraction(0)
+    lengths = np.diff(order.token_offsets(np.arange(count + 1)))
+    for position in {0, count // 3, count - 1}:
+        quantile = (position + Fraction(1, 2)) / count
+        expected = Fraction(tokens, count) * (1 + trend * (2 * quantile - 1))
+        assert abs(int(lengths[position]) - expected) <= 1 + Fraction(1, 1000)
+
+
+@pytest.mark.parametrize("documents", [10, 2**14, 2**14 + 1, 2**18 + 1, 10**9])
+def test_random_parts_come_in_the_blocks_of_a_real_source(documents):
+    source = simulated(documents, 2 * documents).source
+    assert SimulatedOrder(source, ranked=False).block == StorageOrder(source).block
+    assert SimulatedOrder(source, ranked=True).block == RankedOrder(source, None, "score").block
+
+
+def test_a_plan_of_simulated_sources_counts_what_the_same_plan_of_real_ones_shows(tmp_path):
+    """Documents of one length, so that both have the same documents and tokens; held-out ones included."""
+    real = {
+        "a": write_source(tmp_path / "a", numbered_documents([7] * 300), range(300)),
+        "b": write_source(tmp_path / "b", numbered_documents([5] * 200)),
+    }
+    sizes = {"a": {"documents": 300, "tokens": 2100}, "b": {"documents": 200, "tokens": 1000}}
+    phases = [
+        phase_of("shuffled", {"a": "all", "b": "random 30%"}, "p1"),
+        phase_of("curriculum", {"a": {"keep": "top 20%", "repeat": 2}, "b": {"repeat": 1.5}}, "p2", tokens=1000),
+    ]
+    spec = plan_of(
+        {n: s | {"expected": sizes[n]} for n, s in real.items()}, *phases, validation={"b": {"documents": 9}}
+    )
+    told, simulated_told = Plan.from_spec(spec).describe(5), Plan.from_spec(spec, simulate=True).describe(5)
+    assert told.pop("fingerprint") != simulated_told.pop("fingerprint")
+    assert told == simulated_told
+
+
+def test_a_simulated_source_can_be_planned_with_and_not_read():
+    spec = plan_of(
+        {"s": {"shards": "none", "expected": {"documents": 10, "tokens": 100}}}, phase_of("shuffled", {"s": "all"})
+    )
+    order = CurriculumDataset(Plan.from_spec(spec, simulate=True))
+    assert len(order) == 24
+    for access in (lambda: order[0], lambda: order.provenance(0)):
+        with pytest.raises(PlanError, match="source 's' is simulated"):
+            access()
+
+
+def test_a_source_without_expected_sizes_cannot_be_simulated():
+    spec = plan_of({"s": {"shards": "none"}}, phase_of("shuffled", {"s": "all"}))
+    with pytest.raises(PlanError, match=r"sources\.s: --simulate needs expected"):
+        Plan.from_spec(spec, simulate=True)
+    spec["sources"]["s"]["expected"] = {"documents": 5, "tokens": 50}
+    with pytest.raises(PlanError, match=r"validation\.s\.documents: 5 of 5 leaves none"):
+        Plan.from_spec(spec | {"validation": {"s": {"documents": 5}}}, simulate=True)

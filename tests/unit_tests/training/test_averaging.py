@@ -1,0 +1,201 @@
+import io
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints, weights_of
+from megatron_kaiyuan.training.checkpoint_io import (
+    Checkpoint,
+    find_checkpoints,
+    grouped_by_size,
+    iteration_folder,
+    open_checkpoint,
+    write_checkpoint,
+)
+
+SHAPES = {
+    "embedding.word_embeddings.weight": ((16, 8), torch.float16),
+    "decoder.layers.mlp.linear_fc1.weight": ((3, 12, 8), torch.float16),
+    "decoder.final_layernorm.weight": ((8,), torch.float32),
+    "decoder.steps": ((2,), torch.int64),
+}
+
+
+def pickled(value: object) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream
+
+
+def save(
+    directory: Path, iteration: int, *, width: int = 8, plan: dict[str, object] | None = None, **args: object
+) -> None:
+    """A checkpoint as Megatron lays it out, with random weights, optimizer state, random state and arguments."""
+    generator = torch.Generator().manual_seed(iteration)
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * 10).to(dtype)
+        for name, (shape, dtype) in {**SHAPES, "output_layer.weight": ((16, width), torch.float16)}.items()
+    }
+    tensors["optimizer.state.exp_avg.output_layer.weight"] = torch.ones(16, width)
+    values = {"seed": 7, "consumed_train_samples": 10 * iteration, "kaiyuan_plan_record": plan, **args}
+    objects = {
+        "common_state/shard_0_1": pickled([{"args": Namespace(**values), "iteration": iteration}]),
+        "decoder.layers.mlp.linear_fc1._extra_state/shard_0_3": pickled(["extra", iteration]),
+        "rng_state/shard_0.0_1.1": pickled(["random"]),
+    }
+    write_checkpoint(iteration_folder(directory, iteration), tensors, objects, {})
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def load_all(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in checkpoint.load_tensors(checkpoint.tensors).items()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for iteration in (5, 10, 15, 20):
+        save(tmp_path / "run", iteration)
+    return tmp_path / "run"
+
+
+def test_a_mean_has_equal_weights() -> None:
+    assert weights_of("mean", 4).tolist() == [0.25] * 4
+
+
+def test_wma_weighs_by_age() -> None:
+    np.testing.assert_allclose(weights_of("wma", 4), np.array([1, 2, 3, 4]) / 10, rtol=1e-15)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
+def test_ema_weights_are_those_of_the_recursion(alpha: float) -> None:
+    values = np.eye(6)
+    average = values[0]
+    for value in values[1:]:
+        average = alpha * value + (1 - alpha) * average
+    np.testing.assert_allclose(weights_of(f"ema:{alpha}", 6), average, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["median", "ema", "ema:0", "ema:1.5", "ema:0.2.3", "ema:-1", ""])
+def test_an_unknown_weighting_is_an_error(kind: str) -> None:
+    with pytest.raises(ConfigError, match="mean, wma, or ema"):
+        weights_of(kind, 3)
+
+
+@pytest.mark.parametrize("kind", ["mean", "wma", "ema:0.2"])
+def test_the_average_is_the_weighted_sum_rounded_once(run: Path, tmp_path: Path, kind: str) -> None:
+    parts = choose_checkpoints(run, 3, None)
+    average_checkpoints(parts, kind, tmp_path / "average")
+    result = load_all(open_checkpoint(tmp_path / "average"))
+    weights = weights_of(kind, 3)
+    loaded = [load_all(part) for part in parts]
+    for name, (_, dtype) in SHAPES.items():
+        if not dtype.is_floating_point:
+            continue
+        exact = sum(weight * values[name].astype(np.float64) for weight, values in zip(weights, loaded, strict=True))
+        # float32 sums err by at most 3 x 2^-24 of the largest part; that may move a float16 result by one unit (2^-10)
+        unit = 2.0**-10 if dtype == torch.float16 else 0.0
+        np.testing.assert_allclose(result[name], exact, rtol=unit, atol=3 * 2.0**-24 * 60)
+
+
+def test_the_average_of_one_checkpoint_is_that_checkpoint(run: Path, tmp_path: Path) -> None:
+    average_checkpoints(choose_checkpoints(run, 1, None), "mean", tmp_path / "average")
+    result, original = open_checkpoint(tmp_path / "average"), open_checkpoint(run)
+    for name, values in load_all(original).items():
+        np.testing.assert_array_equal(load_all(result)[name], values)
+
+
+def test_weights_and_extra_states_are_kept_and_optimizer_and_random_states_left_out(run: Path, tmp_path: Path) -> None:
+    average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+    stored = set(open_checkpoint(tmp_path / "average").reader.read_metadata().state_dict_metadata)
+    objects = {"common_state/shard_0_1", "decoder.layers.mlp.linear_fc1._extra_state/shard_0_3"}
+    assert stored == {*SHAPES, "output_layer.weight", *objects}
+
+
+def test_objects_are_those_of_the_last_checkpoint(run: Path, tmp_path: Path) -> None:
+    average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+    result = open_checkpoint(tmp_path / "average")
+    assert result.arguments.consumed_train_samples == 200
+    extra = result.load_objects()["decoder.layers.mlp.linear_fc1._extra_state/shard_0_3"]
+    assert torch.load(extra) == ["extra", 20]
+
+
+def test_a_tensor_of_integers_is_taken_from_the_last_checkpoint(run: Path, tmp_path: Path) -> None:
+    manifest = average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+    assert manifest.taken_from_last == ("decoder.steps",)
+    expected = load_all(open_checkpoint(run))["decoder.steps"]
+    np.testing.assert_array_equal(load_all(open_checkpoint(tmp_path / "average"))["decoder.steps"], expected)
+
+
+def test_the_manifest_says_what_was_averaged(run: Path, tmp_path: Path) -> None:
+    average_checkpoints(choose_checkpoints(run, None, [10, 20]), "wma", tmp_path / "average")
+    manifest = json.loads((iteration_folder(tmp_path / "average", 20) / "average.json").read_text())
+    assert manifest["weights"] == "wma"
+    assert [(part["iteration"], part["consumed_samples"]) for part in manifest["checkpoints"]] == [(10, 100), (20, 200)]
+    assert sum(part["weight"] for part in manifest["checkpoints"]) == pytest.approx(1.0)
+
+
+def test_small_groups_and_one_large_group_give_the_same_average(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average_checkpoints(find_checkpoints(run), "wma", tmp_path / "large")
+    monkeypatch.setattr("megatron_kaiyuan.training.averaging._GROUP_BYTES", 1)
+    average_checkpoints(find_checkpoints(run), "wma", tmp_path / "small")
+    large, small = (load_all(open_checkpoint(tmp_path / name)) for name in ("large", "small"))
+    assert large.keys() == small.keys()
+    for name in large:
+        np.testing.assert_array_equal(large[name], small[name])
+
+
+def test_groups_hold_every_name_once_in_order() -> None:
+    tensors = {name: ((number + 1,), torch.float32) for number, name in enumerate("abcdef")}
+    assert list(grouped_by_size(tensors, 12)) == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
+    assert list(grouped_by_size(tensors, 10**9)) == [list("abcdef")]
+
+
+def test_other_shapes_are_refused(run: Path, tmp_path: Path) -> None:
+    save(run, 25, width=4)
+    with pytest.raises(ConfigError, match=r"different models: output_layer\.weight"):
+        average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+    assert not (tmp_path / "average").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [({"seed": 8}, "--seed"), ({"consumed_train_samples": 200}, "does not grow"), ({"plan": {"a": 1}}, "only one")],
+)
+def test_another_run_is_refused(run: Path, tmp_path: Path, arguments: dict[str, object], reason: str) -> None:
+    save(run, 25, **arguments)  # type: ignore[arg-type]  # `plan` is among them
+    with pytest.raises(ConfigError, match=f"different runs.*{reason}"):
+        average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+
+
+def test_an_existing_output_is_never_written_over(run: Path, tmp_path: Path) -> None:
+    average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+    with pytest.raises(ConfigError, match="exists"):
+        average_checkpoints(find_checkpoints(run), "wma", tmp_path / "average")
+
+
+def test_an_unfinished_save_is_named(run: Path) -> None:
+    (iteration_folder(run, 15) / ".metadata").unlink()
+    with pytest.raises(ConfigError, match=r"iter_0000015.*did not end"):
+        find_checkpoints(run)
+
+
+@pytest.mark.parametrize("asked", [{"last": 5}, {"last": 0}, {"iterations": [5, 6]}, {"iterations": [5, 5]}])
+def test_asking_for_checkpoints_that_are_not_there_names_those_that_are(run: Path, asked: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="holds iterations 5, 10, 15, 20"):
+        choose_checkpoints(run, **{"last": None, "iterations": None, **asked})  # type: ignore[arg-type]
+
+
+def test_an_empty_directory_and_a_missing_one_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no iter_"):
+        find_checkpoints(tmp_path)
+    with pytest.raises(ConfigError, match="no such directory"):
+        find_checkpoints(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        open_checkpoint(tmp_path)
