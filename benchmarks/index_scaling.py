@@ -4,12 +4,12 @@
     python -m benchmarks.index_scaling --json index_scaling.json --plot docs/images/index_scaling.png
 
 Documents: one source and a plan of two phases (a shuffled random half, then the top 30 % two and a half times in
-ascending quality; 1 000 documents held out). Up to `--most-documents` with real `.idx` files (sparse `.bin`), beside the
-document, sample and shuffle index that Megatron's GPTDataset builds; above that with simulated sizes, for which there is
-no file to open. Opening ends when the first and the last sample of each phase are known; no token is read.
+ascending quality; 1 000 documents held out). Up to `--most-documents` with real `.idx` files (sparse `.bin`), beside
+the document, sample and shuffle index that Megatron's GPTDataset builds; above that with simulated sizes, for which
+there is no file to open. Opening ends when the first and the last sample of each phase are known; no token is read.
 
-Sources: 1 000 documents each to open; large simulated ones to find samples in, one after the other and at random, beside
-Megatron's blending index, which is filled sample by sample before training.
+Sources: 1 000 documents each to open; large simulated ones to find samples in, one after the other and at random,
+beside Megatron's blending index, which is filled sample by sample before training.
 
 Every number is the fastest of several fresh processes, without the time to import either package.
 """

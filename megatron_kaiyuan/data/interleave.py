@@ -62,11 +62,11 @@ def _sorted_candidates(
 
     All samples between two positions are taken, first between two near ones. Left of position `x` there are `sum(rates)
     * x` samples, up to half a one for each stream, but the halves mostly cancel. If the samples asked for turn out to
-    lie between the two positions, whatever was left out comes before or after them; if not, `k + 2` samples to both
-    sides always suffice.
+    lie between the two positions, whatever was left out comes before or after them; if not, `k / 2 + 2` samples to
+    both sides always suffice.
     """
     total = float(rates.sum())
-    for margin in (2 + 1.25 * math.sqrt(len(rates)), len(rates) + 2):
+    for margin in (2 + 1.25 * math.sqrt(len(rates)), 2 + 0.5 * len(rates)):
         low, high = (start - margin) / total, (stop + margin) / total
         lowest, highest = _between(rates, low, high)
         streams, samples, positions = _sorted_by_position(rates, lowest, highest)
@@ -93,9 +93,10 @@ def _sorted_by_position(
     rates: NDArray[np.float64], lowest: NDArray[np.int64], highest: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Stream, sample and position of all samples in these ranges, in merged order."""
-    counts = highest - lowest
-    streams = np.repeat(np.arange(len(rates)), counts)
-    firsts = np.repeat(np.cumsum(counts) - counts - lowest, counts)
+    present = np.flatnonzero(highest > lowest)  # few of many streams, when few samples are asked for
+    counts = highest[present] - lowest[present]
+    streams = np.repeat(present, counts)
+    firsts = np.repeat(np.cumsum(counts) - counts - lowest[present], counts)
     samples = np.arange(len(streams)) - firsts
     positions = (samples + 0.5) / rates[streams]
     order = np.argsort(positions, kind="stable")  # candidates stand by stream, so equal positions stay by stream

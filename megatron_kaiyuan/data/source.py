@@ -153,8 +153,12 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
     Raises:
         ShardError: no shard, an invalid shard, or shards of different token dtypes.
     """
-    with ThreadPoolExecutor(_OPENING_THREADS) as pool:  # a network file system answers each question slowly
-        opened = tuple(pool.map(open_shard, resolve_prefixes(shards)))
+    prefixes = resolve_prefixes(shards)
+    if len(prefixes) == 1:  # a thread would cost as much as the opening: a plan may have a thousand such sources
+        opened: tuple[Shard, ...] = (open_shard(prefixes[0]),)
+    else:
+        with ThreadPoolExecutor(_OPENING_THREADS) as pool:  # a network file system answers each question slowly
+            opened = tuple(pool.map(open_shard, prefixes))
     if len({shard.dtype for shard in opened}) > 1:
         first, other = opened[0], next(shard for shard in opened if shard.dtype != opened[0].dtype)
         raise ShardError(

@@ -49,7 +49,7 @@ def choose_decoder(kind: str | None, model: str | None, recorded: TokenizerRecor
     asked = kind or (recorded.type if recorded else "")
     if asked == "NullTokenizer":
         return TextDecoder(_ids, "token ids: a NullTokenizer's text is its ids")
-    path = model or (recorded.model if recorded else None)
+    path = model or (recorded.model if recorded and recorded.type == asked else None)
     try:
         config = TokenizerConfig(type=asked, model=path)
         decoder = TextDecoder(_DECODERS.get(asked, _sentencepiece)(config), f"decoded with {asked} {path}")
@@ -90,6 +90,8 @@ def _tiktoken(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
     """Megatron's layout: reserved ids first, the vocabulary's ranks after them; the bytes are joined."""
     try:
         entries = json.loads(model_file(config).read_bytes())
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("not a list of ranks")
         pieces = {entry["rank"] + _TIKTOKEN_RESERVED: base64.b64decode(entry["token_bytes"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TokenizerError(f"--tokenizer-model {config.model}: not a TikTokenizer vocabulary ({error!r})") from error

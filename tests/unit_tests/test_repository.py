@@ -31,7 +31,7 @@ def text_files() -> Iterator[Path]:
         yield ROOT / name
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and path.suffix != ".png" and "__pycache__" not in path.parts:
                 yield path
 
 

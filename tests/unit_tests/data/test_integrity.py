@@ -319,3 +319,34 @@ def test_a_meter_hears_of_every_byte(folder):
     meter = Meter()
     verify_shards(str(folder), meter=meter)
     assert meter.done == meter.total > 0
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Files are read 8 bytes, or two documents, at a time."""
+    monkeypatch.setattr("megatron_kaiyuan.data.shard_scan._BLOCK_BYTES", 8)
+    monkeypatch.setattr("megatron_kaiyuan.data.shard_files.CHUNK", 2)
+
+
+def test_reading_in_pieces_finds_nothing_in_whole_shards(folder, small_pieces):
+    assert found(folder) == set()
+
+
+def test_places_are_told_right_when_they_lie_beyond_the_first_piece(tmp_path, small_pieces):
+    prefix = write_shard(tmp_path / "shard", [[1, 2, 3], [4], [5, 6], [7, 800, 9], [10]], [0, 1, 2, np.nan, 4])
+    told = messages(prefix, vocab_size=100)
+    assert "ids outside a vocabulary of 100: 1, the first is 800 in document 3" in told
+    assert "1 scores are NaN, the first for document 3" in told
+    path = Path(f"{prefix}.idx")
+    lengths = np.array([3, 1, 2, 2, 2], np.int32)  # document 3 is a token short, document 4 one too long
+    change(path, lambda data: data[:34] + lengths.tobytes() + data[54:])
+    (tmp_path / "shard.bin").write_bytes(np.arange(11, dtype=np.int32).tobytes())
+    assert "the first: document 4 begins at byte 36, not at 32" in messages(prefix)
+
+
+def test_boundaries_are_compared_beyond_the_first_piece(folder, small_pieces):
+    drop_manifests(folder)
+    path = folder / f"{stem('a')}.idx"
+    change(path, flip(-1))
+    assert found(folder) == {("index", path.name)}
+    assert "document boundaries that are not one sequence apart: 1" in messages(folder)
