@@ -4,7 +4,14 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Mapping
 
-__all__ = ["add_kaiyuan_arguments", "arguments_provider", "defaults_without_optional_kernels"]
+from megatron_kaiyuan.errors import ConfigError
+
+__all__ = [
+    "add_kaiyuan_arguments",
+    "arguments_provider",
+    "check_save_arguments",
+    "defaults_without_optional_kernels",
+]
 
 
 def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -97,3 +104,16 @@ def defaults_without_optional_kernels() -> dict[str, object]:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def check_save_arguments(args: argparse.Namespace) -> None:
+    """Refuse a run that is told where to save but not when; Megatron stops there with a bare assertion.
+
+    Raises:
+        ConfigError: `--save` without `--save-interval`.
+    """
+    if args.save and not args.save_interval:
+        raise ConfigError(
+            f"--save {args.save} without --save-interval: say how often, such as --save-interval 1000 (steps); the "
+            "end of the run is saved anyway"
+        )

@@ -3,8 +3,8 @@
     from megatron_provider import PlanProvider
     pretrain(PlanProvider("plan.yaml", "web"), model_provider, ModelType.encoder_or_decoder, forward_step)
 
-Run it with `--dataloader-type single` (the default; it resumes at `consumed_train_samples`), `--seq-length` equal to the
-plan's, at most the plan's number of samples, and without `--reset-position-ids` and its relatives.
+Run it with `--dataloader-type single` (the default; it resumes at `consumed_train_samples`), `--seq-length` equal to
+the plan's, at most the plan's number of samples, and without `--reset-position-ids` and its relatives.
 """
 
 import torch

@@ -92,11 +92,11 @@ def _compare_phase(
 ) -> None:
     for field in ("name", "order") if length_is_free else ("name", "order", "samples"):
         _same(f"{where}.{field}", old[field], new[field], consumed)
-    _same(f"{where}.sources", old["merge_order"], new["merge_order"], consumed)
+    _same(f"{where}.sources", old.get("merge_order"), new["merge_order"], consumed)
     for name, stream in old["sources"].items():
         other = new["sources"][name]
         free = {"used"} if length_is_free else set()
-        if length_is_free and not stream["extra_documents"] and other["passes"] >= stream["passes"]:
+        if length_is_free and not stream.get("extra_documents") and other["passes"] >= stream.get("passes", 0):
             free |= {"passes", "extra_documents"}  # further passes come after the ones that were there
         for field in sorted(set(stream) - free):
             _same(f"{where}.sources.{name}.{field}", stream[field], other.get(field), consumed)

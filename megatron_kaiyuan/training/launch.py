@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.arguments import arguments_provider, defaults_without_optional_kernels
+from megatron_kaiyuan.arguments import arguments_provider, check_save_arguments, defaults_without_optional_kernels
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
@@ -65,6 +65,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None]:
     else:
         defaults.update(plan_parser_defaults())
         plan_values = plan_argument_defaults(first_look, plan, saved)
+    check_save_arguments(first_look)
     model_options_from_args(first_look)
     args = parse_and_validate_args(arguments_provider(defaults), args_defaults=plan_values)
     _say_aloud(defaults, plan_values)

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from megatron_kaiyuan.arguments import add_kaiyuan_arguments, arguments_provider
+from megatron_kaiyuan.arguments import add_kaiyuan_arguments, arguments_provider, check_save_arguments
 from megatron_kaiyuan.errors import ConfigError
 
 
@@ -66,3 +66,10 @@ def test_every_default_of_the_cpu_platform_is_an_argument_of_megatron(monkeypatc
 
     monkeypatch.setattr("sys.argv", ["pretrain"])
     assert {*CPU_ARGUMENT_DEFAULTS, *defaults_without_optional_kernels()} <= vars(parse_args()).keys()
+
+
+def test_saving_without_an_interval_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="--save-interval 1000"):
+        check_save_arguments(argparse.Namespace(save="runs/first", save_interval=None))
+    check_save_arguments(argparse.Namespace(save="runs/first", save_interval=400))
+    check_save_arguments(argparse.Namespace(save=None, save_interval=None))
