@@ -6,12 +6,10 @@ documents in ascending score (uint32, or uint64 past 2**32 documents), and the t
 whole or absent; several builders at once write the same bytes.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shlex
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.atomic import atomic_file
 from megatron_kaiyuan.data.ranking import STRIDE, rank_by_score, token_marks
 from megatron_kaiyuan.data.source import Source, score_path
 from megatron_kaiyuan.errors import RankIndexError
@@ -112,20 +111,10 @@ def save_rank_index(index: RankIndex, path: Path) -> None:
         "digest": index.digest,
     }
     raw = json.dumps(header, sort_keys=True).encode()
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write((_MAGIC + len(raw).to_bytes(8, "little") + raw).ljust(_HEADER_BYTES, b"\0"))
-            stream.write(np.ascontiguousarray(index.token_marks).data)
-            stream.write(np.ascontiguousarray(index.order).data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+    with atomic_file(path) as stream:
+        stream.write((_MAGIC + len(raw).to_bytes(8, "little") + raw).ljust(_HEADER_BYTES, b"\0"))
+        stream.write(np.ascontiguousarray(index.token_marks).data)
+        stream.write(np.ascontiguousarray(index.order).data)
 
 
 def open_rank_index(path: Path, source: Source, score: str) -> RankIndex:

@@ -1,13 +1,11 @@
 """Scores for shards made elsewhere: from a `.npy` or a Parquet column to one sidecar per shard."""
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.atomic import atomic_file
 from megatron_kaiyuan.data.source import Source, check_scores, load_npy, score_path
 from megatron_kaiyuan.errors import ScoreError
 
@@ -47,16 +45,5 @@ def import_scores(source: Source, origin: str, score: str) -> None:
     kept = scores if scores.dtype == np.float64 else scores.astype(np.float32)
     for number, shard in enumerate(source.shards):
         first, last = source.document_offsets[number : number + 2].tolist()
-        path = score_path(shard.prefix, score)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                np.save(stream, kept[first:last])
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
-            raise
+        with atomic_file(score_path(shard.prefix, score)) as stream:
+            np.save(stream, kept[first:last])

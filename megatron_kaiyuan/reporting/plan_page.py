@@ -1,14 +1,13 @@
 """The dry run of a plan as one self-contained HTML page."""
 
 import html
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 
 __all__ = ["write_plan_page"]
@@ -44,16 +43,7 @@ def write_plan_page(description: dict[str, Any], path: Path) -> None:
     scored = [name for name, source in description["sources"].items() if source["bands"]]
     bands = _bands_figure(description, scored).to_html(full_html=False, include_plotlyjs=False) if scored else ""
     page = _TEMPLATE.format(fingerprint=description["fingerprint"], facts=html.escape(facts), mix=mix, bands=bands)
-    _write_atomically(path, page)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
+    write_text_atomically(path, page)
 
 
 def _mix_figure(description: dict[str, Any]) -> go.Figure:

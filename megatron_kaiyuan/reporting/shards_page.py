@@ -1,12 +1,11 @@
 """What sources hold, as one self-contained HTML page."""
 
 import html
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.shards_figures import band_figure, length_figure, score_figure, sources_figure
 from megatron_kaiyuan.reporting.shards_table import format_number, source_facts
@@ -78,7 +77,7 @@ def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
     if len(sources) > 1:
         parts += [figures.add(sources_figure(sources)), _overview(sources)]
     parts += [_source_section(source, figures) for source in sources]
-    _write_atomically(path, _PAGE.format(title=what, style=_STYLE, body="\n".join(parts)))
+    write_text_atomically(path, _PAGE.format(title=what, style=_STYLE, body="\n".join(parts)))
 
 
 def _overview(sources: Sequence[Mapping[str, Any]]) -> str:
@@ -200,18 +199,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[in
     top = f"<tr>{cells('th', header)}</tr>" if header else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table>{top}{body}</table></div>'
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
