@@ -120,3 +120,19 @@ def test_a_source_without_expected_sizes_cannot_be_simulated():
     spec["sources"]["s"]["expected"] = {"documents": 5, "tokens": 50}
     with pytest.raises(PlanError, match=r"validation\.s\.documents: 5 of 5 leaves none"):
         Plan.from_spec(spec | {"validation": {"s": {"documents": 5}}}, simulate=True)
+
+
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("order", ["curriculum", "shuffled"])
+def test_a_block_of_samples_is_the_samples_one_by_one(count, order):
+    """With few streams of many samples, and many streams of few: they are found in different ways."""
+    sources = {
+        f"s{n}": {"shards": "none", "score": "score", "expected": {"documents": 90, "tokens": 900 + 700 * (n % 5)}}
+        for n in range(count)
+    }
+    parts = {name: {"keep": "all", "repeat": 2.5, "sorted": n % 3 > 0} for n, name in enumerate(sources)}
+    phase = Plan.from_spec(plan_of(sources, phase_of(order, parts), seq_length=64), simulate=True).phases[0]
+    for start in (0, phase.num_samples // 3, phase.num_samples - 70):
+        numbers, windows = phase.block(start, start + 70)
+        singly = [phase.sample(sample) for sample in range(start, start + 70)]
+        assert list(zip(numbers.tolist(), windows.tolist(), strict=True)) == singly
