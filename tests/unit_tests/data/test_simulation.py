@@ -127,7 +127,7 @@ def test_a_source_without_expected_sizes_cannot_be_simulated():
 def test_a_block_of_samples_is_the_samples_one_by_one(count, order):
     """With few streams of many samples, and many streams of few: they are found in different ways."""
     sources = {
-        f"s{n}": {"shards": "none", "score": "score", "expected": {"documents": 90, "tokens": 900 + 700 * (n % 5)}}
+        f"s{n}": {"shards": "none", "score": "score", "expected": {"documents": 90, "tokens": 9000 + 7000 * (n % 5)}}
         for n in range(count)
     }
     parts = {name: {"keep": "all", "repeat": 2.5, "sorted": n % 3 > 0} for n, name in enumerate(sources)}
