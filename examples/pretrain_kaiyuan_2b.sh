@@ -61,10 +61,10 @@ GPT_MODEL_ARGS=(
     --init-method-std 0.018
     --attention-dropout 0
     --hidden-dropout 0
-    --qk-layernorm
-    --kaiyuan-sandwich-norm
-    --kaiyuan-logit-softcap 30
 )
+
+# What keeps FP16 in range; MODEL_FEATURES="" trains Megatron's own GPT of the same shape, for comparison.
+read -r -a FEATURE_ARGS <<<"${MODEL_FEATURES---qk-layernorm --kaiyuan-sandwich-norm --kaiyuan-logit-softcap 30}"
 
 # The plan sets the number of samples and the learning rate of each phase.
 TRAINING_ARGS=(
@@ -79,8 +79,9 @@ TRAINING_ARGS=(
 
 # FP16 with a dynamic loss scale. It starts at 2^16 instead of 2^32: each halving on the way down costs a step.
 # Gradients are summed in FP32: hundreds of micro-batches and ranks would lose bits, or overflow, in FP16.
-FP16_ARGS=(
-    --fp16
+PRECISION=${PRECISION:-fp16} # or bf16, on GPUs that have it; the loss scale then has no effect
+PRECISION_ARGS=(
+    "--$PRECISION"
     --initial-loss-scale 65536
     --min-loss-scale 1
     --loss-scale-window 1000
@@ -130,8 +131,9 @@ EVAL_AND_LOGGING_ARGS=(
 
 exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_kaiyuan.pretrain \
     "${GPT_MODEL_ARGS[@]}" \
+    "${FEATURE_ARGS[@]}" \
     "${TRAINING_ARGS[@]}" \
-    "${FP16_ARGS[@]}" \
+    "${PRECISION_ARGS[@]}" \
     "${MODEL_PARALLEL_ARGS[@]}" \
     "${KERNEL_ARGS[@]}" \
     "${DATA_ARGS[@]}" \

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.kernels.support import cuda_kernels_available
 
 __all__ = [
     "add_kaiyuan_arguments",
@@ -25,7 +26,32 @@ def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "given",
     )
     _add_model_options(group)
+    _add_monitor_options(group)
     return parser
+
+
+def _add_monitor_options(group: argparse._ArgumentGroup) -> None:
+    """Flags of `megatron_kaiyuan.training.monitor`."""
+    group.add_argument(
+        "--kaiyuan-metrics",
+        metavar="FILE",
+        help="append a JSON line to FILE at every --log-interval: loss and tokens by source, tokens by quantile band, "
+        "loss scale, activations, throughput (default: metrics.jsonl in the folder of --save, if there is one)",
+    )
+    group.add_argument(
+        "--kaiyuan-activation-interval",
+        type=int,
+        default=100,
+        metavar="STEPS",
+        help="measure max |activation| of each layer every so many steps (default 100; 0 = never)",
+    )
+    group.add_argument(
+        "--kaiyuan-max-skipped-steps",
+        type=int,
+        default=50,
+        metavar="STEPS",
+        help="stop with a diagnosis after so many skipped steps in a row (default 50; 0 = never)",
+    )
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
@@ -69,6 +95,13 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="core attention of --transformer-impl local: torch SDPA (auto) or Megatron's unfused one",
     )
+    group.add_argument(
+        "--kaiyuan-fusions",
+        default="auto",
+        metavar="NAMES",
+        help="fused kernels for the same mathematics: none, or some of norm,rotary,swiglu,loss joined by commas; auto "
+        "(default): all where CUDA and Triton are present",
+    )
 
 
 def arguments_provider(
@@ -94,7 +127,8 @@ def defaults_without_optional_kernels() -> dict[str, object]:
     if not _installed("transformer_engine"):
         defaults.update(transformer_impl="local", no_persist_layer_norm=True, apply_rope_fusion=False)
     if not _installed("fused_weight_gradient_mlp_cuda"):  # the name of apex's extension module
-        defaults["gradient_accumulation_fusion"] = False
+        # `compat.fuse_weight_gradients_without_apex` stands in for it on CUDA.
+        defaults["gradient_accumulation_fusion"] = cuda_kernels_available()
     if not _installed("scaled_upper_triang_masked_softmax_cuda"):  # apex too
         defaults["masked_softmax_fusion"] = False
     if not _installed("one_logger"):  # a package of NVIDIA's own network; Megatron points to it at every start
@@ -110,8 +144,12 @@ def check_save_arguments(args: argparse.Namespace) -> None:
     """Refuse a run that is told where to save but not when; Megatron stops there with a bare assertion.
 
     Raises:
-        ConfigError: `--save` without `--save-interval`.
+        ConfigError: `--save` without `--save-interval`, or a negative interval of the monitor.
     """
+    for flag in ("--kaiyuan-activation-interval", "--kaiyuan-max-skipped-steps"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value < 0:
+            raise ConfigError(f"{flag} {value} is negative; 0 switches it off")
     if args.save and not args.save_interval:
         raise ConfigError(
             f"--save {args.save} without --save-interval: say how often, such as --save-interval 1000 (steps); the "

@@ -6,6 +6,7 @@ All of them are raised before any accelerator work starts. `assert` is for our o
 
 __all__ = [
     "ConfigError",
+    "ConvertError",
     "KaiyuanError",
     "PlanError",
     "PreprocessError",
@@ -13,6 +14,7 @@ __all__ = [
     "ResumeError",
     "ScoreError",
     "ShardError",
+    "StudyError",
     "TokenizerError",
 ]
 
@@ -23,6 +25,10 @@ class KaiyuanError(ValueError):
 
 class ConfigError(KaiyuanError):
     """Command-line flags or model options that cannot work together."""
+
+
+class ConvertError(KaiyuanError):
+    """A checkpoint that cannot be exported or imported: another architecture, or files that do not fit it."""
 
 
 class PlanError(KaiyuanError):
@@ -51,3 +57,15 @@ class TokenizerError(KaiyuanError):
 
 class ResumeError(KaiyuanError):
     """A resume whose already consumed samples would differ from those of the saved run."""
+
+
+class StudyError(KaiyuanError):
+    """A quantile study whose file is wrong, whose sources cannot give the slices, or whose results do not compare."""
+
+
+class MetricsError(KaiyuanError):
+    """The file of a run's metrics that cannot be written or read."""
+
+
+class TrainingStopped(KaiyuanError):
+    """A run that was stopped because going on would waste the machines."""

@@ -1,4 +1,9 @@
-"""Settings of all tests: which warnings of other packages do not count as failures, each with its reason."""
+"""Settings of all tests: Triton's interpreter, and which warnings of other packages are no failures, with why."""
+
+import importlib
+import importlib.util
+import os
+import warnings
 
 import pytest
 
@@ -23,3 +28,23 @@ def pytest_configure(config: pytest.Config) -> None:
     """Add the exceptions after pyproject's `error`, so that they win."""
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def _load_kernels_into_the_interpreter() -> None:
+    """Import our Triton kernels so that they run on the CPU; `use_triton` decides at each call whether they do.
+
+    Triton reads the variable when it decorates, its own functions included, so it has to be set before the first
+    import.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("qk_norm_rope", "rms_norm", "softmax_loss", "swiglu"):
+            importlib.import_module(f"megatron_kaiyuan.kernels.{name}_triton")
+    del os.environ["TRITON_INTERPRET"]
+
+
+# At import, because the conftest of a folder may import Triton before `pytest_configure` is called.
+_load_kernels_into_the_interpreter()

@@ -1,15 +1,22 @@
 #!/usr/bin/env python3
-"""Turn JSONL and Parquet documents into Megatron's .bin/.idx shards with score sidecars and a manifest."""
+"""Turn JSONL and Parquet documents into Megatron's .bin/.idx shards with score sidecars and a manifest.
+
+The same command again finishes what a killed run began, and does nothing where nothing is left to do.
+"""
 
 import argparse
 import os
+import re
 import sys
 import time
 
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess
+from megatron_kaiyuan.preprocess.config import SHARD_BYTES
 from megatron_kaiyuan.preprocess.progress import ConsoleReporter
 from megatron_kaiyuan.preprocess.tokenize import TOKENIZER_TYPES
+
+_MOST_SHARDS_LISTED = 8
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,13 +34,25 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="F",
-        help="files, globs or directories: JSONL (plain, .gz, .zst) or Parquet",
+        help="files, globs or directories: JSONL (plain, .gz, .zst) or Parquet; - is standard input (JSONL)",
+    )
+    output = data.add_mutually_exclusive_group(required=True)
+    output.add_argument(
+        "--output-prefix",
+        metavar="P",
+        help="one shard: P_<json key>_document.{bin,idx}, .scores.<key>.npy, .documents.parquet, .manifest.json",
+    )
+    output.add_argument(
+        "--output-dir",
+        metavar="D",
+        help="a folder of shards, D/shard_00000_<json key>_document and so on, which a plan reads as one source",
     )
     data.add_argument(
-        "--output-prefix",
-        required=True,
-        metavar="P",
-        help="writes P_<json key>_document.{bin,idx}, .scores.<key>.npy, .manifest.json",
+        "--shard-size",
+        type=parse_size,
+        default=SHARD_BYTES,
+        metavar="BYTES",
+        help="of --output-dir: input of one shard, such as 500MB or 2GB, as it lies on disk (default: 1GB)",
     )
     data.add_argument(
         "--json-keys",
@@ -50,7 +69,8 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
         metavar="KEY",
         help="numeric fields kept as score sidecars; dots descend: metadata.quality",
     )
-    data.add_argument("--overwrite", action="store_true", help="replace an existing shard")
+    data.add_argument("--id-key", metavar="KEY", help="field that names a document, kept in .documents.parquet")
+    data.add_argument("--overwrite", action="store_true", help="replace what another command left there")
 
 
 def _add_tokenizer_flags(tokenizer: argparse._ArgumentGroup) -> None:
@@ -90,6 +110,16 @@ def _add_tokenizer_flags(tokenizer: argparse._ArgumentGroup) -> None:
 
 def _add_run_flags(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
+        "--num-tasks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many processes on any machines share the shards of --output-dir; each runs this command (default: 1)",
+    )
+    run.add_argument(
+        "--task-id", type=int, default=0, metavar="K", help="0 to N-1: builds the shards K, K+N, K+2N, ..."
+    )
+    run.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
@@ -118,6 +148,10 @@ def config_from_arguments(arguments: argparse.Namespace) -> PreprocessConfig:
     return PreprocessConfig(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
+        output_dir=arguments.output_dir,
+        shard_bytes=arguments.shard_size,
+        num_tasks=arguments.num_tasks,
+        task_id=arguments.task_id,
         tokenizer=TokenizerConfig(
             type=arguments.tokenizer_type,
             model=arguments.tokenizer_model,
@@ -129,6 +163,7 @@ def config_from_arguments(arguments: argparse.Namespace) -> PreprocessConfig:
         ),
         json_keys=tuple(arguments.json_keys),
         score_keys=tuple(arguments.score_key),
+        id_key=arguments.id_key,
         append_eod=arguments.append_eod,
         workers=arguments.workers,
         on_error=arguments.on_error,
@@ -140,13 +175,30 @@ def config_from_arguments(arguments: argparse.Namespace) -> PreprocessConfig:
 
 def print_summary(summary: RunSummary, seconds: float) -> None:
     """What was written and what was left out."""
-    for prefix, manifest in summary.manifests.items():
-        print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype})")
-        for key, score in manifest.scores.items():
-            print(f"  {key}: min {score.min:.6g}, mean {score.mean:.6g}, max {score.max:.6g}")
+    if len(summary.manifests) <= _MOST_SHARDS_LISTED:
+        for prefix, manifest in summary.manifests.items():
+            print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype})")
+            for key, score in manifest.scores.items():
+                print(f"  {key}: min {score.min:.6g}, mean {score.mean:.6g}, max {score.max:.6g}")
+    documents = sum(manifest.documents for manifest in summary.manifests.values())
+    tokens = sum(manifest.tokens for manifest in summary.manifests.values())
+    print(f"{len(summary.manifests):,} shards: {documents:,} documents, {tokens:,} tokens")
     for reason, count in summary.skipped.items():
-        print(f"skipped {count:,} of {summary.rows:,} rows: {reason}; first: {summary.examples[reason]}")
-    print(f"done in {seconds:.1f} s")
+        example = f"; first: {summary.examples[reason]}" if reason in summary.examples else ""
+        print(f"skipped {count:,} of {summary.rows:,} rows: {reason}{example}")
+    if summary.shards_of_others:
+        print(f"left to other tasks: {summary.shards_of_others:,} shards")
+    kept = f"; {summary.shards_kept:,} were complete already" if summary.shards_kept else ""
+    print(f"built {summary.shards_built:,} in {seconds:.1f} s{kept}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `2000000`, `500MB`, `2GB` or `2GiB`."""
+    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+    found = re.fullmatch(r"(\d+)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a whole number of KB, MB, GB or GiB")
+    return int(found[1]) * units[found[2]]
 
 
 def main() -> None:

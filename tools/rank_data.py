@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, save_rank_index, verify_rank_index
+from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
 from megatron_kaiyuan.data.score_import import import_scores
+from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
         print(f"{path}: correct for {source.num_documents:,} documents, {source.num_tokens:,} tokens")
         return
     started = time.perf_counter()
-    save_rank_index(build_rank_index(source, args.score, args.seed), path)
+    with ConsoleMeter() as meter:
+        write_rank_index(source, args.score, path, args.seed, meter)
     print(
         f"{path}: {source.num_documents:,} documents, {source.num_tokens:,} tokens in {len(source.shards)} shard(s), "
         f"{path.stat().st_size:,} bytes, {time.perf_counter() - started:.1f} s"

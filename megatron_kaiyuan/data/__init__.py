@@ -1,11 +1,12 @@
 """Data order as arithmetic: plans, quality curricula and selective repetition over `.bin/.idx` shards (numpy only)."""
 
-from megatron_kaiyuan.data.dataset import CurriculumDataset, HeldOutDataset, Provenance
+from megatron_kaiyuan.data.dataset import NUM_BANDS, CurriculumDataset, HeldOutDataset, Provenance
 from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.data.source import Segment, Source, open_source
 
 __all__ = [
+    "NUM_BANDS",
     "CurriculumDataset",
     "HeldOutDataset",
     "Plan",

@@ -15,7 +15,10 @@ from megatron_kaiyuan.data.source import Segment
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
 
-__all__ = ["CurriculumDataset", "HeldOutDataset", "Provenance"]
+__all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance"]
+
+NUM_BANDS = 10
+"""Quantile bands in which training counts its tokens: tenths of a source's documents by score."""
 
 _BLOCK = 1024
 
@@ -79,6 +82,26 @@ class CurriculumDataset:
             quantile=self._quantile(name, stream, window),
             segments=stream.segments(window),
         )
+
+    def band_tokens(self, sample: int) -> NDArray[np.int64]:
+        """Input tokens of a sample by quantile band of the document they are from.
+
+        Returns:
+            int64 `[NUM_BANDS]`, lowest scores first; it sums to `seq_length`, or to 0 for an unscored source.
+        """
+        phase, number, window = self._place(sample)
+        name, stream = phase.source_list[number], phase.stream_list[number]
+        opened = self.plan.opened[name]
+        tokens = np.zeros(NUM_BANDS, dtype=np.int64)
+        if opened.spec.score is None:
+            return tokens
+        segments = stream.segments(window)
+        sizes = np.array([segment.stop - segment.start for segment in segments], dtype=np.int64)
+        sizes[-1] -= 1  # the last token is a target only
+        documents = np.array([opened.source.number(segment) for segment in segments], dtype=np.int64)
+        bands = opened.ranked_order.positions_of(documents) * NUM_BANDS // opened.source.num_documents
+        np.add.at(tokens, bands, sizes)
+        return tokens
 
     def _quantile(self, name: str, stream: Stream, window: int) -> tuple[float, float] | None:
         source = self.plan.opened[name]

@@ -53,7 +53,7 @@ def _describe_phase(plan: Plan, phase: Phase) -> dict[str, Any]:
         "samples": phase.num_samples,
         "tokens": phase.num_samples * plan.seq_length,
         "tokens_unused_of_budget": 0 if phase.spec.tokens is None else phase.spec.tokens % plan.seq_length,
-        "lr": phase.lr.model_dump() if phase.lr else None,
+        "lr": phase.lr.model_dump(exclude={"jump"}) if phase.lr else None,
         "domains": _domain_shares(plan, [phase]),
         "sources": sources,
     }

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.distribution import Distribution
-from megatron_kaiyuan.data.integrity import compare_shards
+from megatron_kaiyuan.data.integrity import compare_shards, missing_from_builds
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index
 from megatron_kaiyuan.data.shard_check import Finding, without_file
 from megatron_kaiyuan.data.shard_files import (
@@ -68,6 +68,7 @@ def describe_source(
     opened, findings = _open(files)
     manifests = _manifests(files, findings)
     findings += compare_shards(files, manifests, list(opened.values()))
+    findings += missing_from_builds(named)
     lengths, by_score = _measure(files, opened, keys, findings, meter)
     whole = tuple(shard for shard in opened.values() if shard.documents)
     source = Source(name, whole, tuple(named))
@@ -148,7 +149,8 @@ def _describe_manifests(files: Sequence[ShardFiles], manifests: Mapping[str, Man
     skipped: Counter[str] = Counter()
     for manifest in manifests.values():
         skipped.update(manifest.skipped)
-    inputs = {record.name: record for manifest in manifests.values() for record in manifest.inputs}
+    parts = {(record.name, record.start): record for manifest in manifests.values() for record in manifest.inputs}
+    inputs = {record.name: record for record in parts.values()}
     return {
         "present": len(manifests),
         "missing": sum(not entry.has_manifest for entry in files),
@@ -156,7 +158,7 @@ def _describe_manifests(files: Sequence[ShardFiles], manifests: Mapping[str, Man
         "max_token_id": max((manifest.max_token_id for manifest in manifests.values()), default=None),
         "tokenizers": [dict(zip(names, key, strict=True)) | {"shards": n} for key, n in tokenizers.most_common()],
         "input_files": len(inputs),
-        "input_rows": sum(record.rows for record in inputs.values()),
+        "input_rows": sum(record.rows for record in parts.values()),
         "input_bytes": sum(record.bytes for record in inputs.values()),
         "skipped": dict(skipped.most_common()),
     }

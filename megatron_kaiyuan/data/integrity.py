@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_kaiyuan.data.build_check import BUILD_FILE, folder_state
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index, verify_rank_index
 from megatron_kaiyuan.data.shard_check import Finding, ShardCheck, without_file
 from megatron_kaiyuan.data.shard_files import Meter, ShardFiles, SilentMeter, find_leftovers, list_shard_files
@@ -20,7 +21,7 @@ from megatron_kaiyuan.data.source import Source
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.preprocess.manifest import Manifest, load_manifest
 
-__all__ = ["Finding", "Verification", "compare_shards", "verify_shards"]
+__all__ = ["Finding", "Verification", "compare_shards", "missing_from_builds", "verify_shards"]
 
 _MOST_THREADS = 8
 _RANKED_AFRESH = 1 << 27  # documents; ranking more would need more than 2 GiB
@@ -61,7 +62,9 @@ def verify_shards(
     files = list_shard_files(resolve_prefixes(named))
     leftovers = find_leftovers(named, files)
     manifests, findings = _load_manifests(files)
-    size = sum(_size(path) for entry in files for path in (entry.bin, entry.idx, *entry.sidecars.values()))
+    size = sum(
+        _size(path) for entry in files for path in (entry.bin, entry.idx, entry.documents, *entry.sidecars.values())
+    )
     meter.start("verifying", size)
     owners = _owners(files, manifests)
     checks = [ShardCheck(entry, manifests.get(entry.prefix), owners, vocab_size, meter.advance) for entry in files]
@@ -70,6 +73,7 @@ def verify_shards(
             findings += found
     opened = [check.shard for check in checks if check.shard is not None]
     findings += compare_shards(files, manifests, opened)
+    findings += missing_from_builds(named)
     unchecked = _unchecked(files, manifests, vocab_size)
     if len(opened) == len(files) and any(shard.documents for shard in opened):
         source = Source("source", tuple(shard for shard in opened if shard.documents), tuple(named))
@@ -102,6 +106,21 @@ def compare_shards(
                 message = "other shards have these scores; a source is ranked by scores of all its documents"
                 yield Finding("missing", f"{entry.prefix}.scores.{score}.npy", message)
     yield from _duplicates(manifests)
+
+
+def missing_from_builds(named: Sequence[str]) -> Iterator[Finding]:
+    """Shards that the `build.json` of a folder lists and that are not there, one finding for each folder."""
+    for folder in map(Path, named):
+        path = folder / BUILD_FILE
+        try:
+            state = folder_state(folder)
+        except (ShardError, OSError) as error:
+            yield Finding("missing", str(path), without_file(str(error), path))
+            continue
+        if state is not None and state.missing:
+            numbers = ", ".join(map(str, state.missing))
+            message = f"{len(state.missing):,} of {state.shards:,} shards are missing ({numbers}); {state.remedy}"
+            yield Finding("missing", str(path), message)
 
 
 def _unusual(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

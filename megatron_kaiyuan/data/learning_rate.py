@@ -1,8 +1,15 @@
-"""Learning-rate shapes over the progress of a phase."""
+"""Learning-rate shapes over the progress of a phase, and the rate that the best data of a curriculum meets."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["rate_at"]
+__all__ = ["mean_rate", "rate_at", "rate_warnings"]
+
+_BEST_FROM = 0.8
+"""The best data of an ascending stream: its last fifth."""
+_LOWEST_SHARE = 1 / 3
+"""Of the run's highest rate: arXiv 2511.18903 found a decay to about a third to leave a curriculum its effect."""
 
 
 def rate_at(shape: str, start: float, end: float, progress: float) -> float:
@@ -20,3 +27,44 @@ def rate_at(shape: str, start: float, end: float, progress: float) -> float:
     }
     weight = weights[shape]
     return start * (1 - weight) + end * weight
+
+
+def mean_rate(lr: Mapping[str, Any], first: float, last: float) -> float:
+    """Mean rate between two places in a phase, by the midpoints of 64 equal parts.
+
+    Args:
+        lr: `start`, `end` and `shape`.
+        first: Progress in [0, 1).
+        last: Progress, above `first`.
+    """
+    places = [first + (last - first) * (part + 0.5) / 64 for part in range(64)]
+    return sum(rate_at(lr["shape"], lr["start"], lr["end"], place) for place in places) / len(places)
+
+
+def rate_warnings(description: Mapping[str, Any]) -> list[str]:
+    """Curricula whose best data, which comes last, meets a small rate.
+
+    A rate that is low where the data are best takes away what their order gives: arXiv 2511.18903 measured an ascending
+    curriculum under a full decay below the same data shuffled, and above it with a moderate decay or none.
+
+    Args:
+        description: What `Plan.describe` returns.
+    """
+    rates = [phase["lr"] for phase in description["phases"] if phase["lr"]]
+    if not rates:
+        return []
+    peak = max(max(lr["start"], lr["end"]) for lr in rates)
+    warnings = []
+    for phase in description["phases"]:
+        ascending = any(row["order"] == "ascending quality" for row in phase["sources"].values())
+        if phase["lr"] is None or not ascending or peak == 0:
+            continue
+        rate = mean_rate(phase["lr"], _BEST_FROM, 1.0)
+        if rate < _LOWEST_SHARE * peak:
+            warnings.append(
+                f"phase {phase['name']!r}: its best data, the last fifth of the curriculum, meets a mean learning rate "
+                f"of {rate:.3g}, {rate / peak:.0%} of the run's highest ({peak:g}). A decay this strong can cancel a "
+                "curriculum (arXiv 2511.18903): end at a third of the highest rate or above, or keep it constant, and "
+                "average the last checkpoints"
+            )
+    return warnings

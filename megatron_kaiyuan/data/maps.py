@@ -5,15 +5,53 @@ Linux, `vm.max_map_count`). A source of 40,000 shards would need 80,000 of each,
 given up and opened again when they are needed: about 30 microseconds, the page cache still holds their data.
 """
 
+import mmap
+import os
 import resource
 import weakref
 from collections import deque
 from functools import lru_cache
+from typing import Any
 
-__all__ = ["OpenMaps", "open_maps"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["OpenMaps", "advise_random", "map_array", "open_maps"]
 
 _FEWEST = 64
 _MOST = 1 << 14
+
+
+def map_array(
+    path: str | os.PathLike[str], dtype: np.dtype[Any], count: int, offset: int, *, random: bool
+) -> NDArray[Any]:
+    """Map `count` numbers of a file from byte `offset` on, read-only.
+
+    Args:
+        path: the file.
+        dtype: of the numbers, in the file's byte order.
+        count: how many.
+        offset: in bytes; need not be aligned.
+        random: places far from each other will be read, as in an index; see `advise_random`.
+    """
+    if count == 0:
+        return np.empty(0, dtype=dtype)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+    if random:
+        advise_random(mapped)
+    # a plain ndarray view: indexing np.memmap itself costs a subclass construction each time
+    return mapped.view(np.ndarray)
+
+
+def advise_random(mapped: "np.memmap[Any, Any]") -> None:
+    """Tell the kernel not to read ahead: a look-up then costs one page and not megabytes.
+
+    The kernel finds out by itself after a hundred misses, but opening a plan looks up fewer places than that in each
+    file, and some machines are set to read 8 MiB around each of them.
+    """
+    mapping = getattr(mapped, "_mmap", None)
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        mapping.madvise(mmap.MADV_RANDOM)
 
 
 class OpenMaps:

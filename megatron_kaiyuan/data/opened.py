@@ -12,9 +12,10 @@ from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.data.rank_index import RankIndex, load_or_rank
+from megatron_kaiyuan.data.ranking import STRIDE
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
 from megatron_kaiyuan.data.source import Source, open_source
-from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.errors import PlanError, ShardError
 
 __all__ = ["OpenedSource", "open_plan_source"]
 
@@ -61,24 +62,44 @@ class OpenedSource:
 
     @cached_property
     def content(self) -> str:
-        """Identifies the documents, however they are cut into shards: 64 are probed for length and first tokens."""
+        """Identifies the documents, however they are cut into shards.
+
+        64 documents are probed for their first tokens, their length, and all tokens stored before them: a document
+        that became longer or shorter is noticed unless another one between the same two probes made up for it.
+
+        Raises:
+            ShardError: a probed document does not end where the next one begins.
+        """
         digest = sha256(f"{self.source.num_documents} {self.source.num_tokens}".encode())
         documents = np.unique(np.linspace(0, self.source.num_documents - 1, _PROBES).astype(np.int64))
         starts, lengths = self.source.token_starts(documents), self.source.lengths(documents)
+        self._check_ends(documents, starts + lengths)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             tokens = np.empty(min(length, _PROBES), dtype=np.int64)
             self.source.read_tokens(start, tokens)
-            digest.update(length.to_bytes(8, "little") + tokens.tobytes())
+            digest.update(start.to_bytes(8, "little") + length.to_bytes(8, "little") + tokens.tobytes())
         if self.spec.score is not None:
             digest.update(self.source.scores_of(self.spec.score, documents).tobytes())
         return digest.hexdigest()
 
+    def _check_ends(self, documents: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        next_starts = self.source.token_starts(documents + 1)
+        wrong = np.flatnonzero(ends != next_starts)
+        if len(wrong):
+            where = self.source.segment(int(documents[wrong[0]]), 0, 0)
+            raise ShardError(
+                f"{where.shard}.idx: document {where.document:,} does not end where the next one begins (they are "
+                f"{int(next_starts[wrong[0]] - ends[wrong[0]]):,} tokens apart); the file is damaged, copy it again or "
+                "rebuild the shard (tools/inspect_data.py --verify says more)"
+            )
+
     @cached_property
     def ranking(self) -> str:
-        """Identifies the order by rank: the seed of its ties, and the documents at 64 ranks."""
+        """Identifies the order by rank: the seed of its ties, and the documents and the tokens before 64 ranks."""
         index = self._rank_index
         ranks = np.unique(np.linspace(0, len(index.order) - 1, _PROBES).astype(np.int64))
-        return sha256(f"{index.seed} {index.order[ranks].tolist()}".encode()).hexdigest()[:16]
+        tokens = index.token_marks[ranks // STRIDE]
+        return sha256(f"{index.seed} {index.order[ranks].tolist()} {tokens.tolist()}".encode()).hexdigest()[:16]
 
     def require_ranking(self) -> None:
         """Open the rank index now, so that one that is missing stops a run before it starts and not at a report."""

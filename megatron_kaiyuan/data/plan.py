@@ -26,7 +26,7 @@ from megatron_kaiyuan.data.plan_schema import (
 )
 from megatron_kaiyuan.data.resume import check_resume, order_record
 from megatron_kaiyuan.data.simulation import simulate_plan_source
-from megatron_kaiyuan.data.vocabulary import check_vocabulary
+from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
 
 __all__ = ["Plan"]
 
@@ -62,6 +62,8 @@ class Plan:
         opened = {
             name: open_one(name, source, _held_out(spec, name), spec.seed) for name, source in spec.sources.items()
         }
+        if not simulate:
+            check_tokenizers(opened, spec.tokenizer)
         phases: list[Phase] = []
         for phase in spec.phases:
             first = phases[-1].first_sample + phases[-1].num_samples if phases else 0

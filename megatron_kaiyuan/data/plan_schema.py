@@ -1,8 +1,10 @@
 """The plan file: YAML validated field by field, unknown keys refused, errors with the path of the field."""
 
+import math
 import re
 from collections.abc import Hashable
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,6 +154,8 @@ class LearningRateSpec(_Strict):
     start: float = Field(ge=0)
     end: float = Field(ge=0)
     shape: Literal["constant", "linear", "cosine", "sqrt", "warmup"] = "constant"
+    jump: bool = False
+    """Whether the rate may begin elsewhere than where the phase before ended; without the word that is a mistake."""
 
     @model_validator(mode="after")
     def _constant_is_constant(self) -> "LearningRateSpec":
@@ -250,11 +254,22 @@ class PlanSpec(_Strict):
                         "names none; add score:, or keep a random part"
                     )
         self._check_sources("validation", list(self.validation))
+        self._rates_continue()
         domains = list(dict.fromkeys(self.domain_of(name) for name in self.sources))
         for name in self.domains:
             if name not in domains:
                 raise ValueError(f"domains.{name}: no source is of this domain; known are {', '.join(domains)}")
         return self
+
+    def _rates_continue(self) -> None:
+        for number, (before, after) in enumerate(pairwise(self.phases), start=1):
+            if before.lr is None or after.lr is None or after.lr.jump:
+                continue
+            if not math.isclose(before.lr.end, after.lr.start, rel_tol=1e-9):
+                raise ValueError(
+                    f"phases.{number} ({after.name}).lr.start: {after.lr.start:g}, but {before.name} ends at "
+                    f"{before.lr.end:g}; make them equal, or write jump: true beside start if the step is meant"
+                )
 
     def domain_of(self, source: str) -> str:
         """The domain of a source: the one it names, or else itself."""

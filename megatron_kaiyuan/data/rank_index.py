@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.atomic import atomic_file
-from megatron_kaiyuan.data.ranking import STRIDE, rank_by_score, token_marks
+from megatron_kaiyuan.data.maps import map_array
+from megatron_kaiyuan.data.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
+from megatron_kaiyuan.data.shard_files import Meter, SilentMeter
 from megatron_kaiyuan.data.source import Source, score_path
-from megatron_kaiyuan.errors import RankIndexError
+from megatron_kaiyuan.errors import RankIndexError, ShardError
 
 __all__ = [
     "RankIndex",
@@ -31,6 +34,7 @@ __all__ = [
     "open_rank_index",
     "save_rank_index",
     "verify_rank_index",
+    "write_rank_index",
 ]
 
 _MAGIC = b"KYRANK01"
@@ -67,9 +71,70 @@ def build_rank_index(source: Source, score: str, seed: int = 0) -> RankIndex:
 
     Raises:
         ScoreError: a score sidecar is missing, of the wrong length, or holds NaN.
+        ShardError: the lengths in the `.idx` files do not add up to the tokens in the `.bin` files.
     """
-    order = rank_by_score(source.load_scores(score), seed)
-    return RankIndex(order, token_marks(order, source.lengths), seed, content_digest(source, score))
+    ranking = prepare_ranking(source.load_scores(score), seed)
+    order = np.empty(ranking.count, dtype=ranking.dtype)
+
+    def keep(first: int, documents: NDArray[np.unsignedinteger]) -> None:
+        order[first : first + len(documents)] = documents
+
+    marks = _hand_out(ranking, source, keep, SilentMeter())
+    return RankIndex(order, marks, seed, content_digest(source, score))
+
+
+def write_rank_index(source: Source, score: str, path: Path, seed: int = 0, meter: Meter | None = None) -> None:
+    """Rank all documents of a source and store the index, at most 12 bytes of memory a document.
+
+    The file is that of `save_rank_index(build_rank_index(...))`, but documents go to it while others are being sorted.
+
+    Raises:
+        ScoreError, ShardError: as `build_rank_index`.
+        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind then.
+    """
+    digest = content_digest(source, score)
+    ranking = prepare_ranking(source.load_scores(score), seed)
+    first_order = _HEADER_BYTES + 8 * (-(-ranking.count // STRIDE) + 1)
+    with atomic_file(path) as stream:
+        descriptor, width = stream.fileno(), np.dtype(ranking.dtype).itemsize
+
+        def store(first: int, documents: NDArray[np.unsignedinteger]) -> None:
+            _write_at(descriptor, documents, first_order + width * first)
+
+        marks = _hand_out(ranking, source, store, meter or SilentMeter())
+        stream.write(_header(ranking.count, int(marks[-1]), ranking.dtype, seed, digest))
+        stream.write(marks.data)
+
+
+def _hand_out(ranking: Ranking, source: Source, take: Take, meter: Meter) -> NDArray[np.int64]:
+    """Give every ranked document to `take`, and return the token marks."""
+    marks = np.zeros(-(-ranking.count // STRIDE) + 1, dtype=np.int64)
+    with ThreadPoolExecutor(1) as reader:  # while the first documents are being sorted
+        lengths = reader.submit(source.load_lengths)
+
+        def take_and_count(first: int, documents: NDArray[np.unsignedinteger]) -> None:
+            take(first, documents)
+            sums = stride_sums(lengths.result(), documents)
+            marks[first // STRIDE + 1 : first // STRIDE + 1 + len(sums)] = sums
+
+        meter.start(f"ranking {ranking.count:,} documents", 2 * ranking.count)
+        ranking.hand_out(take_and_count, meter.advance)
+    np.cumsum(marks, out=marks)
+    if marks[-1] != source.num_tokens:
+        raise ShardError(
+            f"source {source.name!r}: the lengths in its .idx files add up to {marks[-1]:,} tokens, its .bin files "
+            f"hold {source.num_tokens:,}; find the damaged shard with\n"
+            f"  python tools/inspect_data.py {shlex.join(source.named)} --verify"
+        )
+    return marks
+
+
+def _write_at(descriptor: int, array: NDArray[Any], offset: int) -> None:
+    """Write a whole array at a place of a file; threads may do so side by side."""
+    left = memoryview(np.ascontiguousarray(array)).cast("B")
+    while len(left):
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
 
 
 def content_digest(source: Source, score: str | None = None) -> str:
@@ -101,20 +166,25 @@ def _probe(path: Path) -> bytes:
 
 def save_rank_index(index: RankIndex, path: Path) -> None:
     """Write the index atomically: under its final name it is complete, or it is not there."""
-    header = {
-        "format": "megatron_kaiyuan.rank_index/1",
-        "documents": len(index.order),
-        "tokens": int(index.token_marks[-1]),
-        "dtype": index.order.dtype.name,
-        "stride": STRIDE,
-        "seed": index.seed,
-        "digest": index.digest,
-    }
-    raw = json.dumps(header, sort_keys=True).encode()
+    count, tokens = len(index.order), int(index.token_marks[-1])
     with atomic_file(path) as stream:
-        stream.write((_MAGIC + len(raw).to_bytes(8, "little") + raw).ljust(_HEADER_BYTES, b"\0"))
+        stream.write(_header(count, tokens, index.order.dtype.type, index.seed, index.digest))
         stream.write(np.ascontiguousarray(index.token_marks).data)
         stream.write(np.ascontiguousarray(index.order).data)
+
+
+def _header(documents: int, tokens: int, dtype: type[np.unsignedinteger], seed: int, digest: str) -> bytes:
+    header = {
+        "format": "megatron_kaiyuan.rank_index/1",
+        "documents": documents,
+        "tokens": tokens,
+        "dtype": np.dtype(dtype).name,
+        "stride": STRIDE,
+        "seed": seed,
+        "digest": digest,
+    }
+    raw = json.dumps(header, sort_keys=True).encode()
+    return (_MAGIC + len(raw).to_bytes(8, "little") + raw).ljust(_HEADER_BYTES, b"\0")
 
 
 def open_rank_index(path: Path, source: Source, score: str) -> RankIndex:
@@ -167,7 +237,7 @@ def _map_arrays(path: Path, header: dict[str, Any]) -> RankIndex:
             f"{path}: {path.stat().st_size} bytes, expected {expected}; delete it and run tools/rank_data.py"
         )
     arrays = [
-        np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
+        map_array(path, np.dtype(kind), count, offset, random=True)
         for kind, offset, count in ((dtype, _HEADER_BYTES + 8 * marks, documents), (np.int64, _HEADER_BYTES, marks))
     ]
     return RankIndex(arrays[0], arrays[1], header["seed"], header["digest"])

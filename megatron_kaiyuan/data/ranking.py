@@ -6,43 +6,80 @@ number back. Since the hash sees only the document's number in the source, cutti
 shards changes nothing. Scores that a float32 cannot hold exactly, and sources of more than 2**32 documents, are
 ranked by a slower stable sort.
 
-Cost measured in docs/benchmarks.md (`benchmarks/rank_index.py`).
+The keys are the only array of the size of the source. Ranked documents are handed on in pieces that fit the cache,
+from several threads, as soon as their part of the keys is sorted. Cost measured in docs/benchmarks.md
+(`benchmarks/data_engine.py`).
 """
 
 import os
+import sys
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.permutation import derive_key, mix64_array
 
-__all__ = ["STRIDE", "rank_by_score", "ranks_of", "token_marks"]
+__all__ = ["STRIDE", "Ranking", "prepare_ranking", "rank_by_score", "ranks_of", "stride_sums"]
 
 STRIDE = 16
 """Ranked documents between two stored token counts: half a byte a document, at most 16 lengths a look-up."""
 
-_CHUNK = 1 << 19  # documents a thread handles at once: temporaries stay in the cache
+_PIECE = 1 << 17  # documents a thread handles at once: all its temporaries stay in the second-level cache
+_LOW = 0 if sys.byteorder == "little" else 1  # where the lower half of a key lies among its two halves
 _ODD_FIRST, _ODD_SECOND = 0x7FEB352D, 0x846CA68B
 _INVERSE_FIRST, _INVERSE_SECOND = pow(_ODD_FIRST, -1, 1 << 32), pow(_ODD_SECOND, -1, 1 << 32)
 
+type Take = Callable[[int, NDArray[np.unsignedinteger]], None]
+"""Gets the rank of the first and the numbers of some consecutively ranked documents, in an array that is reused."""
 
-def rank_by_score(scores: NDArray[np.floating], seed: int = 0) -> NDArray[np.unsignedinteger]:
-    """Document numbers in ascending score.
+
+class Ranking(Protocol):
+    """Documents on their way into ascending score; the scores themselves are no longer needed."""
+
+    count: int
+    """Documents."""
+    dtype: type[np.unsignedinteger]
+    """Of their numbers: uint32, or uint64 past 2**32 documents."""
+
+    def hand_out(self, take: Take, advance: Callable[[int], None] = ...) -> None:
+        """Call `take` once for every rank, from several threads, pieces in no particular order; once only.
+
+        A piece begins at a multiple of `STRIDE`, and has a multiple of it but for the last one. `advance` hears of
+        every document twice: when it is sorted, and when it has been taken.
+        """
+
+
+def prepare_ranking(scores: NDArray[np.floating], seed: int = 0) -> Ranking:
+    """Take what is needed of the scores.
 
     Args:
         scores: one finite or infinite number per document, `[N]`, no NaN; higher is better.
         seed: of the hash that orders equal scores.
-
-    Returns:
-        Permutation of `range(N)`: uint32 `[N]`, uint64 when `N > 2**32`.
     """
     if len(scores) <= 1 << 32 and _fits_float32(scores):
-        return _rank_packed(scores, seed)
-    ties = _document_hash(np.arange(len(scores)), len(scores), seed)
-    order = np.lexsort((ties, scores.astype(np.float64) + 0.0))
-    return order.astype(np.uint32 if len(scores) <= 1 << 32 else np.uint64)
+        return _PackedRanking(scores, seed)
+    return _StableRanking(scores, seed)
+
+
+def rank_by_score(scores: NDArray[np.floating], seed: int = 0) -> NDArray[np.unsignedinteger]:
+    """Document numbers in ascending score: a permutation of `range(N)`, uint32 `[N]`, uint64 when `N > 2**32`.
+
+    Args:
+        scores: as for `prepare_ranking`.
+        seed: as for `prepare_ranking`.
+    """
+    ranking = prepare_ranking(scores, seed)
+    order = np.empty(ranking.count, dtype=ranking.dtype)
+
+    def take(first: int, documents: NDArray[np.unsignedinteger]) -> None:
+        order[first : first + len(documents)] = documents
+
+    ranking.hand_out(take)
+    return order
 
 
 def ranks_of(
@@ -78,44 +115,115 @@ def ranks_of(
     return low
 
 
-def token_marks(
-    order: NDArray[np.unsignedinteger], lengths_of: Callable[[NDArray[np.int64]], NDArray[np.int64]]
-) -> NDArray[np.int64]:
-    """Tokens before every `STRIDE`-th rank and, last, of all documents: int64 `[ceil(N / STRIDE) + 1]`."""
-    marks = np.zeros(-(-len(order) // STRIDE) + 1, dtype=np.int64)
+def stride_sums(lengths: NDArray[np.int32], documents: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
+    """Tokens of each `STRIDE` of these documents, the last of them perhaps fewer: int64 `[ceil(n / STRIDE)]`.
 
-    def fill(start: int) -> None:
-        lengths = lengths_of(order[start : start + _CHUNK].astype(np.int64))
-        sums = np.add.reduceat(lengths, np.arange(0, len(lengths), STRIDE), dtype=np.int64)
-        marks[start // STRIDE + 1 : start // STRIDE + 1 + len(sums)] = sums
-
-    _in_threads(fill, len(order))
-    return np.cumsum(marks, out=marks)
+    Args:
+        lengths: tokens of every document of the source, int32 `[N]`.
+        documents: numbers of some of them, each below N, `[n]`.
+    """
+    own = lengths.take(documents.astype(np.intp), mode="clip")  # nothing to clip: this mode alone copies nothing more
+    whole = len(own) // STRIDE * STRIDE
+    sums = np.einsum("ij->i", own[:whole].reshape(-1, STRIDE), dtype=np.int64, casting="safe")
+    return sums if whole == len(own) else np.append(sums, own[whole:].sum(dtype=np.int64))
 
 
-def _rank_packed(scores: NDArray[np.floating], seed: int) -> NDArray[np.unsignedinteger]:
-    count = len(scores)
-    keys = np.empty(count, dtype=np.uint64)
+class _StableRanking:
+    """Any scores, any number of documents: sorted on arrival, in memory, by one thread."""
 
-    def pack(start: int) -> None:
-        stop = min(start + _CHUNK, count)
-        bits = (scores[start:stop].astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0: -0.0 ties with 0.0
+    def __init__(self, scores: NDArray[np.floating], seed: int) -> None:
+        self.count = len(scores)
+        self.dtype: type[np.unsignedinteger] = np.uint32 if self.count <= 1 << 32 else np.uint64
+        ties = _document_hash(np.arange(self.count), self.count, seed)
+        order = np.lexsort((ties, scores.astype(np.float64) + 0.0))
+        self._order: NDArray[np.unsignedinteger] = order.astype(self.dtype)
+
+    def hand_out(self, take: Take, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Slices of the sorted order."""
+        advance(self.count)
+        for first in range(0, self.count, _PIECE):
+            documents = self._order[first : first + _PIECE]
+            take(first, documents)
+            advance(len(documents))
+
+
+class _PackedRanking:
+    """Scores that fit a float32, of at most 2**32 documents: one 64-bit key each, packed on arrival."""
+
+    def __init__(self, scores: NDArray[np.floating], seed: int) -> None:
+        self.count = len(scores)
+        self.dtype: type[np.unsignedinteger] = np.uint32
+        self._seed = np.uint32(derive_key("ties", seed) & 0xFFFFFFFF)
+        self._keys = np.empty(self.count, dtype=np.uint64)
+        self._buffers = _Buffers()
+        self._numbers = np.arange(min(self.count, _PIECE), dtype=np.uint32)
+        self._threads = min(16, len(os.sched_getaffinity(0))) if self.count > _PIECE else 1
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(lambda first: self._pack(scores, first), range(0, self.count, _PIECE)))
+
+    def hand_out(self, take: Take, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Sort parts of the keys side by side, and unpack a part while others are still being sorted."""
+
+        def unpack(first: int, stop: int) -> None:
+            take(first, self._unpack(first, stop))
+            advance(stop - first)
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            parts = self._split(pool)
+            sorting = {pool.submit(self._keys[first:stop].sort): (first, stop) for first, stop in parts}
+            unpacking: list[Future[None]] = []
+            for done in as_completed(sorting):
+                done.result()
+                start, end = sorting[done]
+                advance(end - start)
+                unpacking += [
+                    pool.submit(unpack, first, min(first + _PIECE, end)) for first in range(start, end, _PIECE)
+                ]
+            for work in as_completed(unpacking):
+                work.result()
+
+    def _split(self, pool: ThreadPoolExecutor) -> list[tuple[int, int]]:
+        """Cut the keys into as many parts as threads, each above the one before: halves, halves of halves, ..."""
+        parts = [(0, self.count)]
+        while len(parts) < self._threads:
+            cuts = [(first, (first + stop) // 2 // STRIDE * STRIDE, stop) for first, stop in parts]
+            list(pool.map(lambda cut: self._keys[cut[0] : cut[2]].partition(cut[1] - cut[0]), cuts))
+            parts = [part for first, middle, stop in cuts for part in ((first, middle), (middle, stop))]
+        return parts
+
+    def _pack(self, scores: NDArray[np.floating], first: int) -> None:
+        stop = min(first + _PIECE, self.count)
+        bits, hashes, spare = self._buffers.of(stop - first)
+        np.add(scores[first:stop], np.float32(0), out=bits.view(np.float32), casting="same_kind")  # -0.0 ties with 0.0
         # IEEE floats sort like integers once the sign bit is flipped, and all bits for negative numbers
-        bits ^= (-(bits >> np.uint32(31)).astype(np.int32)).view(np.uint32) | np.uint32(0x80000000)
-        hashes = _tie_hash(np.arange(start, stop, dtype=np.uint32), seed)
-        keys[start:stop] = bits
-        keys[start:stop] <<= np.uint64(32)
-        keys[start:stop] |= hashes
+        np.right_shift(bits.view(np.int32), 31, out=spare.view(np.int32))
+        spare |= np.uint32(0x80000000)
+        bits ^= spare
+        np.add(self._numbers[: stop - first], np.uint32(first), out=hashes)
+        _hash_ties(hashes, self._seed, spare)
+        halves = self._keys[first:stop].view(np.uint32).reshape(-1, 2)
+        halves[:, _LOW], halves[:, 1 - _LOW] = hashes, bits
 
-    def unpack(start: int) -> None:
-        stop = min(start + _CHUNK, count)
-        order[start:stop] = _tie_hash_inverse(keys[start:stop].astype(np.uint32), seed)
+    def _unpack(self, first: int, stop: int) -> NDArray[np.uint32]:
+        documents: NDArray[np.uint32]
+        documents, _, spare = self._buffers.of(stop - first)
+        documents[:] = self._keys[first:stop].view(np.uint32)[_LOW::2]
+        _unhash_ties(documents, self._seed, spare)
+        return documents
 
-    _in_threads(pack, count)
-    _sort_in_threads(keys)
-    order = np.empty(count, dtype=np.uint32)
-    _in_threads(unpack, count)
-    return order
+
+class _Buffers(threading.local):
+    """Three arrays of each thread, used again for every piece: new ones would be new pages each time."""
+
+    def __init__(self) -> None:
+        self._arrays: NDArray[np.uint32] = np.empty((3, 0), dtype=np.uint32)
+
+    def of(self, size: int) -> NDArray[np.uint32]:
+        """uint32 `[3, size]`; the same memory every time."""
+        if self._arrays.shape[1] < size:
+            self._arrays = np.empty((3, size), dtype=np.uint32)
+        arrays: NDArray[np.uint32] = self._arrays[:, :size]
+        return arrays
 
 
 def _fits_float32(scores: NDArray[np.floating]) -> bool:
@@ -123,54 +231,42 @@ def _fits_float32(scores: NDArray[np.floating]) -> bool:
         return True
     with np.errstate(over="ignore"):
         return all(
-            np.array_equal(scores[start : start + _CHUNK].astype(np.float32), scores[start : start + _CHUNK])
-            for start in range(0, len(scores), _CHUNK)
+            np.array_equal(scores[start : start + _PIECE].astype(np.float32), scores[start : start + _PIECE])
+            for start in range(0, len(scores), _PIECE)
         )
 
 
-def _tie_hash(numbers: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
-    """A seeded bijection of 32-bit numbers: xor-shifts and odd multiplications."""
-    values = numbers ^ np.uint32(derive_key("ties", seed) & 0xFFFFFFFF)
-    values ^= values >> np.uint32(16)
+def _hash_ties(values: NDArray[np.uint32], key: np.uint32, spare: NDArray[np.uint32]) -> None:
+    """A seeded bijection of 32-bit numbers, in place: xor-shifts and odd multiplications."""
+    values ^= key
+    _xor_shift(values, spare)
     values *= np.uint32(_ODD_FIRST)
-    values ^= values >> np.uint32(16)
+    _xor_shift(values, spare)
     values *= np.uint32(_ODD_SECOND)
-    values ^= values >> np.uint32(16)
-    return values
+    _xor_shift(values, spare)
 
 
-def _tie_hash_inverse(hashes: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
-    values = hashes ^ (hashes >> np.uint32(16))
+def _unhash_ties(values: NDArray[np.uint32], key: np.uint32, spare: NDArray[np.uint32]) -> None:
+    """The inverse of `_hash_ties`, in place."""
+    _xor_shift(values, spare)
     values *= np.uint32(_INVERSE_SECOND)
-    values ^= values >> np.uint32(16)
+    _xor_shift(values, spare)
     values *= np.uint32(_INVERSE_FIRST)
-    values ^= values >> np.uint32(16)
-    return values ^ np.uint32(derive_key("ties", seed) & 0xFFFFFFFF)
+    _xor_shift(values, spare)
+    values ^= key
+
+
+def _xor_shift(values: NDArray[np.uint32], spare: NDArray[np.uint32]) -> None:
+    """`values ^= values >> 16`, its own inverse."""
+    np.right_shift(values, np.uint32(16), out=spare)
+    values ^= spare
 
 
 def _document_hash(numbers: NDArray[np.int64], total: int, seed: int) -> NDArray[np.uint64]:
     """The hash that orders ties: the 32-bit one wherever numbers fit, so that all paths agree on the order of ties."""
-    if total <= 1 << 32:
-        return _tie_hash(numbers.astype(np.uint32), seed).astype(np.uint64)
-    return mix64_array(numbers.astype(np.uint64) ^ np.uint64(derive_key("ties", seed)))
-
-
-def _threads() -> int:
-    return min(16, len(os.sched_getaffinity(0)))
-
-
-def _in_threads(work: Callable[[int], None], count: int) -> None:
-    """Run `work(start)` for every chunk; numpy releases the interpreter lock inside."""
-    with ThreadPoolExecutor(_threads()) as pool:
-        list(pool.map(work, range(0, count, _CHUNK)))
-
-
-def _sort_in_threads(keys: NDArray[np.uint64]) -> None:
-    """Sort in place: partition at equally spaced ranks, then sort the parts side by side."""
-    if len(keys) < _CHUNK or _threads() == 1:
-        keys.sort()
-        return
-    cuts = [len(keys) * part // _threads() for part in range(_threads() + 1)]
-    keys.partition(cuts[1:-1])
-    with ThreadPoolExecutor(_threads()) as pool:
-        list(pool.map(lambda part: keys[cuts[part] : cuts[part + 1]].sort(), range(_threads())))
+    key = derive_key("ties", seed)
+    if total > 1 << 32:
+        return mix64_array(numbers.astype(np.uint64) ^ np.uint64(key))
+    values = numbers.astype(np.uint32)
+    _hash_ties(values, np.uint32(key & 0xFFFFFFFF), np.empty_like(values))
+    return values.astype(np.uint64)

@@ -137,6 +137,17 @@ class ShardCheck:
                         message = f"{missing:,} scores are NaN, the first for document {first:,}; write them again"
                         yield Finding("scores", str(path), message)
             yield from self._compare(f"scores.{score}", path, hash_file(path, self.advance))
+        yield from self._check_document_table()
+
+    def _check_document_table(self) -> Iterator[Finding]:
+        """The table that says where documents come from; shards made elsewhere have none."""
+        if self.manifest is None or "documents" not in self.manifest.files:
+            return
+        path = self.files.documents
+        if path.is_file():
+            yield from self._compare("documents", path, hash_file(path, self.advance))
+        else:
+            yield Finding("missing", str(path), f"the manifest lists this table; {_REMEDY}")
 
     def _compare(self, role: str, path: Path, sha256: str) -> Iterator[Finding]:
         """A file against what the manifest records of it."""

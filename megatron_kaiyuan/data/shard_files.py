@@ -62,6 +62,11 @@ class ShardFiles:
     sidecars: Mapping[str, Path]
     """Score sidecars by score name, sorted."""
 
+    @property
+    def documents(self) -> Path:
+        """The table of where documents come from; only shards of tools/preprocess_data.py have one."""
+        return self.bin.with_suffix(".documents.parquet")
+
 
 def list_shard_files(prefixes: Sequence[str]) -> list[ShardFiles]:
     """The files of these shards; reads each folder once, however many shards it holds."""

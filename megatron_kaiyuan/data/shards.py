@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.maps import open_maps
+from megatron_kaiyuan.data.maps import map_array, open_maps
 from megatron_kaiyuan.errors import ShardError
 
 __all__ = ["DTYPE_CODES", "INDEX_HEADER", "Shard", "open_shard", "resolve_prefixes"]
@@ -69,14 +69,29 @@ class Shard:
         """All tokens, `[tokens]` of the shard's dtype."""
         kept: NDArray[Any] | None = self.__dict__.get("_tokens")
         if kept is None:
-            return open_maps().keep(self, "_tokens", _map(f"{self.prefix}.bin", self.dtype, self.tokens, 0))
+            return open_maps().keep(
+                self, "_tokens", map_array(f"{self.prefix}.bin", self.dtype, self.tokens, 0, random=False)
+            )
         return kept
+
+    def read_lengths(self, out: NDArray[np.int32]) -> None:
+        """Read the tokens of each document into `out`, int32 `[documents]`, contiguous."""
+        with Path(f"{self.prefix}.idx").open("rb", buffering=0) as index:
+            index.seek(INDEX_HEADER.size)
+            left = memoryview(out).cast("B")
+            while len(left):
+                done = index.readinto(left)
+                if not done:
+                    raise ShardError(f"{self.prefix}.idx: became shorter while it was read; copy it again")
+                left = left[done:]
 
     def _index(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Lengths and pointers, views of one map."""
         kept: tuple[NDArray[np.int32], NDArray[np.int64]] | None = self.__dict__.get("_arrays")
         if kept is None:
-            raw = _map(f"{self.prefix}.idx", np.dtype(np.uint8), 12 * self.documents, INDEX_HEADER.size)
+            raw = map_array(
+                f"{self.prefix}.idx", np.dtype(np.uint8), 12 * self.documents, INDEX_HEADER.size, random=True
+            )
             arrays = raw[: 4 * self.documents].view(np.int32), raw[4 * self.documents :].view(np.int64)
             return open_maps().keep(self, "_arrays", arrays)
         return kept
@@ -91,15 +106,8 @@ class Shard:
         return bisect_right(self.pointers, token * self.dtype.itemsize) - 1
 
 
-def _map(path: str, dtype: np.dtype[np.generic], count: int, offset: int) -> NDArray[Any]:
-    if count == 0:
-        return np.empty(0, dtype=dtype)
-    # a plain ndarray view: indexing np.memmap itself costs a subclass construction each time
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
-
-
 def open_shard(prefix: str | os.PathLike[str]) -> Shard:
-    """Open and validate one shard; reads the header and two index entries, so the cost does not grow with the shard.
+    """Open and validate one shard; reads the header and five index entries, so the cost does not grow with the shard.
 
     Raises:
         ShardError: a file is missing, is not a version 1 index, holds no tokens dtype, or sizes disagree.
@@ -108,7 +116,7 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
     try:
         with Path(f"{prefix}.idx").open("rb", buffering=0) as index:
             sequences, dtype = _read_header(index, f"{prefix}.idx")
-            end = _end_of_last_document(index, sequences, dtype)
+            end = _end_of_last_document(index, f"{prefix}.idx", sequences, dtype)
         size = Path(f"{prefix}.bin").stat().st_size
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ShardError(
@@ -151,14 +159,24 @@ def _read_header(index: FileIO, path: str) -> tuple[int, np.dtype[np.generic]]:
     return sequences, np.dtype(DTYPE_CODES[code])
 
 
-def _end_of_last_document(index: FileIO, sequences: int, dtype: np.dtype[np.generic]) -> int:
-    """The byte at which the `.bin` should end."""
+def _end_of_last_document(index: FileIO, path: str, sequences: int, dtype: np.dtype[np.generic]) -> int:
+    """The byte at which the `.bin` should end; checks both ends of each array, at the cost of three small reads.
+
+    The last length and the first pointer lie side by side, and so do the last pointer and the first boundary.
+    """
     if not sequences:
         return 0
-    index.seek(INDEX_HEADER.size + 4 * (sequences - 1))
-    length = int.from_bytes(index.read(4), "little", signed=True)
-    index.seek(INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-    return int.from_bytes(index.read(8), "little", signed=True) + length * dtype.itemsize
+    lengths_end = INDEX_HEADER.size + 4 * sequences
+    length, first = struct.unpack("<iq", os.pread(index.fileno(), 12, lengths_end - 4))
+    pointer, boundary = struct.unpack("<qq", os.pread(index.fileno(), 16, lengths_end + 8 * (sequences - 1)))
+    (last_boundary,) = struct.unpack("<q", os.pread(index.fileno(), 8, lengths_end + 16 * sequences))
+    if (first, boundary, last_boundary) != (0, 0, sequences) or length < 0 or pointer < 0 or pointer % dtype.itemsize:
+        raise ShardError(
+            f"{path}: the first document begins at byte {first}, the last one of {length} tokens at byte {pointer}, "
+            f"and documents are numbered {boundary} to {last_boundary} of {sequences}: the file is damaged, copy it "
+            "again or rebuild the shard (tools/inspect_data.py --verify says more)"
+        )
+    return int(pointer + length * dtype.itemsize)
 
 
 def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str]:

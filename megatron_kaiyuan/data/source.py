@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.build_check import require_whole_folder
+from megatron_kaiyuan.data.maps import advise_random
 from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.errors import ScoreError, ShardError
 
@@ -114,11 +117,26 @@ class Source:
         # each part is copied out of its map at once: a map of every shard would be too many open files
         return np.concatenate([np.array(load_score_sidecar(shard, score)) for shard in self.shards])
 
+    def load_lengths(self) -> NDArray[np.int32]:
+        """Tokens of all documents in storage order, int32 `[num_documents]`: read into memory, not mapped.
+
+        Looking up documents in random order touches every page anyway, and mapped pages are small ones.
+        """
+        lengths = np.empty(self.num_documents, dtype=np.int32)
+        offsets = self.document_offsets.tolist()
+        if len(self.shards) == 1:
+            self.shards[0].read_lengths(lengths)
+            return lengths
+        parts = [lengths[first:stop] for first, stop in pairwise(offsets)]
+        with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+            list(pool.map(lambda shard, part: shard.read_lengths(part), self.shards, parts))
+        return lengths
+
     def scores_of(self, score: str, documents: NDArray[np.int64]) -> NDArray[np.floating]:
         """Scores of these documents alone, float64 `[n]`; reads only their pages."""
         result = np.empty(len(documents), dtype=np.float64)
         for shard, where, local in self._by_shard(documents):
-            result[where] = _map_scores(shard, score)[local]
+            result[where] = _map_scores(shard, score, random=True)[local]
         return result
 
     @cached_property
@@ -151,8 +169,10 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
     """Open and validate all shards of a source.
 
     Raises:
-        ShardError: no shard, an invalid shard, or shards of different token dtypes.
+        ShardError: no shard, an invalid shard, shards of different token dtypes, or a folder half built.
     """
+    for item in [shards] if isinstance(shards, str) else shards:
+        require_whole_folder(Path(item))
     prefixes = resolve_prefixes(shards)
     if len(prefixes) == 1:  # a thread would cost as much as the opening: a plan may have a thousand such sources
         opened: tuple[Shard, ...] = (open_shard(prefixes[0]),)
@@ -183,8 +203,8 @@ def load_score_sidecar(shard: Shard, score: str) -> NDArray[np.floating]:
     return check_scores(_map_scores(shard, score), shard.documents, os.fspath(score_path(shard.prefix, score)))
 
 
-def _map_scores(shard: Shard, score: str) -> NDArray[np.floating]:
-    """Memory-map the scores of one shard; checks their number but reads none of them."""
+def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np.floating]:
+    """Memory-map the scores of one shard, for a few of them or for all; checks their number but reads none of them."""
     path = score_path(shard.prefix, score)
     if not path.is_file():
         present = sorted(other.name for other in path.parent.glob(f"{Path(shard.prefix).name}.scores.*.npy"))
@@ -192,7 +212,10 @@ def _map_scores(shard: Shard, score: str) -> NDArray[np.floating]:
             f"{path}: no such score sidecar (there: {', '.join(present) or 'none'}); build the shard with "
             f"--score-key {score}, or give the scores with tools/rank_data.py --scores"
         )
-    scores = load_npy(path, os.fspath(path))
+    mapped = open_npy(path, os.fspath(path))
+    if random:
+        advise_random(mapped)
+    scores = mapped.view(np.ndarray)
     check_score_shape(scores, shard.documents, os.fspath(path))
     return scores
 
@@ -226,8 +249,8 @@ def check_score_shape(scores: NDArray[np.floating], documents: int, origin: str)
 def check_scores(scores: NDArray[np.floating], documents: int, origin: str) -> NDArray[np.floating]:
     """Scores as they are, if there is one number for each document and none is NaN."""
     check_score_shape(scores, documents, origin)
-    missing = np.flatnonzero(np.isnan(scores)) if scores.dtype.kind == "f" else np.empty(0)
-    if len(missing):
+    if scores.dtype.kind == "f" and len(scores) and np.isnan(scores.min()):  # the minimum with a NaN is NaN
+        missing = np.flatnonzero(np.isnan(scores))
         raise ScoreError(
             f"{origin}: {len(missing)} scores are NaN, the first for document {missing[0]}; a document without a "
             "score has "

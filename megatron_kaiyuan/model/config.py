@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.kernels.support import cuda_kernels_available
 
 __all__ = [
     "ARGUMENT_PREFIX",
@@ -26,6 +27,8 @@ ARGUMENT_PREFIX = "kaiyuan_"
 """An option `x` is the attribute `kaiyuan_x` of Megatron's argument namespace, and the flag `--kaiyuan-x`."""
 
 AttentionKernel = Literal["auto", "sdpa", "unfused"]
+FUSIONS = ("norm", "rotary", "swiglu", "loss")
+"""What `fusions` can name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,9 @@ class KaiyuanModelOptions:
     """Weight of `logsumexp(logits)^2` in the loss of each training token; 0 = off. PaLM (arXiv 2204.02311): 1e-4."""
     attention: AttentionKernel = "auto"
     """Core attention of the local spec: torch SDPA or Megatron's unfused one. `auto` = SDPA; with TE, TE's own."""
+    fusions: str = "auto"
+    """Kernels of `megatron_kaiyuan.kernels`, for the same mathematics: names of `FUSIONS` joined by commas, `none`, or
+    `auto`: all of them where CUDA and Triton are present, none elsewhere."""
 
     def __post_init__(self) -> None:
         _require_number("logit_softcap", self.logit_softcap, minimum=0.0, off_hint="0 switches the soft-cap off")
@@ -57,11 +63,23 @@ class KaiyuanModelOptions:
             raise ConfigError(
                 f"{_flag('attention')} {self.attention!r} is unknown; use one of {', '.join(get_args(AttentionKernel))}"
             )
+        unknown = sorted(set(self.fusions.split(",")) - set(FUSIONS)) if self.fusions not in ("auto", "none") else []
+        if unknown:
+            raise ConfigError(
+                f"{_flag('fusions')} {self.fusions}: {', '.join(unknown)} is unknown; use auto, none, or names of "
+                f"{', '.join(FUSIONS)} joined by commas"
+            )
         if not self.sandwich_norm and (self.post_norm_depth_scaled or self.post_norm_gain_init != 1.0):
             raise ConfigError(
                 f"{_flag('post_norm_gain_init')} and {_flag('post_norm_depth_scaled')} set the gain of the output "
                 f"norms, but there are none: add {_flag('sandwich_norm')} or remove them"
             )
+
+    def fuses(self, what: str) -> bool:
+        """Whether the fusion of that name is on in this process."""
+        if self.fusions == "auto":
+            return cuda_kernels_available()
+        return what in self.fusions.split(",")
 
     def post_norm_gain(self, num_layers: int) -> float:
         """Initial gain of each output norm in a model of `num_layers` layers (whole model, not one pipeline stage)."""
@@ -106,7 +124,8 @@ class KaiyuanTransformerConfig(TransformerConfig):
     def has_stock_layers(self) -> bool:
         """Whether the layers are exactly Megatron's own, so that Megatron's own spec is to be used."""
         unfused_if_local = self.transformer_impl != "local" or self.local_attention_kernel == "unfused"
-        return not self.kaiyuan.sandwich_norm and unfused_if_local
+        fused = any(self.kaiyuan.fuses(what) for what in ("norm", "rotary", "swiglu"))
+        return not self.kaiyuan.sandwich_norm and unfused_if_local and not fused
 
     def _check_output_head(self) -> None:
         options = self.kaiyuan

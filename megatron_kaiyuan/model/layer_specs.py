@@ -6,8 +6,9 @@ by itself. Checkpoint names are Megatron's; the output norms add `decoder.layers
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -20,8 +21,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.attention import SdpaCoreAttention
-from megatron_kaiyuan.model.config import KaiyuanTransformerConfig
-from megatron_kaiyuan.model.layers import KaiyuanLayerSubmodules, KaiyuanTransformerLayer, StableRMSNorm
+from megatron_kaiyuan.model.config import FUSIONS, KaiyuanTransformerConfig
+from megatron_kaiyuan.model.fused_attention import FusedRotarySelfAttention
+from megatron_kaiyuan.model.layers import (
+    FusedSwiGLUMLP,
+    KaiyuanLayerSubmodules,
+    KaiyuanTransformerLayer,
+    ResidualRMSNorm,
+    StableRMSNorm,
+)
 
 __all__ = [
     "get_kaiyuan_decoder_spec",
@@ -36,6 +44,7 @@ def get_kaiyuan_layer_local_spec(
     qk_layernorm: bool = True,
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm",
     attention: Literal["sdpa", "unfused"] = "sdpa",
+    fusions: Collection[str] = (),
 ) -> ModuleSpec:
     """A layer of Megatron-Core's own modules; needs neither Transformer Engine nor Apex.
 
@@ -44,22 +53,24 @@ def get_kaiyuan_layer_local_spec(
         qk_layernorm: Norms on queries and keys; must agree with the config's `qk_layernorm`.
         normalization: RMSNorm uses `StableRMSNorm` everywhere; LayerNorm uses Megatron's, without sandwich norm.
         attention: The core attention.
+        fusions: Of `FUSIONS`: norm, rotary and swiglu change modules; the fused norm with residual is chosen by config.
     """
     submodules = get_gpt_layer_local_submodules(qk_layernorm=qk_layernorm, normalization=normalization)
     attention_submodules = submodules.self_attention.submodules
     if normalization == "RMSNorm":
-        submodules.input_layernorm = StableRMSNorm
-        submodules.pre_mlp_layernorm = StableRMSNorm
+        submodules.input_layernorm = ResidualRMSNorm if "norm" in fusions else StableRMSNorm
+        submodules.pre_mlp_layernorm = submodules.input_layernorm
         if qk_layernorm:
             attention_submodules.q_layernorm = StableRMSNorm
             attention_submodules.k_layernorm = StableRMSNorm
     if attention == "sdpa":
         attention_submodules.core_attention = SdpaCoreAttention
+    _fuse_modules(submodules, fusions)
     return _layer_spec(submodules, StableRMSNorm if sandwich_norm else None)
 
 
 def get_kaiyuan_layer_with_transformer_engine_spec(
-    *, sandwich_norm: bool = True, qk_layernorm: bool = True
+    *, sandwich_norm: bool = True, qk_layernorm: bool = True, fusions: Collection[str] = ()
 ) -> ModuleSpec:
     """A layer of Transformer Engine's modules; the output norms are Transformer Engine's too.
 
@@ -69,6 +80,7 @@ def get_kaiyuan_layer_with_transformer_engine_spec(
     _require_transformer_engine()
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
     submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=qk_layernorm)
+    _fuse_modules(submodules, fusions)
     return _layer_spec(submodules, extension.TENorm if sandwich_norm else None)
 
 
@@ -81,9 +93,10 @@ def get_kaiyuan_decoder_spec(
         ConfigError: another implementation than `local` or `transformer_engine`, or an unusable Transformer Engine.
     """
     options = config.kaiyuan
+    fusions = _layer_fusions(config)
     if config.transformer_impl == "transformer_engine":
         return get_kaiyuan_layer_with_transformer_engine_spec(
-            sandwich_norm=options.sandwich_norm, qk_layernorm=config.qk_layernorm
+            sandwich_norm=options.sandwich_norm, qk_layernorm=config.qk_layernorm, fusions=fusions
         )
     if config.transformer_impl != "local":
         raise ConfigError(
@@ -94,12 +107,32 @@ def get_kaiyuan_decoder_spec(
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
         attention=config.local_attention_kernel,
+        fusions=fusions,
     )
     if config.normalization != "RMSNorm":
         return layer
     # Given only a layer, Megatron picks the final norm by what is installed; name it instead.
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=StableRMSNorm)
+
+
+def _layer_fusions(config: KaiyuanTransformerConfig) -> set[str]:
+    """The fusions of a layer that are on and that nothing else in the config speaks against."""
+    fusions = {what for what in FUSIONS if config.kaiyuan.fuses(what)}
+    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
+        fusions.discard("norm")  # Megatron's recomputation of norms expects one output
+    if config.num_moe_experts:
+        fusions.discard("swiglu")
+    return fusions
+
+
+def _fuse_modules(submodules: TransformerLayerSubmodules, fusions: Collection[str]) -> None:
+    """Put our attention and MLP where they fuse something; their submodules stay."""
+    if "rotary" in fusions:
+        submodules.self_attention.module = FusedRotarySelfAttention
+    if "swiglu" in fusions:
+        # Megatron gives the MLP as a partial of its class's own builder; its submodules are the keyword.
+        submodules.mlp = partial(FusedSwiGLUMLP.as_mlp_submodule, **submodules.mlp.keywords)
 
 
 def _layer_spec(submodules: TransformerLayerSubmodules, post_norm: Callable[..., Any] | None) -> ModuleSpec:

@@ -16,18 +16,25 @@ Source: PCMind-2.1-Kaiyuan-2B (arXiv 2512.07612); Gemma 2 (arXiv 2408.00118); Pa
 Shapes: s = sequence (divided by TP under sequence parallelism), b = batch, h = hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["KaiyuanLayerSubmodules", "KaiyuanTransformerLayer", "StableRMSNorm"]
+from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
+from megatron_kaiyuan.kernels.swiglu import swiglu
+from megatron_kaiyuan.model.hooks import weight_for_kernel
+
+__all__ = ["FusedSwiGLUMLP", "KaiyuanLayerSubmodules", "KaiyuanTransformerLayer", "ResidualRMSNorm", "StableRMSNorm"]
 
 
 class StableRMSNorm(torch.nn.Module):
@@ -57,6 +64,36 @@ class StableRMSNorm(torch.nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+class ResidualRMSNorm(StableRMSNorm):
+    """The norm before a branch, which hands the residual stream on so that one kernel adds both gradients of it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # Megatron's layer takes either
+        """`(norm(x), x)`; x in another dtype than the gain (an FP32 residual stream) takes the unfused way."""
+        if x.dtype != self.weight.dtype:
+            return super().forward(x), x
+        return residual_rms_norm(x, self.weight, self.eps)
+
+
+class FusedSwiGLUMLP(MLP):
+    """Megatron's dense MLP with SwiGLU as one kernel each way."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h] and the bias of the second product."""
+        config = self.config
+        plain = config.gated_linear_unit and config.activation_func is functional.silu and not config.add_bias_linear
+        special = (
+            config.activation_func_clamp_value is not None or config.glu_linear_offset or config.use_te_activation_func
+        )
+        if not plain or special or per_token_scale is not None:
+            unfused: tuple[Tensor, Tensor | None] = super().forward(hidden_states, per_token_scale, **kwargs)
+            return unfused
+        packed, _bias = self.linear_fc1(hidden_states)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(packed))
+        return output
+
+
 @dataclass
 class KaiyuanLayerSubmodules(TransformerLayerSubmodules):
     """Megatron's layer submodules and the two output norms."""
@@ -74,7 +111,9 @@ class KaiyuanTransformerLayer(TransformerLayer):
     - the row-parallel outputs are already reduced (or reduce-scattered) there, so the norm sees the full sum;
     - bias-dropout-add runs under `enable_grad`, which would keep activations alive inside a recomputed layer;
     - recomputing "mlp" alone then covers the norm too.
-    They are bound methods, so a deep copy of the layer uses the copy's norms.
+    They are bound methods, so a deep copy of the layer uses the copy's norms. With the fusion `norm` and without hidden
+    dropout, norm and residual addition are one kernel instead, in the place of the bias-dropout-add step; under
+    recomputation of the MLP its output is then kept.
     """
 
     def __init__(
@@ -87,8 +126,18 @@ class KaiyuanTransformerLayer(TransformerLayer):
         gain = config.kaiyuan.post_norm_gain(config.num_layers)
         for norm in (self.post_self_attn_layernorm, self.post_mlp_layernorm):
             torch.nn.init.constant_(norm.weight, gain)
-        self.self_attention.register_forward_hook(self._norm_attention_output)
-        self.mlp.register_forward_hook(self._norm_mlp_output)
+        if config.kaiyuan.fuses("norm") and config.hidden_dropout == 0.0:
+            self.self_attn_bda = self._add_normed_attention
+            self.mlp_bda = self._add_normed_mlp
+        else:
+            self.self_attention.register_forward_hook(self._norm_attention_output)
+            self.mlp.register_forward_hook(self._norm_mlp_output)
+
+    def _add_normed_attention(self, _training: bool, _fused: bool) -> Callable[..., Tensor]:  # noqa: FBT001
+        return partial(_add_normed_branch, self.post_self_attn_layernorm)
+
+    def _add_normed_mlp(self, _training: bool, _fused: bool) -> Callable[..., Tensor]:  # noqa: FBT001 (Megatron's call)
+        return partial(_add_normed_branch, self.post_mlp_layernorm)
 
     def _norm_attention_output(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, None]:
         return _normed_branch(self.post_self_attn_layernorm, output)
@@ -101,3 +150,10 @@ def _normed_branch(norm: torch.nn.Module, output_with_bias: tuple[Tensor, Tensor
     """Norm a branch's `(output, bias)`, [s, b, h] and [h]; the bias belongs to the branch, so it is added first."""
     output, bias = output_with_bias
     return cast(Tensor, norm(output if bias is None else output + bias)), None
+
+
+def _add_normed_branch(
+    norm: Any, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: float
+) -> Tensor:
+    output, bias = output_with_bias
+    return add_rms_norm(residual, output if bias is None else output + bias, weight_for_kernel(norm), norm.eps)

@@ -9,10 +9,11 @@ Overflow: the output matrix product writes FP16. |logit_v| <= |x|_2 |w_v|_2 <= s
 Bound: |c tanh(logit / c)| <= c, so log-partition <= c + ln V and loss <= 2c + ln V. The derivative 1 - tanh^2 vanishes
     as a logit grows: nothing rewards growing it further. An overflowed logit (+-inf) gives +-c and gradient 0, not NaN.
 Remedy: the cap in FP32, from the FP16 product, before the loss. Vocabulary-parallel as it stands: it is elementwise.
-Cost: the FP16 logits are kept for the backward pass beside the loss's FP32 softmax (6 bytes a logit instead of 4), and
-    one elementwise pass each way.
-Upstream instead: Megatron-Core 0.19 has neither soft-cap nor a dense z-loss.
-Source: Gemma 2 (arXiv 2408.00118) for the cap; PaLM (arXiv 2204.02311) for the z-loss.
+Cost: where logits are wanted (generation, evaluation outside the loop, the fusion `loss` off), the FP16 logits are
+    kept for the backward pass beside the loss's FP32 softmax (6 bytes a logit instead of 4), and one elementwise pass
+    each way. In training `FusedLoss` computes loss and gradients without them
+(`megatron_kaiyuan/kernels/linear_cross_entropy.py`). Upstream instead: Megatron-Core 0.19 has neither soft-cap nor a
+dense z-loss. Source: Gemma 2 (arXiv 2408.00118) for the cap; PaLM (arXiv 2204.02311) for the z-loss.
 
 The z-loss acts on the capped logits: theirs is the partition function that normalises the predictions. Its gradient
 reaches the weights through the cap, so tokens that are already capped are not pushed.
@@ -21,16 +22,20 @@ Shapes: s = sequence, b = batch, V = vocabulary, v = V / tensor-parallel size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor
 
+from megatron_kaiyuan.kernels.linear_cross_entropy import LossOptions, LossResult, linear_cross_entropy
 from megatron_kaiyuan.model.config import KaiyuanModelOptions
+from megatron_kaiyuan.model.hooks import weight_for_kernel
 
-__all__ = ["install_output_head", "softcap", "vocab_parallel_cross_entropy_with_z_loss"]
+__all__ = ["FusedLoss", "install_output_head", "softcap", "vocab_parallel_cross_entropy_with_z_loss"]
 
 
 class _SoftCap(torch.autograd.Function):
@@ -145,8 +150,71 @@ class _ZLoss:
         return loss.transpose(0, 1).contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class FusedLoss:
+    """Megatron's `output_processor`: final hidden states to the masked sum of the losses, no logits in between.
+
+    Pass it to the model's forward together with labels and loss mask. Tensor, sequence and context parallelism and tied
+    embeddings are as with the model's own loss.
+    """
+
+    model: LanguageModule
+    """The stage it belongs to; it has the output layer."""
+    options: KaiyuanModelOptions
+    """Soft-cap and z-loss; the latter acts in training only."""
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        labels: Tensor,
+        loss_mask: Tensor,
+        **_unused: object,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of a micro-batch.
+
+        Args:
+            hidden_states: [s, b, h]; the rank's part of the sequence under sequence parallelism.
+            output_layer: Megatron's `ColumnParallelLinear`.
+            output_weight: [v, h], where embeddings are tied; None: the layer's own.
+            labels: int64 [b, s].
+            loss_mask: [b, s], 1 for tokens that count.
+
+        Returns:
+            Masked sum of the losses (FP32 scalar, differentiable), loss of each token (FP32 [b, s]) and the largest
+            |logit| before the cap on this rank (FP32 scalar).
+        """
+        group = self.model.tp_group
+        own = weight_for_kernel(output_layer) if output_weight is None else output_weight
+        matrix: Any = own
+        matrix.adds_to_main_grad = output_layer.gradient_accumulation_fusion and hasattr(matrix, "main_grad")
+        if output_layer.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        elif group.size() > 1:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        length, batch, width = hidden_states.shape
+        result: LossResult = linear_cross_entropy(
+            hidden_states.view(-1, width),
+            matrix,
+            labels.transpose(0, 1).reshape(-1),
+            loss_mask.transpose(0, 1).reshape(-1),
+            LossOptions(
+                cap=self.options.logit_softcap,
+                z_loss=self.options.z_loss if self.model.training else 0.0,
+                first_id=group.rank() * matrix.shape[0],
+                tp_group=group,
+            ),
+        )
+        return result.total, result.losses.view(length, batch).transpose(0, 1), result.peak_logit
+
+
 def install_output_head(model: LanguageModule, options: KaiyuanModelOptions) -> None:
     """Give a stage's output layer the soft-cap and its training loss the z-loss, where the options ask for them.
+
+    With the fusion `loss` the model also gets the attribute `fused_loss`, for `forward_step` to pass as output
+    processor.
 
     Stages without an output layer, and options that are off, leave the model untouched. A hook and not a subclass,
     because Megatron's models build their own output layer; weights, their names and initial values stay as they are.
@@ -157,3 +225,10 @@ def install_output_head(model: LanguageModule, options: KaiyuanModelOptions) -> 
         model.output_layer.register_forward_hook(_SoftCapHook(options.logit_softcap))
     if options.z_loss > 0:
         model.compute_language_model_loss = _ZLoss(model, options.z_loss)
+    if options.fuses("loss") and not _needs_logits(model.config):
+        model.fused_loss = FusedLoss(model, options)
+
+
+def _needs_logits(config: Any) -> bool:
+    """Whether something else in the config works on the logits, or on the output layer's gradient."""
+    return bool(config.mtp_num_layers or config.use_mup or config.defer_embedding_wgrad_compute)

@@ -62,12 +62,16 @@ class TokenizerRecord(_Record):
 
 
 class InputRecord(_Record):
-    """One input file."""
+    """One input file, or the part of it that the shard was built from."""
 
     name: str
     bytes: NonNegativeInt
+    """Of the whole file; 0 for standard input."""
     rows: NonNegativeInt
     """Lines or Parquet rows read, those skipped included."""
+    start: NonNegativeInt = 0
+    stop: NonNegativeInt | None = None
+    """None: to the end. Else the part: the lines that begin at a byte in `[start, stop)`, or Parquet row groups."""
 
 
 class Manifest(_Record):
@@ -81,13 +85,15 @@ class Manifest(_Record):
     """Largest id in the `.bin`, end-of-document ids included; -1 where there are no tokens."""
     append_eod: bool
     files: dict[str, FileRecord]
-    """Keys: `bin`, `idx`, and `scores.<key>` for each score."""
+    """Keys: `bin`, `idx`, `documents`, and `scores.<key>` for each score."""
     scores: dict[str, ScoreSummary]
     tokenizer: TokenizerRecord
     inputs: list[InputRecord]
     skipped: dict[str, int] = Field(description="rows left out, per reason")
     json_key: str
     created_by: str
+    build: str | None = None
+    """Identifies the input and the flags that decide the bytes: the same command finds its own work again by it."""
 
 
 def created_by() -> str:

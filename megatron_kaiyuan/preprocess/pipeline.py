@@ -1,89 +1,44 @@
-"""From documents to shards, on all cores: the main process cuts and writes, workers parse and tokenize.
+"""From documents to shards, on all cores and, where asked, as one task of many.
 
-Nothing gets its final name before all of it is on disk; a run that fails or is killed leaves no shard behind.
+A folder of shards is built shard by shard, a process each, from reading to writing; nothing grows with the
+input, and there is no file that two processes write. A single shard, or fewer shards than processes, is cut into blocks
+that workers turn into ids and the main process writes in order. Either way the bytes are the same.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-
-from megatron_kaiyuan.errors import ConfigError, PreprocessError, TokenizerError
-from megatron_kaiyuan.preprocess.documents import FieldKeys, Reason, parse_block
+from megatron_kaiyuan.errors import ConfigError, TokenizerError
+from megatron_kaiyuan.preprocess.build_record import BuildRecord, ShardTask, claim_folder, plan_build
+from megatron_kaiyuan.preprocess.config import PreprocessConfig
+from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend
-from megatron_kaiyuan.preprocess.manifest import InputRecord, Manifest, TokenizerRecord, created_by
-from megatron_kaiyuan.preprocess.readers import BLOCK_BYTES, Block, InputFile, expand_inputs, read_blocks
-from megatron_kaiyuan.preprocess.tokenize import (
-    DocumentTokenizer,
-    TokenizerConfig,
-    load_reference_tokenizer,
-    tokenizer_fingerprint,
-)
-from megatron_kaiyuan.preprocess.workers import BlockResult, Job, ordered_results
-from megatron_kaiyuan.preprocess.writer import ShardWriter, optimal_dtype, refuse_existing
+from megatron_kaiyuan.preprocess.inputs import STDIN, Part, expand_inputs
+from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord, load_manifest
+from megatron_kaiyuan.preprocess.readers import read_blocks
+from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOutcome, build_shard
+from megatron_kaiyuan.preprocess.tokenize import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
+from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, worker_died
+from megatron_kaiyuan.preprocess.writer import is_complete, is_of_build, optimal_dtype, refuse_existing
 
-__all__ = ["PreprocessConfig", "Progress", "Reporter", "RunSummary", "preprocess", "shard_prefix"]
+__all__ = ["Progress", "Reporter", "RunSummary", "preprocess"]
 
 _SAMPLE_FILES = 4
 _SAMPLE_DOCUMENTS = 64
 _SAMPLE_CHARACTERS = 4000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreprocessConfig:
-    """One run of the shard builder."""
-
-    inputs: tuple[str, ...]
-    """Files, globs, directories."""
-    output_prefix: str
-    """Each text key gives the shard `<output_prefix>_<key>_document`."""
-    tokenizer: TokenizerConfig
-    json_keys: tuple[str, ...] = ("text",)
-    score_keys: tuple[str, ...] = ()
-    append_eod: bool = False
-    workers: int = 1
-    """1 works in this process; more start that many others."""
-    on_error: Literal["stop", "skip"] = "stop"
-    max_document_tokens: int | None = None
-    """Longer documents (without the end-of-document id) follow `on_error`; None: no limit."""
-    backend: Literal["auto", "reference"] = "auto"
-    """auto: gigatoken where it gives the same ids; reference: never."""
-    overwrite: bool = False
-    block_bytes: int = BLOCK_BYTES
-
-    def __post_init__(self) -> None:
-        for flag, keys in (("--json-keys", self.json_keys), ("--score-key", self.score_keys)):
-            if len(set(keys)) != len(keys):
-                raise ConfigError(f"{flag} {' '.join(keys)}: a key is given twice; give each once")
-            for key in keys:
-                if not key or "/" in key or "\0" in key:
-                    raise ConfigError(
-                        f"{flag} {key!r}: the key becomes part of a file name and cannot hold '/' or be empty"
-                    )
-        for flag, value in (("--workers", self.workers), ("--max-document-tokens", self.max_document_tokens)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag} {value}: must be at least 1")
-        if not self.json_keys:
-            raise ConfigError("--json-keys: name at least one field that holds text")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What is done so far."""
-
-    documents: int
-    tokens: int
-    input_bytes: int
+_SECONDS_BETWEEN_UPDATES = 0.2
 
 
 class Reporter(Protocol):
     """Hears about a run while it goes on."""
 
     def start(self, total_bytes: int) -> None:
-        """Once, before the first block."""
+        """Once, before the first block; 0 where the size of the input is unknown."""
         ...
 
     def note(self, message: str) -> None:
@@ -91,67 +46,117 @@ class Reporter(Protocol):
         ...
 
     def update(self, progress: Progress) -> None:
-        """After every block."""
+        """Now and then, with the totals so far."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunSummary:
     """What a run did."""
 
-    manifests: dict[str, Manifest]
-    """By shard prefix."""
-    rows: int
-    skipped: dict[str, int]
-    """Rows without a document, per reason."""
-    examples: dict[str, str]
-    """The first row of each reason: `file:row: what is wrong`."""
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    """Of the shards of this task, by prefix; those that were complete before the run included."""
+    shards_built: int = 0
+    shards_kept: int = 0
+    """Shards of this task that an earlier run of the same command had finished."""
+    shards_of_others: int = 0
+    """Shards that belong to other tasks."""
+    rows: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Rows without a document, per reason, in all shards of this task."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first row of each reason in this run: `file:row: what is wrong`."""
 
+    def add(self, outcome: ShardOutcome) -> None:
+        """Count a shard that was just built."""
+        self.shards_built += 1
+        self.manifests |= outcome.manifests
+        self._count(outcome.rows, outcome.skipped)
+        for reason, example in outcome.examples.items():
+            self.examples.setdefault(reason, example)
 
-def shard_prefix(output_prefix: str, json_key: str) -> str:
-    """Where the shard of one text key goes, as Megatron's tool names it."""
-    return f"{output_prefix}_{json_key}_document"
+    def keep(self, prefixes: Sequence[str]) -> None:
+        """Count a shard that was there."""
+        self.shards_kept += 1
+        found = {prefix: load_manifest(prefix) for prefix in prefixes}
+        self.manifests |= found
+        first = found[prefixes[0]]
+        self._count(sum(record.rows for record in first.inputs), first.skipped)
+
+    def _count(self, rows: int, skipped: dict[str, int]) -> None:
+        self.rows += rows
+        for reason, count in skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
 
 
 def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
-    """Build the shards.
+    """Build the shards, or those of them that this task has to build and that are not there yet.
 
     Raises:
-        ConfigError: flags that cannot work, or an output that exists.
+        ConfigError: flags that cannot work, or an output that exists and is not of this command.
         TokenizerError: no such tokenizer, or no end-of-document token where one is asked for.
         PreprocessError: input that cannot be read, a faulty row under `on_error="stop"`, no document left, a full disk.
     """
-    prefixes = [shard_prefix(config.output_prefix, key) for key in config.json_keys]
-    if not config.overwrite:
-        for prefix in prefixes:
-            refuse_existing(prefix, config.score_keys)
     inputs = expand_inputs(config.inputs)
     tokenizer = _checked_tokenizer(config)
-    job = _plan_job(config, inputs, tokenizer, reporter)
-    try:
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(
-                    ShardWriter(prefix, np.dtype(job.dtype), config.score_keys, overwrite=config.overwrite)
-                )
-                for prefix in prefixes
-            ]
-            reporter.start(sum(file.bytes for file in inputs))
-            tally = _Tally(inputs, config.on_error)
-            for result in ordered_results(_blocks(config, inputs), job, config.workers):
-                tally.add(result)
-                for writer, output in zip(writers, result.outputs, strict=True):
-                    writer.append(output.tokens, output.lengths, result.scores)
-                reporter.update(Progress(writers[0].documents, sum(w.tokens for w in writers), tally.input_bytes))
-            if not writers[0].documents:
-                raise PreprocessError(f"--input: no document in {tally.rows} rows; {tally.explain()}")
-            manifests = _finish(config, tokenizer, writers, tally)
-    except OSError as error:
-        raise PreprocessError(
-            f"output {config.output_prefix}: {error.strerror or error}; free or mend the disk and run again, nothing "
-            "was left under a final name"
-        ) from error
-    return RunSummary(manifests, tally.rows, tally.skipped, tally.examples)
+    described = _describe(config, tokenizer)
+    record, tasks = plan_build(config, inputs, described)
+    mine = [task for task in tasks if task.number % config.num_tasks == config.task_id]
+    summary = RunSummary(shards_of_others=len(tasks) - len(mine))
+    todo = list(_unfinished(mine, record, config, summary))
+    _check_output(config, record, todo)
+    if todo:
+        job = _plan_job(config, [part for task in todo for part in task.parts], tokenizer, reporter)
+        build = BuildJob(
+            job=job,
+            tokenizer=described,
+            build=record.build,
+            on_error=config.on_error,
+            overwrite=config.overwrite,
+            block_bytes=config.block_bytes,
+            empty_allowed=config.output_dir is not None,
+        )
+        reporter.start(sum(_input_bytes(part) for task in todo for part in task.parts))
+        for outcome in _build_all(todo, build, config.workers, _Totals(reporter)):
+            summary.add(outcome)
+    return summary
+
+
+def _describe(config: PreprocessConfig, tokenizer: DocumentTokenizer) -> TokenizerRecord:
+    return TokenizerRecord(
+        type=config.tokenizer.type,
+        model=config.tokenizer.model,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        fingerprint=tokenizer_fingerprint(config.tokenizer),
+    )
+
+
+def _unfinished(
+    tasks: Sequence[ShardTask], record: BuildRecord, config: PreprocessConfig, summary: RunSummary
+) -> Iterator[ShardTask]:
+    """Shards that are still to be built; what was read from a pipe cannot be known to be the same again."""
+    for task in tasks:
+        if STDIN not in config.inputs and all(is_complete(prefix, record.build) for prefix in task.prefixes):
+            summary.keep(task.prefixes)
+        else:
+            yield task
+
+
+def _check_output(config: PreprocessConfig, record: BuildRecord, todo: Sequence[ShardTask]) -> None:
+    """Refuse before any work what would be refused at the end of it."""
+    if config.output_dir is not None:
+        claim_folder(Path(config.output_dir), record, overwrite=config.overwrite)
+    elif not config.overwrite:
+        for task in todo:
+            for prefix in task.prefixes:
+                if STDIN in config.inputs and is_complete(prefix, record.build):
+                    raise ConfigError(
+                        f"--output-prefix: {prefix} is there already, and whether standard input is the same again "
+                        "cannot be known; give --overwrite to replace it, or another prefix"
+                    )
+                if not is_of_build(prefix, record.build):
+                    refuse_existing(prefix, config.score_keys)
 
 
 def _checked_tokenizer(config: PreprocessConfig) -> DocumentTokenizer:
@@ -164,13 +169,11 @@ def _checked_tokenizer(config: PreprocessConfig) -> DocumentTokenizer:
     return tokenizer
 
 
-def _plan_job(
-    config: PreprocessConfig, inputs: Sequence[InputFile], tokenizer: DocumentTokenizer, reporter: Reporter
-) -> Job:
-    keys = FieldKeys(config.json_keys, config.score_keys)
+def _plan_job(config: PreprocessConfig, parts: Sequence[Part], tokenizer: DocumentTokenizer, reporter: Reporter) -> Job:
+    keys = FieldKeys(config.json_keys, config.score_keys, config.id_key)
     fast = False
     if config.backend == "auto":
-        choice = choose_backend(config.tokenizer, _sample_texts(config, inputs, keys))
+        choice = choose_backend(config.tokenizer, _sample_texts(parts, keys, config.block_bytes))
         fast = choice.fast
         reporter.note(f"tokenizer: {'gigatoken' if fast else 'reference'}; {choice.reason}")
     return Job(
@@ -183,90 +186,89 @@ def _plan_job(
     )
 
 
-def _sample_texts(config: PreprocessConfig, inputs: Sequence[InputFile], keys: FieldKeys) -> list[str]:
-    """Starts of documents from the first block of up to `_SAMPLE_FILES` files that lie far apart in the list."""
-    chosen = inputs[:: max(len(inputs) // _SAMPLE_FILES, 1)][:_SAMPLE_FILES]
+def _sample_texts(parts: Sequence[Part], keys: FieldKeys, block_bytes: int) -> list[str]:
+    """Starts of documents from the first block of up to `_SAMPLE_FILES` parts that lie far apart in the list."""
+    chosen = parts[:: max(len(parts) // _SAMPLE_FILES, 1)][:_SAMPLE_FILES]
     share = _SAMPLE_DOCUMENTS // len(chosen)
     texts: list[str] = []
-    for file in chosen:
-        for block in islice(read_blocks([file], (*keys.text, *keys.scores), config.block_bytes), 1):
+    for part in chosen:
+        if part.file.kind == "stdin":  # can be read once only
+            continue
+        for block in islice(read_blocks([part], keys.all, block_bytes), 1):
             found = [text for row in parse_block(block, keys).texts for text in row]
             texts += [text[:_SAMPLE_CHARACTERS] for text in found[:: max(len(found) // share, 1)][:share]]
     return texts
 
 
-def _blocks(config: PreprocessConfig, inputs: Sequence[InputFile]) -> Iterator[Block]:
-    return read_blocks(inputs, (*config.json_keys, *config.score_keys), config.block_bytes)
+def _input_bytes(part: Part) -> int:
+    if part.stop is None:
+        return part.file.bytes
+    # the share of a piece of a Parquet file is known when it is read; until then its file counts in full once
+    return part.stop - part.start if part.file.kind == "plain" else (part.file.bytes if part.start == 0 else 0)
 
 
-class _Tally:
-    """Counts rows per file and faults per reason; under `stop` the first fault ends the run."""
+class _Totals:
+    """Adds up what the shards report."""
 
-    def __init__(self, inputs: Sequence[InputFile], on_error: Literal["stop", "skip"]) -> None:
-        self.input_bytes = 0
-        self.skipped: dict[str, int] = {}
-        self.examples: dict[str, str] = {}
-        self._inputs = inputs
-        self._rows = [0] * len(inputs)
-        self._stop = on_error == "stop"
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._done = Progress(0, 0, 0)
 
-    @property
-    def rows(self) -> int:
-        return sum(self._rows)
+    def add(self, more: Progress) -> None:
+        done = self._done
+        self.set(done.documents + more.documents, done.tokens + more.tokens, done.input_bytes + more.input_bytes)
 
-    def add(self, result: BlockResult) -> None:
-        name, base = self._inputs[result.source].name, self._rows[result.source]
-        for fault in sorted(result.first_faults, key=lambda fault: fault.row):
-            place = name if fault.reason is Reason.UNREADABLE_FILE else f"{name}:{base + fault.row + 1}"
-            if self._stop and fault.reason.is_error:
-                raise PreprocessError(
-                    f"{place}: {fault.detail}; mend it, or give --on-error skip to leave such rows out"
-                )
-            self.examples.setdefault(fault.reason.value, f"{place}: {fault.detail}")
-        for reason, count in result.skipped.items():
-            self.skipped[reason.value] = self.skipped.get(reason.value, 0) + count
-        self._rows[result.source] += result.rows
-        self.input_bytes += result.input_bytes
-
-    def explain(self) -> str:
-        reasons = ", ".join(f"{count} x {reason} ({self.examples[reason]})" for reason, count in self.skipped.items())
-        return f"skipped: {reasons}" if reasons else "the input is empty"
-
-    def input_records(self) -> list[InputRecord]:
-        return [
-            InputRecord(name=file.name, bytes=file.bytes, rows=rows)
-            for file, rows in zip(self._inputs, self._rows, strict=True)
-        ]
+    def set(self, documents: int, tokens: int, input_bytes: int) -> None:
+        self._done = Progress(documents, tokens, input_bytes)
+        self._reporter.update(self._done)
 
 
-def _finish(
-    config: PreprocessConfig, tokenizer: DocumentTokenizer, writers: Sequence[ShardWriter], tally: _Tally
-) -> dict[str, Manifest]:
-    """Put every shard on disk in full before the first of them gets its final name."""
-    record = TokenizerRecord(
-        type=config.tokenizer.type,
-        model=config.tokenizer.model,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
-        fingerprint=tokenizer_fingerprint(config.tokenizer),
-    )
-    composed = [writer.compose() for writer in writers]
-    manifests = {}
-    for key, writer, (files, scores) in zip(config.json_keys, writers, composed, strict=True):
-        manifests[writer.prefix] = Manifest(
-            documents=writer.documents,
-            tokens=writer.tokens,
-            dtype="uint16" if writer.dtype == np.uint16 else "int32",
-            max_token_id=writer.max_token_id,
-            append_eod=config.append_eod,
-            files=files,
-            scores=scores,
-            tokenizer=record,
-            inputs=tally.input_records(),
-            skipped=dict(sorted(tally.skipped.items())),
-            json_key=key,
-            created_by=created_by(),
-        )
-    for writer in writers:
-        writer.publish(manifests[writer.prefix])
-    return manifests
+def _build_all(tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: _Totals) -> Iterator[ShardOutcome]:
+    if workers == 1 or len(tasks) < workers:
+        for task in tasks:
+            yield build_shard(task, build, workers, totals.add)
+    else:
+        yield from _build_side_by_side(tasks, build, workers, totals)
+
+
+def _build_side_by_side(
+    tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: _Totals
+) -> Iterator[ShardOutcome]:
+    """A whole shard in each process; after a failure no further shard is begun, and those that run are finished."""
+    counters = pool_context().Array("q", 3)
+    pool = start_pool(workers, _keep_counters, (counters,))
+    waiting = iter(tasks)
+    running: set[Future[ShardOutcome]] = {
+        pool.submit(_build_in_worker, task, build) for task in islice(waiting, workers)
+    }
+    try:
+        while running:
+            done, running = wait(running, timeout=_SECONDS_BETWEEN_UPDATES, return_when=FIRST_COMPLETED)
+            totals.set(*counters[:])
+            for future in done:
+                yield future.result()
+                running |= {pool.submit(_build_in_worker, task, build) for task in islice(waiting, 1)}
+        totals.set(*counters[:])
+    except BrokenProcessPool as error:
+        raise worker_died() from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_counters: Any = None
+"""In a worker: documents, tokens and input bytes of all workers, shared with the main process."""
+
+
+def _keep_counters(counters: Any) -> None:
+    global _counters
+    _counters = counters
+
+
+def _build_in_worker(task: ShardTask, build: BuildJob) -> ShardOutcome:
+    return build_shard(task, build, 1, _count)
+
+
+def _count(progress: Progress) -> None:
+    with _counters.get_lock():
+        for place, amount in enumerate((progress.documents, progress.tokens, progress.input_bytes)):
+            _counters[place] += amount

@@ -33,7 +33,7 @@ class ConsoleReporter:
         """Begin to count time."""
         self._total = total_bytes
         self._began = self._last_time = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and total_bytes:
             columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
             self._bar.add_task("tokenizing", total=total_bytes, rate="")
@@ -50,9 +50,12 @@ class ConsoleReporter:
         elif self._is_due(progress):
             self._last_time, self._last_documents = time.monotonic(), progress.documents
             elapsed = time.monotonic() - self._began
-            left = elapsed * (self._total / max(progress.input_bytes, 1) - 1)
-            done = f"{progress.documents:,} documents, {progress.input_bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
-            self.note(f"tokenizing: {done}, {self._rate(progress)}, about {left:,.0f} s left")
+            done = f"{progress.documents:,} documents, {progress.input_bytes / 1e6:,.1f}"
+            if self._total:
+                left = elapsed * (self._total / max(progress.input_bytes, 1) - 1)
+                self.note(f"tokenizing: {done} of {self._total / 1e6:,.1f} MB, {self._rate(progress)}, {_left(left)}")
+            else:  # standard input
+                self.note(f"tokenizing: {done} MB, {self._rate(progress)}")
 
     def _is_due(self, progress: Done) -> bool:
         if self._log_interval is not None:
@@ -71,3 +74,7 @@ class ConsoleReporter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _left(seconds: float) -> str:
+    return f"about {max(seconds, 0):,.0f} s left"

@@ -1,54 +1,40 @@
-"""From `--input` arguments to blocks: pieces of a few megabytes that any process can turn into documents.
+"""From parts of input files to blocks: pieces of a few megabytes that any process can turn into documents.
 
 A block of plain JSONL is a byte range that the worker reads itself, so reading and JSON parsing use all cores.
 Compressed JSONL and Parquet have to be decoded from the start of a file or row group; the main process does that and
 ships whole lines or an Arrow batch. Where blocks are cut depends on the input alone, never on the number of workers.
 """
 
-import glob as globbing
 import gzip
+import io
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.preprocess.inputs import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC, InputFile, Part
 
 __all__ = [
     "BLOCK_BYTES",
     "ArrowRows",
     "Block",
     "ByteRange",
-    "InputFile",
+    "FoundLines",
     "Lines",
     "Unreadable",
-    "expand_inputs",
     "lines_of",
     "read_blocks",
 ]
 
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
 _PARQUET_ROWS = 1024
-_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_COMPRESSED = (".gz", ".zst")
-
-Kind = Literal["plain", "gzip", "zstd", "parquet", "unreadable"]
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """One input file, its format found from its first bytes rather than its name."""
-
-    name: str
-    bytes: int
-    kind: Kind
-    problem: str = ""
-    """Why it cannot be read, for kind `unreadable`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +50,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Whole lines, decompressed."""
+    """Whole lines, decompressed or from standard input."""
 
     data: bytes
 
@@ -87,98 +73,36 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A piece of one input file."""
+    """A piece of one part."""
 
     source: int
-    """Position of its file in the list of inputs."""
+    """Position of its part in the list of parts."""
     input_bytes: int
     """Its share of the file on disk, for progress and rates."""
     payload: ByteRange | Lines | ArrowRows | Unreadable
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """Files named by paths, globs and directories, in the order given and sorted by name within a glob or directory.
-
-    Directories are searched recursively for .jsonl, .json and .ndjson, each also with .gz or .zst, and .parquet; a file
-    named outright may have any name.
-
-    Raises:
-        PreprocessError: a pattern matches nothing, or a file is named twice.
-    """
-    names = [name for pattern in patterns for name in _expand(pattern)]
-    seen: dict[Path, str] = {}
-    for name in names:
-        resolved = Path(name).resolve()
-        if resolved in seen:
-            raise PreprocessError(
-                f"--input: {name} is named twice (also as {seen[resolved]}); name each file once, repetition belongs "
-                "in the plan"
-            )
-        seen[resolved] = name
-    return [_inspect(name) for name in names]
-
-
-def _expand(pattern: str) -> list[str]:
-    if Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and _is_document_file(path)]
-        what = "a directory without .jsonl, .json, .ndjson (.gz, .zst) or .parquet files"
-    elif Path(pattern).exists():
-        return [pattern]
-    elif globbing.has_magic(pattern):
-        root = Path(pattern).anchor
-        matches = Path(root).glob(pattern.removeprefix(root))
-        found = [str(path) for path in matches if path.is_file() and not path.name.startswith(".")]
-        what = "a glob that matches no file"
-    else:
-        found, what = [], "no such file"
-    if not found:
-        raise PreprocessError(f"--input {pattern}: {what} (looked in {Path.cwd()}); check the path")
-    return sorted(found)
-
-
-def _is_document_file(path: Path) -> bool:
-    name = path.name
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return not name.startswith(".") and (name.endswith(_SUFFIXES) or path.name.endswith(".parquet"))
-
-
-def _inspect(name: str) -> InputFile:
-    try:
-        size = Path(name).stat().st_size
-        with Path(name).open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        return InputFile(name=name, bytes=0, kind="unreadable", problem=error.strerror or str(error))
-    kind: Kind = "plain"
-    if head.startswith(b"\x1f\x8b"):
-        kind = "gzip"
-    elif head == b"\x28\xb5\x2f\xfd":
-        kind = "zstd"
-    elif head == b"PAR1":
-        kind = "parquet"
-    elif name.endswith((".parquet", *_COMPRESSED)):
-        return InputFile(name=name, bytes=size, kind="unreadable", problem=f"its first bytes {head!r} belie its suffix")
-    return InputFile(name=name, bytes=size, kind=kind)
-
-
-def read_blocks(inputs: Sequence[InputFile], keys: Sequence[str], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All blocks of all files in order.
+def read_blocks(parts: Sequence[Part], keys: Sequence[str], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """All blocks of all parts in order.
 
     Args:
-        inputs: as returned by `expand_inputs`.
+        parts: files, or pieces of them.
         keys: names the documents are read from, dots for nested ones; other Parquet columns are never decoded.
         block_bytes: about how much text one block holds.
     """
-    for source, file in enumerate(inputs):
+    for source, part in enumerate(parts):
+        file = part.file
         if file.kind == "unreadable":
             yield Block(source, file.bytes, Unreadable(file.problem))
         elif file.kind == "plain":
-            for start in range(0, file.bytes, block_bytes):
-                stop = min(start + block_bytes, file.bytes)
-                yield Block(source, stop - start, ByteRange(file.name, start, stop, file.bytes))
+            start, end = (part.start, part.stop) if part.stop is not None else (0, file.bytes)
+            for first in range(start, end, block_bytes):
+                stop = min(first + block_bytes, end)
+                yield Block(source, stop - first, ByteRange(file.name, first, stop, file.bytes))
         elif file.kind == "parquet":
-            yield from _parquet_blocks(source, file, keys)
+            yield from _parquet_blocks(source, part, keys)
+        elif file.kind == "stdin":
+            yield from _stdin_blocks(source, block_bytes)
         else:
             yield from _compressed_blocks(source, file, block_bytes)
 
@@ -198,6 +122,24 @@ def _compressed_blocks(source: int, file: InputFile, block_bytes: int) -> Iterat
                 done = reached
     except (OSError, EOFError, zlib.error) as error:
         yield Block(source, file.bytes - done, Unreadable(f"the compressed stream is damaged: {error}"))
+
+
+def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
+    """Standard input, whose format is told by its first bytes too."""
+    raw = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer))
+    head = raw.peek(4)[:4]
+    if head == PARQUET_MAGIC:
+        raise PreprocessError("--input -: standard input holds Parquet, which is read from its end; name the file")
+    stream: _Readable = raw
+    if head.startswith(GZIP_MAGIC):
+        stream = gzip.GzipFile(fileobj=raw)
+    elif head == ZSTD_MAGIC:
+        stream = pa.CompressedInputStream(raw, "zstd")
+    try:
+        for lines in _whole_lines(stream, "standard input", block_bytes):
+            yield Block(source, len(lines), Lines(lines))
+    except (OSError, EOFError, zlib.error) as error:
+        yield Block(source, 0, Unreadable(f"the compressed stream is damaged: {error}"))
 
 
 def _whole_lines(stream: _Readable, name: str, block_bytes: int) -> Iterator[bytes]:
@@ -223,20 +165,27 @@ def _line_too_long(name: str) -> PreprocessError:
     )
 
 
-def _parquet_blocks(source: int, file: InputFile, keys: Sequence[str]) -> Iterator[Block]:
+def _parquet_blocks(source: int, part: Part, keys: Sequence[str]) -> Iterator[Block]:
+    file = part.file
     done = rows = 0
+    size = file.bytes
     try:
         with pq.ParquetFile(file.name) as parquet:
-            total = max(parquet.metadata.num_rows, 1)
+            groups = list(range(parquet.num_row_groups))[part.start : part.stop]
+            total = max(sum(parquet.metadata.row_group(group).num_rows for group in groups), 1)
+            size = file.bytes * total // max(parquet.metadata.num_rows, 1) if part.stop is not None else file.bytes
             columns = tuple(parquet.schema_arrow.names)
             wanted = [key for key in keys if key.split(".")[0] in columns or key in columns]
-            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted, use_threads=False):
+            batches = parquet.iter_batches(
+                batch_size=_PARQUET_ROWS, row_groups=groups, columns=wanted, use_threads=False
+            )
+            for batch in batches:
                 rows += batch.num_rows
-                reached = file.bytes * rows // total
+                reached = size * rows // total
                 yield Block(source, reached - done, ArrowRows(_as_ipc(batch), columns))
                 done = reached
     except (pa.ArrowException, OSError) as error:
-        yield Block(source, file.bytes - done, Unreadable(f"not a whole Parquet file: {error}"))
+        yield Block(source, size - done, Unreadable(f"not a whole Parquet file: {error}"))
 
 
 def _as_ipc(batch: pa.RecordBatch) -> bytes:
@@ -246,14 +195,27 @@ def _as_ipc(batch: pa.RecordBatch) -> bytes:
     return bytes(sink.getvalue())
 
 
-def lines_of(payload: ByteRange | Lines) -> list[bytes]:
-    """The lines of a block without their newline.
+@dataclass(frozen=True, slots=True)
+class FoundLines:
+    """The lines of a block without their newline."""
+
+    lines: list[bytes]
+    first_byte: int | None
+    """Where the first of them begins in its file; None for a compressed one."""
+
+
+def lines_of(payload: ByteRange | Lines) -> FoundLines:
+    """Cut a block into lines.
 
     Raises:
         PreprocessError: the file changed size since the run began, or a line is too long.
     """
+    first: int | None = None
     try:
-        data = payload.data if isinstance(payload, Lines) else _read_range(payload)
+        if isinstance(payload, Lines):
+            data = payload.data
+        else:
+            data, first = _read_range(payload)
     except OSError as error:
         raise PreprocessError(
             f"{error.filename or payload}: {error.strerror}; mend the file or leave it out"
@@ -261,10 +223,11 @@ def lines_of(payload: ByteRange | Lines) -> list[bytes]:
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    return lines
+    return FoundLines(lines, first)
 
 
-def _read_range(span: ByteRange) -> bytes:
+def _read_range(span: ByteRange) -> tuple[bytes, int]:
+    """The lines that begin in the range, and the byte where the first of them does."""
     with Path(span.path).open("rb") as stream:
         size = stream.seek(0, 2)
         if size != span.file_bytes:
@@ -273,14 +236,19 @@ def _read_range(span: ByteRange) -> bytes:
                 "to it"
             )
         # one byte earlier: whether a line starts exactly at `start` is told by the newline before it
-        stream.seek(max(span.start - 1, 0))
-        data = stream.read(span.stop - stream.tell())
+        first = stream.seek(max(span.start - 1, 0))
+        data = stream.read(span.stop - first)
         if span.start:
-            first = data.find(b"\n") + 1
-            data = data[first:] if first else b""
+            skipped = data.find(b"\n") + 1
+            data = data[skipped:] if skipped else b""
+            first += skipped
         if data and not data.endswith(b"\n"):
-            rest = stream.readline(MAX_LINE_BYTES)
-            if len(rest) == MAX_LINE_BYTES:
-                raise _line_too_long(span.path)
-            data += rest
-    return data
+            data += _rest_of_line(stream, span.path)
+    return data, first
+
+
+def _rest_of_line(stream: BinaryIO, path: str) -> bytes:
+    rest = stream.readline(MAX_LINE_BYTES)
+    if len(rest) == MAX_LINE_BYTES:
+        raise _line_too_long(path)
+    return rest

@@ -5,14 +5,17 @@ Blocks come back in the order they were cut, so the output does not depend on th
 """
 
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import compress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +26,9 @@ from megatron_kaiyuan.preprocess.fast_tokenize import load_tokenizer
 from megatron_kaiyuan.preprocess.readers import Block
 from megatron_kaiyuan.preprocess.tokenize import TokenBatch, TokenizerConfig
 
-__all__ = ["BlockResult", "Job", "ordered_results", "process_block"]
+__all__ = ["BlockResult", "Job", "ordered_results", "pool_context", "process_block", "start_pool", "worker_died"]
 
-_BLOCKS_PER_WORKER = 4
+_BLOCKS_PER_WORKER = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,11 @@ class BlockResult:
     outputs: tuple[TokenBatch, ...]
     """One per text key, of the shard's dtype."""
     scores: NDArray[np.float32]
+    row_numbers: NDArray[np.int64]
+    """Row of each document in the block."""
+    offsets: NDArray[np.int64] | None
+    """Byte of each document's line in its file."""
+    ids: list[str] | None
     skipped: dict[Reason, int]
     first_faults: tuple[Fault, ...]
     """The first of each reason."""
@@ -65,9 +73,8 @@ def ordered_results(blocks: Iterable[Block], job: Job, workers: int) -> Iterator
         for block in blocks:
             yield process_block(block, job)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     pending: deque[Future[BlockResult]] = deque()
+    pool = start_pool(workers)
     try:
         for block in blocks:
             pending.append(pool.submit(process_block, block, job))
@@ -76,16 +83,37 @@ def ordered_results(blocks: Iterable[Block], job: Job, workers: int) -> Iterator
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise PreprocessError(
-            "a worker process died, most likely for want of memory; run again with fewer --workers, nothing was left "
-            "under a final name"
-        ) from error
+        raise worker_died() from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def worker_died() -> PreprocessError:
+    """What to tell when a process of the pool is gone."""
+    return PreprocessError(
+        "a worker process died, most likely for want of memory; run the same command again with fewer --workers: what "
+        "is finished stays, nothing torn has a final name"
+    )
+
+
+def start_pool(
+    workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> ProcessPoolExecutor:
+    """Worker processes that share the imports of one server process; `prepare(*arguments)` runs first in each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(prepare, arguments))
+
+
+def pool_context() -> multiprocessing.context.ForkServerContext:
+    """The context of `start_pool`, for values that its processes share."""
+    return multiprocessing.get_context("forkserver")
+
+
+def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     """Prepare a worker: one thread, deaf to Ctrl-C (the main process ends it), and gone when the main process is."""
+    if prepare is not None:
+        prepare(*arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -115,6 +143,9 @@ def process_block(block: Block, job: Job) -> BlockResult:
         rows=batch.rows,
         outputs=outputs,
         scores=batch.score_matrix(len(job.keys.scores))[kept],
+        row_numbers=(numbers := np.array(batch.row_numbers, dtype=np.int64)[kept]),
+        offsets=None if batch.offsets is None else batch.offsets[numbers],
+        ids=None if job.keys.id is None else list(compress(batch.ids, kept.tolist())),
         skipped=dict(Counter(fault.reason for fault in batch.faults)),
         first_faults=tuple(first.values()),
     )

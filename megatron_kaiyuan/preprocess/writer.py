@@ -4,27 +4,28 @@ Format: megatron/core/datasets/indexed_dataset.py, version 1, one sequence a doc
 Megatron's builder keeps lengths and pointers in Python lists (about 100 bytes a document) until the end. Here they are
 spooled to disk and the index is composed from the spool in chunks.
 
-Nothing carries its final name before everything is on disk. All files are first written as `<name>.partial`; `commit`
-renames them, the manifest last, so a manifest means a whole shard.
+Nothing carries its final name before everything is on disk. All files are first written under partial names (see
+partial.py); `publish` renames them, the manifest last, so a manifest means a whole shard.
 """
 
-import fcntl
-import hashlib
-import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from megatron_kaiyuan.errors import ConfigError, PreprocessError
-from megatron_kaiyuan.preprocess.manifest import FileRecord, Manifest, ScoreSummary, manifest_path
+from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
+from megatron_kaiyuan.preprocess.document_table import DocumentTable, Origins
+from megatron_kaiyuan.preprocess.manifest import FileRecord, Manifest, ScoreSummary, load_manifest, manifest_path
+from megatron_kaiyuan.preprocess.partial import HashedFile, Spool, list_partials, remove_dead_partials, sync_folder
 
-__all__ = ["ShardWriter", "optimal_dtype"]
+__all__ = ["ShardWriter", "is_complete", "is_of_build", "optimal_dtype", "refuse_existing"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -32,62 +33,11 @@ _VERSION = 1
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _UINT16_VOCABULARY = 65500
 _CHUNK = 1 << 18
-_PARTIAL = ".partial"
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[np.generic]:
     """Type of the token ids on disk: uint16 below 65500 entries, else int32 (Megatron's `DType.optimal_dtype`)."""
     return np.dtype(np.uint16 if vocab_size < _UINT16_VOCABULARY else np.int32)
-
-
-class _HashedFile:
-    """A partial file that counts and hashes what passes through it."""
-
-    def __init__(self, final: Path, stream: BinaryIO | None = None) -> None:
-        self.final = final
-        self.partial = Path(f"{final}{_PARTIAL}")
-        self._stream = stream or self.partial.open("wb")
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._digest.update(data)
-        self._size += len(data)
-
-    def sync(self) -> FileRecord:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        return FileRecord(name=self.final.name, bytes=self._size, sha256=self._digest.hexdigest())
-
-    def publish(self) -> None:
-        self.partial.replace(self.final)
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class _Spool:
-    """A column of numbers on disk: appended block by block, read back in chunks of a fixed size."""
-
-    def __init__(self, path: Path, dtype: type[np.int32] | type[np.float32]) -> None:
-        self.path = path
-        self.count = 0
-        self._dtype = np.dtype(dtype)
-        self._stream = path.open("w+b")
-
-    def append(self, values: NDArray[np.generic]) -> None:
-        self._stream.write(np.ascontiguousarray(values, dtype=self._dtype).data)
-        self.count += len(values)
-
-    def chunks(self) -> Iterator[NDArray[np.number]]:
-        self._stream.flush()
-        self._stream.seek(0)
-        while data := self._stream.read(_CHUNK * self._dtype.itemsize):
-            yield np.frombuffer(data, dtype=self._dtype)
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 class ShardWriter:
@@ -97,7 +47,9 @@ class ShardWriter:
         prefix: output path without suffix.
         dtype: int32 or uint16, see `optimal_dtype`.
         score_keys: names of the score sidecars, `prefix.scores.<key>.npy`.
-        overwrite: replace an existing shard of this name; otherwise that is an error.
+        with_ids: documents have names, kept in the document table.
+        overwrite: replace any shard of this name.
+        build: identifies the command and its input; an earlier shard of the same build is replaced in any case.
 
     Raises:
         ConfigError: the shard exists, or another process is writing it at this moment.
@@ -105,24 +57,51 @@ class ShardWriter:
     """
 
     def __init__(
-        self, prefix: str, dtype: np.dtype[np.generic], score_keys: Sequence[str] = (), *, overwrite: bool = False
+        self,
+        prefix: str,
+        dtype: np.dtype[np.generic],
+        score_keys: Sequence[str] = (),
+        *,
+        with_ids: bool = False,
+        overwrite: bool = False,
+        build: str | None = None,
     ) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
         self.tokens = 0
         self.max_token_id = -1
         self._code = _DTYPE_CODES[self.dtype.name]
-        self._overwrite = overwrite
-        if not overwrite:
+        self._composed: list[HashedFile] = []
+        self._begun = ExitStack()
+        replaced = overwrite or is_of_build(prefix, build)
+        if not replaced:
             refuse_existing(prefix, score_keys)
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = _HashedFile(Path(f"{prefix}.bin"), _open_locked(Path(f"{prefix}.bin{_PARTIAL}")))
-            self._lengths = _Spool(Path(f"{prefix}.lengths{_PARTIAL}"), np.int32)
-            self._scores = {key: _Spool(Path(f"{prefix}.scores.{key}{_PARTIAL}"), np.float32) for key in score_keys}
+            self._prepare(replaced, overwrite)
+            self._bin = self._begin(HashedFile(Path(f"{prefix}.bin"), locked=True))
+            self._lengths = self._begin(Spool(Path(f"{prefix}.lengths"), np.int32))
+            self._scores = {key: self._begin(Spool(Path(f"{prefix}.scores.{key}"), np.float32)) for key in score_keys}
+            table = self._begin(HashedFile(Path(f"{prefix}.documents.parquet")))
+            self._table = self._begin(DocumentTable(table, score_keys, with_ids=with_ids))
         except OSError as error:
-            raise PreprocessError(f"output {prefix}: {error}; choose a folder that can be written") from error
-        self._composed: list[_HashedFile] = []
+            self._begun.close()
+            raise PreprocessError(
+                f"output {prefix}: {error.strerror or error}; free or mend the disk, or choose a folder that can be "
+                "written, and run the same command again: what is finished stays"
+            ) from error
+
+    def _begin[Partial: HashedFile | Spool | DocumentTable](self, partial: Partial) -> Partial:
+        """Remember what has to be discarded; the last begun goes first, so the lock on the `.bin` goes last."""
+        self._begun.callback(partial.discard)
+        return partial
+
+    def _prepare(self, replaced: bool, overwrite: bool) -> None:  # noqa: FBT001
+        """Clear away what a killed run left; torn files go before the partial manifest that tells whose they are."""
+        self._replaced = replaced
+        if replaced and not overwrite and not manifest_path(self.prefix).exists():
+            _remove_existing(self.prefix)
+        remove_dead_partials(self.prefix)
 
     @property
     def documents(self) -> int:
@@ -130,7 +109,11 @@ class ShardWriter:
         return self._lengths.count
 
     def append(
-        self, tokens: NDArray[np.generic], lengths: NDArray[np.integer], scores: NDArray[np.floating] | None = None
+        self,
+        tokens: NDArray[np.generic],
+        lengths: NDArray[np.integer],
+        scores: NDArray[np.floating] | None = None,
+        origins: Origins | None = None,
     ) -> None:
         """Append a batch of documents.
 
@@ -138,15 +121,17 @@ class ShardWriter:
             tokens: ids of all documents one after another, `[sum(lengths)]`, of the shard's dtype.
             lengths: tokens of each document, `[n]`.
             scores: `[n, number of score keys]`; may be left out where there are none.
+            origins: where the documents come from; without them the table says nothing about that.
         """
         assert tokens.dtype == self.dtype, f"tokens are {tokens.dtype}, the shard is {self.dtype}"
         assert int(lengths.sum(dtype=np.int64)) == len(tokens), "lengths do not add up to the number of tokens"
         assert not self._scores or (scores is not None and scores.shape == (len(lengths), len(self._scores)))
-        self._bin.write(np.ascontiguousarray(tokens).tobytes())
+        self._bin.write(memoryview(np.ascontiguousarray(tokens)).cast("B") if len(tokens) else b"")
         self._lengths.append(lengths)
         for column, spool in enumerate(self._scores.values()):
             assert scores is not None
             spool.append(scores[:, column])
+        self._table.append(lengths, scores, origins)
         self.tokens += len(tokens)
         if len(tokens):
             self.max_token_id = max(self.max_token_id, int(tokens.max()))
@@ -157,25 +142,28 @@ class ShardWriter:
         summaries = {}
         for key, spool in self._scores.items():
             files[f"scores.{key}"], summaries[key] = self._compose_scores(key, spool)
+        table = self._table.finish()
+        self._composed.append(table)
+        files["documents"] = table.sync()
         return files, summaries
 
     def publish(self, manifest: Manifest) -> None:
         """Give every file its final name; the index comes after the data, and the manifest last."""
         target = manifest_path(self.prefix)
-        record = _HashedFile(target)
+        record = self._begin(HashedFile(target))
         self._composed.append(record)
         record.write(manifest.model_dump_json(indent=2).encode() + b"\n")
         record.sync()
-        if self._overwrite:
+        if self._replaced:
             _remove_existing(self.prefix)
         index, *sidecars, last = self._composed
         for file in (self._bin, *sidecars, index, last):
             file.publish()
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def _compose_index(self) -> FileRecord:
         """Header, lengths (int32), byte pointers (int64), document boundaries (int64, one more than documents)."""
-        index = _HashedFile(Path(f"{self.prefix}.idx"))
+        index = self._begin(HashedFile(Path(f"{self.prefix}.idx")))
         self._composed.append(index)
         count = self._lengths.count
         index.write(_HEADER.pack(_MAGIC, _VERSION, self._code, count, count + 1))
@@ -190,8 +178,8 @@ class ShardWriter:
             index.write(np.arange(first, min(first + _CHUNK, count + 1), dtype=np.int64).tobytes())
         return index.sync()
 
-    def _compose_scores(self, key: str, spool: _Spool) -> tuple[FileRecord, ScoreSummary]:
-        sidecar = _HashedFile(Path(f"{self.prefix}.scores.{key}.npy"))
+    def _compose_scores(self, key: str, spool: Spool) -> tuple[FileRecord, ScoreSummary]:
+        sidecar = self._begin(HashedFile(Path(f"{self.prefix}.scores.{key}.npy")))
         self._composed.append(sidecar)
         header = {"descr": "<f4", "fortran_order": False, "shape": (spool.count,)}
         np.lib.format.write_array_header_1_0(sidecar, header)
@@ -208,12 +196,38 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for spool in (self._lengths, *self._scores.values()):
-            spool.path.unlink(missing_ok=True)
-            spool.close()
-        for file in (*self._composed, self._bin):  # the lock on the .bin goes last
-            file.partial.unlink(missing_ok=True)
-            file.close()
+        self._begun.close()
+
+
+def is_of_build(prefix: str, build: str | None) -> bool:
+    """Whether what lies under the final names of `prefix` was put there by this very command.
+
+    The manifest tells, or, where a kill came between two renames, the partial manifest that was written before them.
+    """
+    if build is None:
+        return False
+    if manifest_path(prefix).exists():
+        try:
+            return load_manifest(prefix).build == build
+        except ShardError:
+            return False
+    for path in list_partials(prefix):
+        if ".manifest." in path.name:
+            try:
+                if Manifest.model_validate_json(path.read_bytes()).build == build:
+                    return True
+            except (ValidationError, FileNotFoundError):  # torn while it was written: nothing was renamed yet
+                continue
+    return False
+
+
+def is_complete(prefix: str, build: str) -> bool:
+    """Whether the shard of this build is there: its manifest, and every file with the size that it tells."""
+    if not (manifest_path(prefix).exists() and is_of_build(prefix, build)):
+        return False
+    folder = manifest_path(prefix).parent
+    files = load_manifest(prefix).files.values()
+    return all((path := folder / file.name).is_file() and path.stat().st_size == file.bytes for file in files)
 
 
 def refuse_existing(prefix: str, score_keys: Sequence[str] = ()) -> None:
@@ -223,7 +237,8 @@ def refuse_existing(prefix: str, score_keys: Sequence[str] = ()) -> None:
         if path.exists():
             whole = "" if manifest_path(prefix).exists() else " (without a manifest: interrupted, or another tool's)"
             raise ConfigError(
-                f"--output-prefix: {path} exists{whole}; give --overwrite to replace this shard, or another prefix"
+                f"output: {path} exists{whole} and comes from other input, other flags or another tool; give "
+                "--overwrite to replace this shard, or another output"
             )
 
 
@@ -233,30 +248,6 @@ def _remove_existing(prefix: str) -> None:
     Path(f"{prefix}.idx").unlink(missing_ok=True)
     name = re.escape(Path(prefix).name)
     for path in Path(prefix).parent.iterdir():
-        if re.fullmatch(rf"{name}\.scores\..+\.npy", path.name):  # a key of the earlier run may not be written again
-            path.unlink()
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    """Open for writing and hold it alone; the lock dies with the process, so a killed run leaves no lock behind."""
-    stream = path.open("ab")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same_file = path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino
-    except BlockingIOError:
-        same_file = False
-    except OSError:  # a file system without locks: two runs on one prefix cannot be told apart there
-        same_file = True
-    if not same_file:
-        stream.close()
-        raise ConfigError(f"--output-prefix: another process is writing {path}; wait for it or choose another prefix")
-    stream.truncate(0)
-    return stream
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        # a score key or an id key of the earlier run may not be written again
+        if re.fullmatch(rf"{name}\.(bin|documents\.parquet|scores\..+\.npy)", path.name):
+            path.unlink(missing_ok=True)

@@ -8,9 +8,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
 from megatron_kaiyuan.reporting.plan_table import format_tokens
+from megatron_kaiyuan.reporting.quality_strip import quality_over_run
 
 __all__ = ["write_plan_page"]
+
+_QUALITY_COLUMNS = 240
 
 
 def _colour(number: int) -> str:
@@ -21,8 +25,8 @@ def _colour(number: int) -> str:
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Plan {fingerprint}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}}
-h1{{font-size:1.4rem}}p.facts{{color:#555}}</style></head>
-<body><h1>What this plan shows</h1><p class="facts">{facts}</p>{mix}{bands}</body></html>
+h1{{font-size:1.4rem}}p.facts{{color:#555}}p.warning{{border-left:4px solid #d90;padding-left:.8rem}}</style></head>
+<body><h1>What this plan shows</h1><p class="facts">{facts}</p>{warnings}{mix}{bands}</body></html>
 """
 
 
@@ -42,21 +46,26 @@ def write_plan_page(description: dict[str, Any], path: Path) -> None:
     mix = _mix_figure(description).to_html(full_html=False, include_plotlyjs=True)
     scored = [name for name, source in description["sources"].items() if source["bands"]]
     bands = _bands_figure(description, scored).to_html(full_html=False, include_plotlyjs=False) if scored else ""
-    page = _TEMPLATE.format(fingerprint=description["fingerprint"], facts=html.escape(facts), mix=mix, bands=bands)
+    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in rate_warnings(description))
+    page = _TEMPLATE.format(
+        fingerprint=description["fingerprint"], facts=html.escape(facts), warnings=warnings, mix=mix, bands=bands
+    )
     write_text_atomically(path, page)
 
 
 def _mix_figure(description: dict[str, Any]) -> go.Figure:
-    """Tokens of each source in each phase as areas over the run, the learning rate above them."""
+    """Over the tokens of the run: the learning rate, under it the quality of each scored source, and the mix."""
+    scored = [name for name, source in description["sources"].items() if source["bands"]]
     with_lr = any(phase["lr"] for phase in description["phases"])
+    heights = [200] * with_lr + [28 * len(scored) + 20] * bool(scored) + [330]
     figure = make_subplots(
-        rows=2 if with_lr else 1,
+        rows=len(heights),
         cols=1,
         shared_xaxes=True,
-        vertical_spacing=0.06,
-        row_heights=[0.25, 0.75] if with_lr else [1.0],
+        vertical_spacing=0.05,
+        row_heights=[height / sum(heights) for height in heights],
     )
-    row = 2 if with_lr else 1
+    row = len(heights)
     for number, name in enumerate(description["sources"]):
         places, widths, shares, texts = _mix_bars(description, name)
         if places:
@@ -75,6 +84,8 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
         xs, ys = _learning_rate_line(description)
         figure.add_scatter(x=xs, y=ys, mode="lines", name="learning rate", line={"color": "#222"}, row=1, col=1)
         figure.update_yaxes(title_text="learning rate", rangemode="tozero", row=1, col=1)
+    if scored:
+        _add_quality(figure, description, scored, row - 1)
     _mark_phases(figure, description)
     figure.update_yaxes(title_text="share of tokens", tickformat=".0%", range=[0, 1], row=row, col=1)
     ticks = _round_ticks(description["tokens"])
@@ -84,8 +95,28 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
         ticktext=[format_tokens(tick) for tick in ticks],
     )
     figure.update_xaxes(title_text="tokens of the run", row=row, col=1)
-    figure.update_layout(barmode="stack", height=560, margin={"t": 90, "r": 20}, plot_bgcolor="white", bargap=0)
+    height = sum(heights) + 60 * len(heights)
+    figure.update_layout(barmode="stack", height=height, margin={"t": 90, "r": 20}, plot_bgcolor="white", bargap=0)
     return figure
+
+
+def _add_quality(figure: go.Figure, description: dict[str, Any], scored: list[str], row: int) -> None:
+    """A strip for each scored source: dark where the run shows its best documents."""
+    width = description["tokens"] / _QUALITY_COLUMNS
+    figure.add_heatmap(
+        x=[width * (column + 0.5) for column in range(_QUALITY_COLUMNS)],
+        y=scored,
+        z=[quality_over_run(description, name, _QUALITY_COLUMNS) for name in scored],
+        colorscale="Greens",
+        zmin=0,
+        zmax=1,
+        showscale=False,
+        hoverongaps=False,
+        hovertemplate="%{y}: score quantile %{z:.0%}<extra>darker = better</extra>",
+        row=row,
+        col=1,
+    )
+    figure.update_yaxes(autorange="reversed", row=row, col=1)
 
 
 def _round_ticks(total: int) -> list[int]:
@@ -124,8 +155,6 @@ def _learning_rate_line(description: dict[str, Any]) -> tuple[list[float], list[
 
 
 def _rate_at(lr: dict[str, Any], progress: float) -> float:
-    from megatron_kaiyuan.data.learning_rate import rate_at
-
     return rate_at(lr["shape"], lr["start"], lr["end"], progress)
 
 

@@ -6,6 +6,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from megatron_kaiyuan.data.learning_rate import rate_warnings
+
 __all__ = ["format_tokens", "plan_tables", "print_plan"]
 
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
@@ -33,6 +35,7 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
     if any(source["bands"] for source in description["sources"].values()):
         parts.append(_bands_table(description))
     parts.append(_summary(description, global_batch_size))
+    parts += [Text(f"warning: {line}", style="yellow") for line in rate_warnings(description)]
     return Group(*parts)
 
 

@@ -36,7 +36,9 @@ __all__ = [
     "find_checkpoints",
     "grouped_by_size",
     "iteration_folder",
+    "new_checkpoint_folder",
     "open_checkpoint",
+    "single_process",
     "write_checkpoint",
 ]
 
@@ -99,6 +101,11 @@ class Checkpoint:
             if isinstance(entry, TensorStorageMetadata) and not _NOT_MODEL.match(name)
         }
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the model's tensors."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
+
     @cached_property
     def objects(self) -> tuple[str, ...]:
         """Names of the stored objects that belong to the model (extra states), and of the common state."""
@@ -129,7 +136,7 @@ class Checkpoint:
     def load_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Load these tensors whole, on the CPU, in their stored dtype."""
         state = {name: torch.empty(self.tensors[name][0], dtype=self.tensors[name][1]) for name in names}
-        with _single_process():
+        with single_process():
             load_checkpoint(state, storage_reader=self.reader, planner=_RawLoadPlanner(False, False), no_dist=True)
         return state
 
@@ -143,13 +150,14 @@ class Checkpoint:
         if missing:
             raise ConfigError(f"{self.folder}: has no {missing[0]}; it was not written by megatron.training")
         state: dict[str, io.BytesIO] = {name: io.BytesIO() for name in names}
-        with _single_process():
+        with single_process():
             load_checkpoint(state, storage_reader=self.reader, planner=_RawLoadPlanner(False, False), no_dist=True)
         return state
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def single_process() -> Iterator[None]:
+    """For loading and saving without a process group."""
     with warnings.catch_warnings():
         # It says that one process loads alone, which is what is asked for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -204,16 +212,27 @@ def write_checkpoint(
         objects: Stored bytes as `Checkpoint.load_objects` gives them.
         files: More small files to put beside, content by name.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    _remove_files(unfinished)
-    unfinished.mkdir(parents=True)
-    with _single_process():
+    with new_checkpoint_folder(folder, files) as unfinished, single_process():
         save_checkpoint(
             {**tensors, **objects},
             storage_writer=FileSystemWriter(unfinished, thread_count=1),
             planner=_RawSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=True,
         )
+
+
+@contextmanager
+def new_checkpoint_folder(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder to write a checkpoint into; it takes the name `folder` when the block ends well.
+
+    Args:
+        folder: `iter_*` folder; must not exist.
+        files: Small files to put beside, content by name; Megatron's description of the format is added.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    _remove_files(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
     for name, content in {**files, "metadata.json": json.dumps(_BACKEND).encode()}.items():
         (unfinished / name).write_bytes(content)
     unfinished.rename(folder)

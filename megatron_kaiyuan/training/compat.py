@@ -9,9 +9,18 @@ import torch
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import training
 
-__all__ = ["keep_shipped_dataset_helpers", "repair_distributed_torch_adam", "use_scheduler"]
+from megatron_kaiyuan.kernels import weight_gradient
+
+__all__ = [
+    "fuse_weight_gradients_without_apex",
+    "keep_shipped_dataset_helpers",
+    "observe_steps",
+    "repair_distributed_torch_adam",
+    "use_scheduler",
+]
 
 
 def keep_shipped_dataset_helpers() -> None:
@@ -24,12 +33,39 @@ def keep_shipped_dataset_helpers() -> None:
         dataset_utils.compile_helpers = lambda: None
 
 
+def fuse_weight_gradients_without_apex() -> None:
+    """Give `--gradient-accumulation-fusion` its two functions where apex's extension is absent.
+
+    Megatron looks for the extension by name at import and refuses the flag without it; torch can do the same.
+    """
+    if not parallel_layers._grad_accum_fusion_available:
+        parallel_layers.fused_weight_gradient_mlp_cuda = weight_gradient
+        parallel_layers._grad_accum_fusion_available = True
+
+
 def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
     """Let the training loop build its parameter scheduler through `build`, called with Megatron's own arguments.
 
     The loop names the class in the middle of a function and offers no hook to choose another.
     """
     training.OptimizerParamScheduler = build
+
+
+def observe_steps(observer: Callable[..., None]) -> None:
+    """Call `observer` after Megatron's own log line of each step, with the same arguments, on all ranks.
+
+    The loop has no hook after a step that learns of its loss, its gradient norm and whether it was skipped. A later
+    call replaces the observer.
+    """
+    original = getattr(training.training_log, "__wrapped__", training.training_log)
+
+    @functools.wraps(original)
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        observer(*args, **kwargs)
+        return result
+
+    training.training_log = logged
 
 
 def repair_distributed_torch_adam() -> None:

@@ -4,6 +4,7 @@ Shapes: b = micro-batch, s = sequence on this context-parallel rank.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,29 +16,64 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-__all__ = ["forward_step", "language_model_loss"]
+from megatron_kaiyuan.training.monitor import RunMonitor
+
+__all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 
 _MODEL_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+_MONITOR_KEYS = ("dataset_id", "band_tokens")
 
 
-def forward_step(
-    data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    """Run one micro-batch; the second result turns the output of the last stage into the loss."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    args = get_args()
-    micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-    batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
-    timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
-    return output, partial(language_model_loss, batch["loss_mask"])
+@dataclass(frozen=True, slots=True)
+class ForwardStep:
+    """What Megatron calls for each micro-batch."""
+
+    monitor: RunMonitor | None = None
+    """Told of every training micro-batch; None: nobody is."""
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """Run one micro-batch; the second result turns the output of the last stage into the loss."""
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        args = get_args()
+        monitor = self.monitor if model.training else None
+        micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
+        timers("batch-generator").stop()
+        if monitor is not None:
+            monitor.observe(model)
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            **_fused_loss(model),
+        )
+        if isinstance(output, tuple):
+            total, losses, peak_logit = output
+            if monitor is not None:
+                monitor.count(batch, losses, peak_logit)
+            return total, partial(fused_language_model_loss, batch["loss_mask"])
+        return output, partial(_counted_loss, monitor, batch)
+
+
+def _counted_loss(
+    monitor: RunMonitor | None, batch: dict[str, Tensor | None], losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    if monitor is not None:
+        monitor.count(batch, losses, None)
+    return language_model_loss(batch["loss_mask"], losses)
+
+
+def _fused_loss(model: Any) -> dict[str, Any]:
+    """The output processor of a stage that has one; middle stages and unfused heads have none."""
+    while hasattr(model, "module"):
+        model = model.module
+    fused = getattr(model, "fused_loss", None)
+    return {} if fused is None else {"output_processor": fused}
 
 
 def _batch_on_this_rank(
@@ -48,7 +84,8 @@ def _batch_on_this_rank(
         return dict.fromkeys(_MODEL_KEYS)
     args = get_args()
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    batch = _next_batch(data_iterator) if tensor_rank == 0 else {}
+    loaded = _next_batch(data_iterator) if tensor_rank == 0 else {}
+    batch = {key: loaded[key] for key in _MODEL_KEYS} if loaded else {}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -67,13 +104,23 @@ def _batch_on_this_rank(
     )
     cp_group = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
-    return {key: batch[key] for key in _MODEL_KEYS}
+    return {key: batch[key] for key in _MODEL_KEYS} | _monitored(loaded)
+
+
+def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """What the monitor counts by; the tokens of a sample are counted by the first of the ranks that share it."""
+    if loaded.get("dataset_id") is None:
+        return {}
+    bands = loaded["band_tokens"]
+    assert bands is not None, "a plan's samples have both"
+    first = parallel_state.get_context_parallel_rank() == 0
+    return {"dataset_id": loaded["dataset_id"], "band_tokens": bands if first else torch.zeros_like(bands)}
 
 
 def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
     assert data_iterator is not None, "the first tensor-parallel rank of an outer stage has the data"
     loaded = next(data_iterator)
-    return {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in _MODEL_KEYS}
+    return {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in _MODEL_KEYS + _MONITOR_KEYS}
 
 
 def language_model_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -90,9 +137,13 @@ def language_model_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tenso
         Loss (scalar, FP32), number of tokens (scalar, int32), and `{"lm loss": [sum, number]}`.
     """
     assert loss_mask is not None, "the last stage has the mask"
-    counted = loss_mask.view(-1).float()
-    loss = torch.sum(losses.view(-1).float() * counted)
-    num_tokens = counted.sum().detach().to(torch.int)
+    return fused_language_model_loss(loss_mask, torch.sum(losses.view(-1).float() * loss_mask.view(-1).float()))
+
+
+def fused_language_model_loss(loss_mask: Tensor | None, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same from the masked sum of the losses, FP32 scalar."""
+    assert loss_mask is not None, "the last stage has the mask"
+    num_tokens = loss_mask.float().sum().detach().to(torch.int)
     _check_finite(loss)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 

@@ -17,7 +17,8 @@ from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.blend import check_data_arguments
-from megatron_kaiyuan.training.forward_step import forward_step
+from megatron_kaiyuan.training.forward_step import ForwardStep
+from megatron_kaiyuan.training.monitoring import build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
@@ -37,6 +38,7 @@ def run_pretraining() -> None:
     store_record(args, plan)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
+    compat.fuse_weight_gradients_without_apex()
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
     with warnings.catch_warnings():
@@ -47,7 +49,7 @@ def run_pretraining() -> None:
         container,
         PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod),
         ModelType.encoder_or_decoder,
-        forward_step,
+        ForwardStep(build_monitor(args, plan)),
         model_provider=partial(kaiyuan_builder, args),
     )
 

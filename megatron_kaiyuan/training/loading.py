@@ -57,6 +57,8 @@ def single_process_arguments(saved: argparse.Namespace) -> argparse.Namespace:
     arguments = copy(saved)
     changes = dict(_ONE_RANK)
     changes.update(defaults_without_optional_kernels())
+    # Nothing is trained here, and which kernels compute it is this machine's affair, not the checkpoint's.
+    changes.update(gradient_accumulation_fusion=False, kaiyuan_fusions="auto")
     if cpu_platform.is_installed():
         changes.update(cpu_platform.CPU_ARGUMENT_DEFAULTS)
     for name, value in changes.items():

@@ -41,9 +41,14 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`make_sample` of the window, with `dataset_id`: the number of its source in the plan, int64 scalar."""
+        """`make_sample` of the window, and what the monitor counts by.
+
+        `dataset_id` is the number of its source in the plan, int64 scalar; `band_tokens` its tokens by quantile band,
+        int64 `[NUM_BANDS]`.
+        """
         sample = make_sample(self.order[index]["tokens"], self.options)
         sample["dataset_id"] = torch.tensor(self.order.source_index(index))
+        sample["band_tokens"] = torch.from_numpy(self.order.band_tokens(index))
         return sample
 
 

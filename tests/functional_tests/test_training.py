@@ -21,7 +21,7 @@ ANOTHER_PHASE = """
   - name: after
     order: shuffled
     tokens: 256
-    lr: {start: 5.0e-2, end: 5.0e-2}
+    lr: {start: 5.0e-2, end: 5.0e-2, jump: true}
     sources: {plain: all}
 """
 
@@ -135,6 +135,17 @@ def test_the_distributed_optimizer_resumes_from_its_default_format(
     train_well(tmp_path, "--plan", str(plan), "--save", "saved", *SAVE_EVERY_THREE, "--exit-interval", "3", optimizer)
     (tmp_path / "resumed").mkdir()
     assert_same_tail(resume(tmp_path / "resumed", plan, tmp_path, optimizer), single[1], tolerance=0)
+
+
+def test_fused_kernels_with_overlapped_gathers_on_two_ranks_train_as_one_unfused_rank(
+    single: tuple[Path, Finished], plan: Path, tmp_path: Path
+) -> None:
+    """The kernels read weights in their modules' place, so they have to wait for the gathers as the modules would."""
+    origin, unbroken = single
+    overlap = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000")
+    fused = ("--kaiyuan-fusions", "norm,rotary,swiglu,loss")
+    finished = resume(tmp_path, plan, origin, *SHARDED, *overlap, *fused, processes=2)
+    assert_same_tail(finished, unbroken, tolerance=ROUNDING)
 
 
 def test_a_run_without_a_plan_trains_on_a_megatron_blend(plan: Path, tmp_path: Path) -> None:

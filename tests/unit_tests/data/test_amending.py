@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import Plan, open_source
@@ -164,6 +165,21 @@ def test_ties_ranked_under_another_seed_are_another_order_and_refused(spec):
     after.check_resume(record, 40)  # the first phase takes its sources as they are stored
     with pytest.raises(ResumeError, match=r"phases\.1 \(ramp\)\.sources\.web\.ranking was"):
         after.check_resume(record, 41)
+
+
+def test_documents_that_became_longer_and_shorter_are_noticed_though_none_of_them_is_probed(tmp_path):
+    """All counts stay, and so do the 64 documents probed; the tokens stored before them do not."""
+    lengths = [5] * 1000
+    spec = plan_of({"s": write_source(tmp_path / "a", numbered_documents(lengths))}, phase_of("shuffled", {"s": "all"}))
+    lengths[101], lengths[901] = 6, 4
+    moved = copy.deepcopy(spec)
+    moved["sources"]["s"] = write_source(tmp_path / "b", numbered_documents(lengths))
+    before, after = Plan.from_spec(spec), Plan.from_spec(moved)
+    probed = np.unique(np.linspace(0, 999, 64).astype(np.int64))
+    assert not {101, 901} & set(probed.tolist())
+    assert before.num_samples == after.num_samples
+    with pytest.raises(ResumeError, match=r"sources\.s\.content was"):
+        after.check_resume(before.order_record(), 1)
 
 
 SAME_ORDER = [name for name, (consumed, _) in ALLOWED.items() if consumed == 120 and "longer" not in name]

@@ -68,6 +68,43 @@ DAMAGES = {
 }
 
 
+def word(array, entry, value):
+    """A change of one entry of `lengths`, `pointers` or `boundaries` of an `.idx`; entry -1 is the last."""
+
+    def change(raw):
+        documents = HEADER.unpack(raw[: HEADER.size])[3]
+        first, count, kind = {
+            "lengths": (34, documents, np.int32),
+            "pointers": (34 + 4 * documents, documents, np.int64),
+            "boundaries": (34 + 12 * documents, documents + 1, np.int64),
+        }[array]
+        numbers = np.frombuffer(raw, kind, count, first).copy()
+        numbers[entry] = value
+        return raw[:first] + numbers.tobytes() + raw[first + numbers.nbytes :]
+
+    return change
+
+
+DAMAGES |= {
+    "first pointer": (".idx", word("pointers", 0, 8), "first document begins at byte 8, .* the file is damaged"),
+    "negative last pointer": (".idx", word("pointers", -1, -4), "at byte -4, .* the file is damaged"),
+    "last pointer inside a token": (".idx", word("pointers", -1, 33), "at byte 33, .* the file is damaged"),
+    "negative last length": (".idx", word("lengths", -1, -1), "last one of -1 tokens .* the file is damaged"),
+    "first boundary": (".idx", word("boundaries", 0, 1), "numbered 1 to .* the file is damaged"),
+    "last boundary": (".idx", word("boundaries", -1, 9), "numbered 0 to 9 of .* the file is damaged"),
+}
+
+
+@pytest.mark.parametrize(("array", "value"), [("lengths", 1000), ("pointers", 4), ("pointers", 1 << 40)])
+def test_a_document_in_the_middle_that_runs_into_its_neighbour_stops_the_fingerprint(tmp_path, array, value):
+    prefix = write_shard(tmp_path / "shard", numbered_documents([3, 4, 5, 4, 3]))
+    spec = plan_of({"web": {"shards": prefix}}, phase_of("shuffled", {"web": "all"}), seq_length=2)
+    assert Plan.from_spec(spec).fingerprint
+    edit(f"{prefix}.idx", word(array, 2, value))
+    with pytest.raises(ShardError, match=r"shard\.idx: document \d does not end where the next one begins .* damaged"):
+        _ = Plan.from_spec(spec).fingerprint
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_shard_is_refused_by_file_name(prefix, name):
     suffix, change, message = DAMAGES[name]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
@@ -97,8 +97,10 @@ def sampler_indices(total, consumed, micro_batch, rank, ranks):
         yield range(first + rank * micro_batch, first + (rank + 1) * micro_batch)
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 1), (1, 4), (2, 1), (3, 2), (8, 1)])
-@pytest.mark.parametrize("consumed", [0, 48])
+@settings(deadline=None, max_examples=25)
+@given(ranks=st.integers(1, 9), micro_batch=st.integers(1, 5), consumed=st.integers(0, 310))
+@example(ranks=1, micro_batch=1, consumed=0)
+@example(ranks=8, micro_batch=4, consumed=48)
 def test_any_number_of_ranks_and_micro_batch_size_together_read_the_same_order(
     spec, samples, ranks, micro_batch, consumed
 ):
@@ -150,7 +152,8 @@ def test_a_pickled_dataset_reopens_its_files(spec, samples):
     assert len(pickle.dumps(order)) < 20_000
 
 
-def test_another_process_sees_the_same_order(spec, samples, tmp_path):
+@pytest.mark.parametrize("hash_seed", ["0", "77"])
+def test_another_process_sees_the_same_order(spec, samples, tmp_path, hash_seed):
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
     run = subprocess.run(
@@ -158,15 +161,18 @@ def test_another_process_sees_the_same_order(spec, samples, tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parents[3])},
+        env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[3])},
     )
     flat = np.array(samples, dtype=np.int64)
     assert run.stdout.split() == [hashlib.sha256(flat.tobytes()).hexdigest(), Plan.from_spec(spec).fingerprint]
 
 
-@pytest.mark.parametrize("cuts", [(30,), (0, 1, 2), (10, 10, 20, 59), range(1, 60)])
-def test_the_same_documents_in_other_shards_give_the_same_order(spec, samples, tmp_path, cuts):
-    recut = mixed_spec(tmp_path / "recut", cuts)
+@settings(deadline=None, max_examples=12)
+@given(cuts=st.lists(st.integers(0, 60), max_size=12))
+@example(cuts=[0, 0, 60, 60])
+@example(cuts=list(range(1, 60)))
+def test_the_same_documents_in_other_shards_give_the_same_order(spec, samples, tmp_path_factory, cuts):
+    recut = mixed_spec(tmp_path_factory.mktemp("recut") / "data", cuts)
     assert all_samples(recut) == samples
     assert Plan.from_spec(recut).fingerprint == Plan.from_spec(spec).fingerprint
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import threading
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from megatron_kaiyuan.data.rank_index import (
     open_rank_index,
     save_rank_index,
     verify_rank_index,
+    write_rank_index,
 )
-from megatron_kaiyuan.errors import RankIndexError
+from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source
 
 DOCUMENTS = 100
@@ -45,6 +47,59 @@ def test_an_index_comes_back_as_it_was_saved(folder):
     assert np.array_equal(fresh.token_marks, stored.token_marks)
     assert (fresh.seed, fresh.digest) == (stored.seed, stored.digest)
     verify_rank_index(path, source, "score")
+
+
+@pytest.mark.parametrize("documents", [1, 40, 300_000])
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_an_index_written_while_it_is_sorted_has_the_bytes_of_one_made_in_memory(tmp_path, documents, wide):
+    """Over shard boundaries, ties, and several pieces and threads; 1e300 asks for the other way of sorting."""
+    prefix = write_shard(tmp_path / "a", [[0, 0]], [0])
+    write_shard(tmp_path / "b", [[0]] * documents)
+    scores = np.random.default_rng(0).integers(0, 50, documents).astype(np.float64 if wide else np.float32)
+    scores[0] = 1e300 if wide else 1
+    np.save(tmp_path / "b.scores.score.npy", scores)
+    source = open_source("s", [prefix, str(tmp_path / "b")])
+    save_rank_index(build_rank_index(source, "score", 7), tmp_path / "memory.rank")
+    meter = RecordingMeter()
+    write_rank_index(source, "score", tmp_path / "streamed.rank", 7, meter)
+    assert (tmp_path / "streamed.rank").read_bytes() == (tmp_path / "memory.rank").read_bytes()
+    assert meter.total == meter.done == 2 * (documents + 1)
+
+
+class RecordingMeter:
+    def __init__(self):
+        self.total = self.done = 0
+        self._lock = threading.Lock()
+
+    def start(self, what, total):
+        self.total += total
+
+    def advance(self, amount):
+        with self._lock:
+            self.done += amount
+
+
+def test_lengths_that_do_not_add_up_to_the_tokens_are_refused_and_nothing_is_written(folder):
+    """Two documents' lengths changed in the middle: the sizes that opening compares stay as they were."""
+    path = folder / "part-001.idx"
+    raw = bytearray(path.read_bytes())
+    raw[34 + 4 * 20 : 34 + 4 * 21] = (1000).to_bytes(4, "little")
+    path.write_bytes(raw)
+    source, before = open_source("s", str(folder)), sorted(folder.iterdir())
+    for build in (build_rank_index, lambda *args: write_rank_index(*args, index_path(source, "score"))):
+        with pytest.raises(ShardError, match=r"(?s)add up to 1,244 tokens, .* hold 246; .*inspect_data.py .* --verify"):
+            build(source, "score")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_nan_score_is_refused_before_anything_is_written(folder):
+    scores = np.load(folder / "part-001.scores.score.npy")
+    scores[3] = np.nan
+    np.save(folder / "part-001.scores.score.npy", scores)
+    source, before = open_source("s", str(folder)), sorted(folder.iterdir())
+    with pytest.raises(ScoreError, match="1 scores are NaN, the first for document 3"):
+        write_rank_index(source, "score", index_path(source, "score"))
+    assert sorted(folder.iterdir()) == before
 
 
 def test_an_index_takes_four_and_a_half_bytes_a_document_and_a_page(folder):
@@ -193,11 +248,26 @@ def test_the_header_says_what_was_ranked(folder):
 
 
 def test_a_failed_write_leaves_neither_index_nor_temporary_file(folder, monkeypatch):
-    def no_space(_):
+    def no_space(*_):
         raise OSError(28, "No space left on device")
 
     before = sorted(folder.iterdir())
+    source = open_source("s", str(folder))
+    for name in ("fsync", "pwrite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, no_space)
+            with pytest.raises(OSError, match="No space left"):
+                write_rank_index(source, "score", index_path(source, "score"))
+        assert sorted(folder.iterdir()) == before
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
         built(folder)
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all_of_them(folder, monkeypatch):
+    _, path = built(folder)
+    whole, pwrite = path.read_bytes(), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, bytes(data)[:7], offset))
+    write_rank_index(open_source("s", str(folder)), "score", path)
+    assert path.read_bytes() == whole

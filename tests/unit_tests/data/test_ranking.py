@@ -1,5 +1,7 @@
 """Laws of ranking documents by score."""
 
+import os
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from megatron_kaiyuan.data.ranking import STRIDE, rank_by_score, ranks_of, token_marks
+from megatron_kaiyuan.data.ranking import STRIDE, prepare_ranking, rank_by_score, ranks_of, stride_sums
 
 SETTINGS = settings(deadline=None, max_examples=80)
 floats32 = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False))
@@ -88,24 +90,48 @@ def test_ranks_of_inverts_the_order(scores, seed):
 
 
 @SETTINGS
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=70), seed=st.integers(0, 3))
-def test_token_marks_are_the_tokens_before_every_sixteenth_rank(lengths, seed):
-    lengths = np.array(lengths)
-    order = rank_by_score(np.zeros(len(lengths), np.float32), seed)
-    before = [int(lengths[order[:rank]].sum()) for rank in range(0, len(lengths), STRIDE)]
-    assert token_marks(order, lambda some: lengths[some]).tolist() == [*before, int(lengths.sum())]
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=70), data=st.data())
+def test_stride_sums_are_the_tokens_of_every_sixteen_documents(lengths, data):
+    documents = data.draw(st.permutations(range(len(lengths))))
+    sums = stride_sums(np.array(lengths, np.int32), np.array(documents, np.uint32))
+    own = [lengths[document] for document in documents]
+    assert sums.dtype == np.int64
+    assert sums.tolist() == [sum(own[first : first + STRIDE]) for first in range(0, len(own), STRIDE)]
 
 
-@pytest.mark.parametrize("documents", [(1 << 19) - 1, (1 << 19) + 5])
-def test_ranking_in_threads_and_chunks_is_a_plain_sort(documents):
-    rng = np.random.default_rng(0)
-    scores = rng.permutation(documents).astype(np.float32)
-    order = rank_by_score(scores)
+def test_stride_sums_do_not_overflow_the_lengths_own_type():
+    lengths = np.full(40, 2**31 - 1, np.int32)
+    assert stride_sums(lengths, np.arange(40, dtype=np.uint32)).tolist() == [16 * (2**31 - 1)] * 2 + [8 * (2**31 - 1)]
+
+
+@pytest.mark.parametrize("documents", [1, 15, 16, (1 << 17) - 1, (1 << 17) + 1, (1 << 19) + 5])
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_ranking_in_threads_and_pieces_is_a_plain_sort(documents, threads, monkeypatch):
+    """Every rank is handed out once, pieces begin at multiples of the stride, and progress adds up."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(threads)))
+    scores = np.random.default_rng(0).permutation(documents).astype(np.float32)
+    order, firsts, heard, lock = np.full(documents, -1), [], [], threading.Lock()
+
+    def take(first, numbers):
+        with lock:
+            assert np.all(order[first : first + len(numbers)] == -1)
+            order[first : first + len(numbers)] = numbers
+            firsts.append((first, len(numbers)))
+
+    prepare_ranking(scores).hand_out(take, heard.append)
     assert np.array_equal(scores[order], np.arange(documents))
-    lengths = rng.integers(0, 50, documents)
-    marks = token_marks(order, lambda some: lengths[some])
-    whole = np.concatenate([[0], np.cumsum(lengths[order])])
-    assert np.array_equal(marks, np.append(whole[:-1:STRIDE], whole[-1]))
+    assert all(first % STRIDE == 0 and (size % STRIDE == 0 or first + size == documents) for first, size in firsts)
+    assert sum(heard) == 2 * documents
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["packed", "stable"])
+def test_an_error_of_whoever_takes_the_documents_is_raised(wide):
+    def refuse(first, numbers):
+        raise OSError(28, "No space left on device")
+
+    scores = np.append(np.zeros(1 << 18), 1e300 if wide else 1.0)
+    with pytest.raises(OSError, match="No space"):
+        prepare_ranking(scores).hand_out(refuse)
 
 
 def test_the_order_of_ties_never_changes_between_versions():

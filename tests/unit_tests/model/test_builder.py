@@ -82,6 +82,7 @@ def test_a_command_line_becomes_the_config_it_asks_for(observations: dict[str, A
         "logit_softcap": 30.0,
         "z_loss": 1e-4,
         "attention": "auto",
+        "fusions": "auto",
     }
     assert observations["megatron"] == (2, 1e-6, True, True)
     assert observations["layer"] == "KaiyuanTransformerLayer"

@@ -14,8 +14,38 @@ from tests.unit_tests.model.reference import Features, Shape, random_batch, rand
 from tests.unit_tests.model.tiny import Case, Outcome
 
 KAIYUAN = Features(sandwich=True, qk_norm=True, softcap=5.0, z_loss=1e-2)
+FUSED = "norm,rotary,swiglu,loss"
 CASES = [
     Case(name="no feature"),
+    Case(name="no feature, fused", fusions=FUSED),
+    Case(name="all features, fused", features=KAIYUAN, fusions=FUSED),
+    Case(name="all features, fused, FP16", features=KAIYUAN, fusions=FUSED, half=True),
+    Case(
+        name="all features, fused, FP16, FP32 residual",
+        features=KAIYUAN,
+        fusions=FUSED,
+        half=True,
+        overrides={"fp32_residual_connection": True},
+    ),
+    Case(
+        name="all features, fused, weight gradients fused, FP16",
+        features=KAIYUAN,
+        fusions=FUSED,
+        half=True,
+        overrides={"gradient_accumulation_fusion": True},
+    ),
+    Case(
+        name="all features, fused, full recompute",
+        features=KAIYUAN,
+        fusions=FUSED,
+        overrides={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    Case(
+        name="all features, fused, selective recompute",
+        features=KAIYUAN,
+        fusions=FUSED,
+        overrides={"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    ),
     Case(name="no feature, unfused attention", attention="unfused"),
     Case(name="sandwich norm", features=Features(sandwich=True)),
     Case(name="QK-norm", features=Features(qk_norm=True)),

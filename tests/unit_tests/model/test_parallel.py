@@ -9,7 +9,7 @@ import torch
 from tests.helpers import run_distributed
 from tests.unit_tests.model import tiny
 from tests.unit_tests.model.reference import Features, Shape, random_weights
-from tests.unit_tests.model.test_model import KAIYUAN, assert_matches_reference
+from tests.unit_tests.model.test_model import FUSED, KAIYUAN, assert_matches_reference
 from tests.unit_tests.model.tiny import Case, Outcome
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -26,6 +26,23 @@ CASES = [
         overrides=FULL_RECOMPUTE | {"sequence_parallel": True},
     ),
     Case(name="PP 2", features=KAIYUAN, pipeline_parallel=2),
+    Case(name="TP 2, fused", features=KAIYUAN, tensor_parallel=2, fusions=FUSED),
+    Case(
+        name="TP 2, fused, FP16, weight gradients fused",
+        features=KAIYUAN,
+        tensor_parallel=2,
+        half=True,
+        fusions=FUSED,
+        overrides={"gradient_accumulation_fusion": True},
+    ),
+    Case(
+        name="TP 2, sequence parallel, fused",
+        features=KAIYUAN,
+        tensor_parallel=2,
+        fusions=FUSED,
+        overrides={"sequence_parallel": True},
+    ),
+    Case(name="PP 2, fused", features=KAIYUAN, pipeline_parallel=2, fusions=FUSED),
     Case(
         name="PP 2, FP16, FP32 residual",
         features=KAIYUAN,

@@ -28,6 +28,7 @@ class Case:
     pipeline_parallel: int = 1
     half: bool = False
     attention: str = "auto"
+    fusions: str = "none"
     overrides: dict[str, Any] = field(default_factory=dict)
     """More fields of the transformer config."""
 
@@ -109,6 +110,7 @@ def build_config(case: Case) -> Any:
             logit_softcap=features.softcap,
             z_loss=features.z_loss,
             attention=case.attention,
+            fusions=case.fusions,
         ),
     }
     return KaiyuanTransformerConfig(**(values | case.overrides))
@@ -187,6 +189,9 @@ def train_step(case: Case) -> Outcome:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from megatron_kaiyuan.training.compat import fuse_weight_gradients_without_apex
+
+    fuse_weight_gradients_without_apex()
     model = build_stage(case)
     load_weights(model, random_weights(case.shape, case.features))
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
@@ -197,13 +202,19 @@ def train_step(case: Case) -> Outcome:
 
     def forward_step(_iterator: Any, stage: Any) -> Any:
         positions = torch.arange(case.shape.sequence).expand_as(tokens)
-        output = stage(tokens, positions, None, labels=labels)
+        fused = getattr(model, "fused_loss", None)
+        extra = {} if fused is None else {"output_processor": fused}
+        output = stage(tokens, positions, None, labels=labels, loss_mask=torch.ones(labels.shape), **extra)
 
         def mean_loss(loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             kept.append(loss.detach().double())
             return loss.float().mean(), {}
 
-        return output, mean_loss
+        def mean_of_fused(total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            kept.append(output[1].double())
+            return total / labels.numel(), {}
+
+        return (output[0], mean_of_fused) if isinstance(output, tuple) else (output, mean_loss)
 
     get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -43,6 +43,19 @@ def null_config(inputs: Sequence[Path], prefix: Path, **settings: Any) -> Prepro
     return PreprocessConfig(inputs=tuple(map(str, inputs)), output_prefix=str(prefix), **settings)
 
 
+def folder_config(inputs: Sequence[Path], folder: Path, **settings: Any) -> PreprocessConfig:
+    settings.setdefault("tokenizer", TokenizerConfig(type="NullTokenizer", vocab_size=NULL_VOCABULARY))
+    return PreprocessConfig(inputs=tuple(map(str, inputs)), output_dir=str(folder), **settings)
+
+
+def build_folder(inputs: Sequence[Path], folder: Path, **settings: Any) -> RunSummary:
+    return preprocess(folder_config(inputs, folder, **settings), SilentReporter([]))
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def build(inputs: Sequence[Path], prefix: Path, **settings: Any) -> RunSummary:
     return preprocess(null_config(inputs, prefix, **settings), SilentReporter([]))
 

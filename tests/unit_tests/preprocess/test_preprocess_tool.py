@@ -38,12 +38,24 @@ def test_done_is_zero_and_tells_what_was_written_and_skipped(tmp_path: Path) -> 
 def test_a_mistake_is_one_line_and_exit_code_one(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", number_rows(3))
     assert run("--input", path, "--output-prefix", tmp_path / "out", *NULL, "--workers", "1").returncode == 0
-    again = run("--input", path, "--output-prefix", tmp_path / "out", *NULL, "--workers", "1")
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: --output-prefix:")
-    assert "--overwrite" in again.stderr
-    assert "Traceback" not in again.stderr
-    assert run("--input", path, "--output-prefix", tmp_path / "out", *NULL, "--overwrite").returncode == 0
+    other = ["--input", path, "--output-prefix", tmp_path / "out", *NULL, "--append-eod"]
+    refused = run(*other)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: output:")
+    assert "--overwrite" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert run(*other, "--overwrite").returncode == 0
+
+
+def test_the_same_command_again_has_nothing_to_do(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(3))
+    command = ["--input", path, "--output-prefix", tmp_path / "out", *NULL, "--workers", "1"]
+    assert run(*command).returncode == 0
+    before = {name.name: name.stat().st_mtime_ns for name in tmp_path.iterdir()}
+    again = run(*command)
+    assert again.returncode == 0
+    assert "1 were complete already" in again.stdout
+    assert {name.name: name.stat().st_mtime_ns for name in tmp_path.iterdir()} == before
 
 
 def test_a_killed_run_shows_no_final_name_and_leaves_no_process(tmp_path: Path) -> None:

@@ -7,14 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import PreprocessError
-from megatron_kaiyuan.preprocess.readers import ByteRange, Lines, expand_inputs, lines_of, read_blocks
+from megatron_kaiyuan.preprocess.inputs import Part, expand_inputs
+from megatron_kaiyuan.preprocess.readers import ByteRange, Lines, lines_of, read_blocks
+
+
+def parts(path: Path) -> list[Part]:
+    return [Part(file) for file in expand_inputs([str(path)])]
 
 
 def read_all_lines(path: Path, block_bytes: int) -> list[bytes]:
     lines = []
-    for block in read_blocks(expand_inputs([str(path)]), ["text"], block_bytes):
+    for block in read_blocks(parts(path), ["text"], block_bytes):
         assert isinstance(block.payload, ByteRange | Lines)
-        lines += lines_of(block.payload)
+        lines += lines_of(block.payload).lines
     return lines
 
 
@@ -50,8 +55,9 @@ def test_blank_lines_keep_their_place(tmp_path: Path) -> None:
 def test_blocks_account_for_all_input_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"12345\n" * 100)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"12345\n" * 100))
-    inputs = expand_inputs([str(tmp_path)])
-    assert sum(block.input_bytes for block in read_blocks(inputs, ["text"], 50)) == sum(file.bytes for file in inputs)
+    inputs = parts(tmp_path)
+    blocks = read_blocks(inputs, ["text"], 50)
+    assert sum(block.input_bytes for block in blocks) == sum(part.file.bytes for part in inputs)
 
 
 def test_directories_and_globs_are_sorted_and_skip_other_files(tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def test_a_file_named_twice_is_an_error(tmp_path: Path) -> None:
 def test_a_file_that_changes_during_the_run_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{}\n")
-    blocks = read_blocks(expand_inputs([str(path)]), ["text"])
+    blocks = read_blocks(parts(path), ["text"])
     path.write_bytes(b"{}\n{}\n")
     payload = next(blocks).payload
     assert isinstance(payload, ByteRange)

@@ -8,7 +8,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.preprocess import ShardWriter, optimal_dtype
+from megatron_kaiyuan.preprocess import ShardWriter, optimal_dtype, partial
 from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord
 from tests.unit_tests.preprocess.corpus import read_shard_by_hand
 
@@ -129,10 +129,16 @@ def test_nothing_has_a_final_name_before_publishing(tmp_path: Path) -> None:
         writer.append(np.ones(2, dtype=np.int32), np.array([2]))
         assert all(path.name.endswith(".partial") for path in tmp_path.iterdir())
         publish(writer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.bin", "p.idx", "p.manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "p.bin",
+        "p.documents.parquet",
+        "p.idx",
+        "p.manifest.json",
+    ]
 
 
-def test_two_writers_of_one_shard_are_refused(tmp_path: Path) -> None:
+def test_two_writers_of_one_shard_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial, "_PATIENCE", 0.0)
     with (
         ShardWriter(str(tmp_path / "p"), np.dtype(np.int32)),
         pytest.raises(ConfigError, match="another process is writing"),
@@ -145,7 +151,12 @@ def test_leftovers_of_a_killed_run_do_not_matter(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"torn")
     write(tmp_path / "p", [[1, 2]], np.int32)
     assert read_shard_by_hand(tmp_path / "p") == [[1, 2]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.bin", "p.idx", "p.manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "p.bin",
+        "p.documents.parquet",
+        "p.idx",
+        "p.manifest.json",
+    ]
 
 
 def test_existing_shard_is_kept_unless_overwriting(tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""Measure the trained models: bits per byte on held-out documents, and tasks where there are any.
+
+One process, one model after another in the same memory. Import this after `cpu_platform.install()`.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.benchmark.results import (
+    HeldOutResult,
+    Identity,
+    RunResult,
+    read_result,
+    result_path,
+    write_result,
+)
+from megatron_kaiyuan.benchmark.runs import Run, SlicedStudy, run_folder
+from megatron_kaiyuan.benchmark.study import Study
+from megatron_kaiyuan.benchmark.tasks import TaskSuite
+from megatron_kaiyuan.benchmark.training import FinishedRun, finished_run
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+from megatron_kaiyuan.training.evaluation import window_losses
+from megatron_kaiyuan.training.loading import (
+    build_untrained,
+    load_weights,
+    single_process_arguments,
+    start_single_process,
+)
+from megatron_kaiyuan.training.token_bytes import token_bytes
+
+__all__ = ["EvaluationOutcome", "HeldOutDocuments", "evaluate_runs"]
+
+_SHAPE_AND_TRAINING = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "padded_vocab_size",
+    "seq_length",
+    "untie_embeddings_and_output_weights",
+    "global_batch_size",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_fraction",
+    "weight_decay",
+    "clip_grad",
+    "adam_beta1",
+    "adam_beta2",
+    "fp16",
+    "bf16",
+    "init_method_std",
+    "train_samples",
+    "kaiyuan_sandwich_norm",
+    "kaiyuan_logit_softcap",
+    "kaiyuan_z_loss",
+)
+"""Megatron's arguments that two compared models must share."""
+
+
+@dataclass(slots=True)
+class EvaluationOutcome:
+    """What `evaluate` did."""
+
+    evaluated: int = 0
+    up_to_date: int = 0
+    unfinished: list[str] = field(default_factory=list)
+    """Runs that are not trained yet."""
+    not_evaluated: dict[str, str] = field(default_factory=dict)
+    """Tasks that could not be loaded or run, with the reason."""
+
+
+class HeldOutDocuments:
+    """Held-out windows of one set, and which document each predicted token belongs to."""
+
+    def __init__(self, plan: Plan, name: str, max_windows: int | None) -> None:
+        """Cut the windows.
+
+        Raises:
+            StudyError: they do not fill one window.
+        """
+        runs = plan.opened[name].held_out_runs
+        self._stream = Stream(runs, 1, None, Fraction(1), plan.seq_length, ascending=False, key=0)
+        self.num_windows = min(self._stream.num_windows, max_windows or self._stream.num_windows)
+        if self.num_windows == 0:
+            raise StudyError(
+                f"evaluation.held_out.{name}: {runs.num_documents} documents have {runs.num_tokens} tokens, less than "
+                f"one window of {plan.seq_length + 1}; hold out more"
+            )
+        owners = [self._owners(window) for window in range(self.num_windows)]
+        numbers, inverse = np.unique(np.concatenate(owners), return_inverse=True)
+        self.num_documents = len(numbers)
+        self._document = inverse.reshape(self.num_windows, plan.seq_length)
+
+    def _owners(self, window: int) -> NDArray[np.int64]:
+        """The document, numbered within the source, of each predicted token of a window; int64 `[seq_length]`."""
+        source = self._stream.selected.order.source
+        segments = self._stream.segments(window)
+        counts = [segment.stop - segment.start for segment in segments]
+        return np.repeat([source.number(segment) for segment in segments], counts)[1:]
+
+    def rows(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens of windows, int64 `[stop - start, seq_length + 1]`."""
+        return np.stack([self._stream.read(window) for window in range(start, stop)])
+
+    def sum_by_document(self, start: int, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Sums over the tokens of each document; `values` is `[windows, seq_length]` from window `start` on."""
+        documents = self._document[start : start + len(values)]
+        return np.bincount(documents.ravel(), weights=values.ravel(), minlength=self.num_documents)
+
+
+def evaluate_runs(
+    study: Study, sliced: SlicedStudy, runs: Sequence[Run], progress: Callable[[], None] = lambda: None
+) -> EvaluationOutcome:
+    """Evaluate every finished run that has no results yet.
+
+    Args:
+        study: The study.
+        sliced: What `slice` wrote.
+        runs: Which of its runs.
+        progress: Called after each run.
+
+    Raises:
+        StudyError: a held-out set is too small, or lm-evaluation-harness is asked for and not installed.
+    """
+    outcome = EvaluationOutcome()
+    evaluator: _Evaluator | None = None
+    for run in runs:
+        finished = finished_run(study, run)
+        if finished is None:
+            outcome.unfinished.append(run.name)
+        elif _is_current(study, run):
+            outcome.up_to_date += 1
+        else:
+            evaluator = evaluator or _Evaluator(study, sliced, run)
+            result = evaluator.measure(run, finished)
+            write_result(study, run, result)
+            outcome.evaluated += 1
+            outcome.not_evaluated |= result.not_evaluated
+        progress()
+    return outcome
+
+
+def _is_current(study: Study, run: Run) -> bool:
+    path = result_path(study, run)
+    if not path.is_file():
+        return False
+    result = read_result(path)
+    return result.digest == run.digest and result.identity.evaluation == study.evaluation_digest
+
+
+class _Evaluator:
+    """The model and the held-out documents, which all runs of a study share."""
+
+    def __init__(self, study: Study, sliced: SlicedStudy, first: Run) -> None:
+        self._study, self._sliced = study, sliced
+        self._suite = TaskSuite.load(study)
+        plan = Plan.load(first.plan)
+        self._held_out = {
+            name: HeldOutDocuments(plan, name, study.evaluation.max_windows) for name in study.evaluation.held_out
+        }
+        self._bytes = token_bytes(study.tokenizer.model) if study.tokenizer is not None else None
+        start_single_process()
+        saved = open_checkpoint(run_folder(study, first) / "checkpoints").arguments
+        self._arguments = single_process_arguments(saved)
+        self._model = build_untrained(self._arguments)
+
+    def measure(self, run: Run, finished: FinishedRun) -> RunResult:
+        """Everything that is measured of one run."""
+        checkpoint = open_checkpoint(run_folder(self._study, run) / "checkpoints")
+        load_weights(self._model, checkpoint)
+        held_out = {name: self._held_out_result(documents) for name, documents in self._held_out.items()}
+        tasks, failed = self._suite.evaluate(self._model, self._study, self._arguments.max_position_embeddings)
+        identity = Identity(
+            tokenizer=self._sliced.tokenizer,
+            model=_model_digest(checkpoint.arguments),
+            tokens=checkpoint.iteration * self._study.training.global_batch_size * self._study.seq_length,
+            evaluation=self._study.evaluation_digest,
+        )
+        return RunResult(run.name, run.digest, identity, held_out, tasks, failed, finished.tokens_per_second)
+
+    def _held_out_result(self, documents: HeldOutDocuments) -> HeldOutResult:
+        nats, tokens, sizes = (np.zeros(documents.num_documents) for _ in range(3))
+        for start in range(0, documents.num_windows, self._study.evaluation.batch_size):
+            rows = documents.rows(start, min(start + self._study.evaluation.batch_size, documents.num_windows))
+            losses = window_losses(self._model, rows).double().cpu().numpy()
+            nats += documents.sum_by_document(start, losses)
+            tokens += documents.sum_by_document(start, np.ones_like(losses))
+            if self._bytes is not None:
+                sizes += documents.sum_by_document(start, self._bytes[rows[:, 1:]])
+        return HeldOutResult(
+            nats=tuple(round(value, 6) for value in nats.tolist()),
+            tokens=tuple(int(value) for value in tokens),
+            bytes=tuple(int(value) for value in sizes),
+        )
+
+
+def _model_digest(arguments: argparse.Namespace) -> str:
+    """Digest of what shapes the model and its training; the data and the seed are left out."""
+    values = {name: str(getattr(arguments, name)) for name in _SHAPE_AND_TRAINING}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

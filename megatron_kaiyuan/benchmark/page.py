@@ -1,0 +1,310 @@
+"""A study as one self-contained HTML page."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_kaiyuan.benchmark.analysis import OVERALL, Analysis, Metric
+from megatron_kaiyuan.benchmark.cost import format_share
+from megatron_kaiyuan.benchmark.figures import curve_figure, heat_figure, matrix_figure
+from megatron_kaiyuan.benchmark.proposal import Proposal, format_p
+from megatron_kaiyuan.benchmark.results import RunResult
+from megatron_kaiyuan.benchmark.runs import SlicedStudy
+from megatron_kaiyuan.benchmark.statistics import variance_ratio
+from megatron_kaiyuan.benchmark.study import Study
+from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.reporting.plan_table import format_tokens
+
+__all__ = ["write_page"]
+
+_STYLE = """
+:root{color-scheme:light}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;max-width:1120px;margin:2rem auto;padding:0 1.2rem;
+color:#1f2933;background:#fff}
+h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.2rem;margin:2.4rem 0 .5rem;padding-top:1rem;
+border-top:1px solid #e4e7eb}h3{font-size:1rem;margin:1.4rem 0 .2rem}
+p.lead{color:#52606d;margin:.2rem 0 1.2rem}p.read{color:#52606d;margin:.1rem 0 .6rem;max-width:92ch}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:.7rem;margin:.8rem 0 1.2rem}
+.card{border:1px solid #e4e7eb;border-radius:8px;padding:.6rem .9rem;background:#f8fafc}
+.card b{display:block;font-size:1.25rem;line-height:1.3;overflow-wrap:anywhere}
+.card span{color:#52606d;font-size:.85rem}
+.note{border-left:4px solid #dd8a1d;background:#fffaf0;padding:.5rem .9rem;margin:.5rem 0;border-radius:0 6px 6px 0}
+.refusal{border-left-color:#c53030;background:#fff5f5}
+ul.findings{padding-left:1.2rem;margin:.4rem 0}ul.findings li{margin:.25rem 0}
+.verdict{display:inline-block;border-radius:10px;padding:0 .6rem;font-size:.85rem;font-weight:600}
+.rises{background:#e6f4ea;color:#22683a}.falls{background:#fde8e8;color:#9b1c1c}.none{background:#eef1f4;color:#52606d}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0 1rem}
+th,td{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eef1f4}
+th{font-weight:600;color:#52606d}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.plots{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:.4rem 1rem}.plots>div{min-width:0}
+@media(max-width:860px){.plots{grid-template-columns:minmax(0,1fr)}}
+pre{white-space:pre-wrap;background:#f8fafc;border:1px solid #e4e7eb;border-radius:8px;padding:.7rem .9rem;
+font-size:.82rem;line-height:1.45}details{margin:.6rem 0}summary{cursor:pointer;color:#2b6cb0;font-weight:600}
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Quantile benchmark</title><style>{style}</style></head><body>{body}</body></html>
+"""
+
+
+class _Figures:
+    """Figures as HTML; the first one brings the library, which is most of the page's 5 MB."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def add(self, figure: Any) -> str:
+        text = figure.to_html(
+            full_html=False, include_plotlyjs=self._first, config={"displayModeBar": False, "responsive": True}
+        )
+        self._first = False
+        return f"<div>{text}</div>"
+
+
+def write_page(
+    study: Study,
+    sliced: SlicedStudy,
+    results: Mapping[str, RunResult],
+    analysis: Analysis,
+    proposal: Proposal,
+    told: Sequence[str],
+    path: Path,
+) -> None:
+    """Write the page atomically; it loads nothing from elsewhere."""
+    figures = _Figures()
+    parts = [
+        "<h1>Which slices are worth training on</h1>",
+        f'<p class="lead">{html.escape(_lead(study, sliced, results))}</p>',
+        *(f'<p class="note refusal">{html.escape(line)}</p>' for line in analysis.refusals),
+        *(f'<p class="note">{html.escape(line)}</p>' for line in analysis.warnings),
+        _cards(analysis),
+        "<h2>What the results show</h2>",
+        _list([line for line in told if line not in analysis.refusals]),
+        _trends(analysis),
+        *_curves(analysis, figures),
+        *_maps(analysis, figures),
+        *_ranking(analysis),
+        *_reversals(analysis),
+        *_proposal(proposal),
+        *_methods(study, analysis),
+        *_runs(study, sliced, results),
+    ]
+    write_text_atomically(path, _PAGE.format(style=_STYLE, body="\n".join(part for part in parts if part)))
+
+
+def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> str:
+    cost = sliced.cost
+    return (
+        f"{len(study.sources)} sources, {len(study.slices.tops)} quantiles, {len(study.training.seeds)} seeds: "
+        f"{len(results)} models of {format_tokens(cost['parameters'])} parameters, each trained on "
+        f"{format_tokens(study.budget)} tokens of one slice ({format_tokens(study.slices.tokens)} unique). "
+        f"{cost['flops']:.2g} FLOPs in all, {format_share(cost['share_of_main_run'])} of the main run."
+    )
+
+
+def _cards(analysis: Analysis) -> str:
+    leader = analysis.ranking(OVERALL)[0]
+    low, high = analysis.rank_range(OVERALL, leader)
+    pairs = [pair for pair in analysis.pairs if pair.score == OVERALL]
+    claimed = sum(pair.claim != "none" for pair in pairs)
+    rising = [trend.source for trend in analysis.trends if trend.score == OVERALL and trend.claim == "rises"]
+    reversed_ = sum(sure for *_, sure in analysis.reversals(OVERALL))
+    cards = [
+        (analysis.cells[leader].name, f"highest mean; {_ranks(low, high)} of {len(analysis.cells)} for sure"),
+        (f"{claimed} of {len(pairs)}", "pairs of slices told apart"),
+        (", ".join(rising) or "none", "sources whose score orders quality"),
+        (str(reversed_), "reversals that are not chance"),
+    ]
+    if min(analysis.seeds) < 2:
+        cards = [(analysis.cells[leader].name, "highest mean, of one seed: not a finding")]
+    return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+
+
+def _ranks(low: int, high: int) -> str:
+    return f"rank {low}" if low == high else f"rank {low} to {high}"
+
+
+def _card(value: str, label: str) -> str:
+    return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+
+
+def _trends(analysis: Analysis) -> str:
+    words = {"rises": "orders quality", "falls": "orders it the wrong way", "none": "not shown"}
+    rows = [
+        [
+            trend.source,
+            trend.score,
+            f'<span class="verdict {trend.claim}">{words[trend.claim]}</span>',
+            f"{trend.estimate.value:+.2f}",
+            f"{trend.estimate.error:.2f}",
+            format_p(trend.adjusted).removeprefix("= "),
+        ]
+        for trend in analysis.trends
+    ]
+    if not rows:
+        return ""
+    header = ["source", "measured on", "its score", "worst to best quantile", "standard error", "p, corrected"]
+    head = (
+        "<h3>Does the score order quality?</h3>"
+        '<p class="read">Rise of the straight line through the quantiles, in spreads between seeds.</p>'
+    )
+    return head + _table(header, rows, numbers={3, 4, 5}, raw={2})
+
+
+def _curves(analysis: Analysis, figures: _Figures) -> list[str]:
+    main = [metric for metric in analysis.metrics if metric.decides]
+    more = [metric for metric in analysis.metrics if not metric.decides]
+    parts = [
+        "<h2>Score against quantile</h2>",
+        '<p class="read">Rings are single seeds, the line their mean, the band its 95 % confidence interval (spread '
+        "between seeds, pooled over all slices). A score that works falls towards the right.</p>",
+        '<div class="plots">',
+        *(
+            f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
+            for metric in main
+        ),
+        "</div>",
+    ]
+    if more:
+        parts += [
+            "<details open><summary>Accuracy and margin (shown, not used for decisions: they move late in small models)"
+            '</summary><div class="plots">',
+            *(_curve(analysis, metric, figures) for metric in more),
+            "</div></details>",
+        ]
+    return parts
+
+
+def _curve(analysis: Analysis, metric: Metric, figures: _Figures) -> str:
+    return f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
+
+
+def _maps(analysis: Analysis, figures: _Figures) -> list[str]:
+    parts = [
+        "<h2>Sources by quantiles</h2>",
+        '<p class="read">How far each slice lies above (blue) or below (red) the mean of all slices, in units of the '
+        "spread between two seeds of one slice. Scores of different sources do not compare; these numbers do.</p>",
+        figures.add(heat_figure(analysis)),
+        "<h2>Which of two slices is better</h2>",
+        '<p class="read">Probability, in percent, that the slice of the row is better than that of the column; both '
+        "are in order of their means. A star marks what is claimed: the differences that stay significant after "
+        "correction for all comparisons.</p>",
+    ]
+    for name in analysis.scores:
+        figure = figures.add(matrix_figure(analysis, name))
+        parts.append(
+            figure if name == OVERALL else f"<details><summary>{html.escape(name)}</summary>{figure}</details>"
+        )
+    return parts
+
+
+def _ranking(analysis: Analysis) -> list[str]:
+    parts = [
+        "<h2>Ranking</h2>",
+        '<p class="read">By capability. The range is what the claims leave open: all ranges hold together with '
+        f"{1 - analysis.level:.0%} confidence.</p>",
+        '<div class="wide"><table><tr><th class="n">place</th>',
+        *(f"<th>{html.escape(name)}</th>" for name in analysis.scores),
+        "</tr>",
+    ]
+    rankings = {name: analysis.ranking(name) for name in analysis.scores}
+    for place in range(len(analysis.cells)):
+        cells = []
+        for name, ranking in rankings.items():
+            low, high = analysis.rank_range(name, ranking[place])
+            cells.append(
+                f"<td>{html.escape(analysis.cells[ranking[place]].name)} <small>({_ranks(low, high)})</small></td>"
+            )
+        parts.append(f'<tr><td class="n">{place + 1}</td>{"".join(cells)}</tr>')
+    return [*parts, "</table></div>"]
+
+
+def _reversals(analysis: Analysis) -> list[str]:
+    head = "<h2>Where quality does not follow the score</h2>"
+    rows = [
+        [
+            name,
+            analysis.cells[lower].name,
+            analysis.cells[upper].name,
+            f'<span class="verdict {"falls" if sure else "none"}">{"claimed" if sure else "may be chance"}</span>',
+        ]
+        for name in analysis.scores
+        for upper, lower, sure in analysis.reversals(name)
+    ]
+    if not rows:
+        return [head, '<p class="read">Nowhere: all means are in order.</p>']
+    header = ["measured on", "did better", "although this has the higher score", ""]
+    return [head, _table(header, rows, raw={3})]
+
+
+def _proposal(proposal: Proposal) -> list[str]:
+    parts = ["<h2>Proposed plan</h2>", f'<p class="read">{html.escape(proposal.summary)}</p>']
+    for one in proposal.advice:
+        parts += [f"<h3>{html.escape(one.source)}</h3>", _list(one.reasons)]
+    if proposal.plan is not None:
+        parts += [
+            '<p class="read">A fragment in the plan&#39;s grammar, as proposed_plan.yaml; token budgets and learning '
+            "rates are yours to add.</p>",
+            f"<pre>{html.escape(proposal.plan)}</pre>",
+        ]
+    return parts
+
+
+def _methods(study: Study, analysis: Analysis) -> list[str]:
+    ratios = [f"{name}: {variance_ratio(score):.3g}" for name, score in analysis.scores.items()]
+    own = study.slices.documents == "own"
+    lines = [
+        "The unit of replication is a run. "
+        + (
+            "Each seed has initial weights, an order and documents of its own, so a difference speaks of the quantile "
+            "and not of a few documents."
+            if own
+            else "All seeds share the documents of a slice, so a difference speaks of these documents alone."
+        ),
+        "A difference is tested with Student's t. Its variance is the pooled variance between seeds plus that of the "
+        "paired differences per held-out document or question; degrees of freedom by Satterthwaite.",
+        f"{len(analysis.trends)} trends and {len(analysis.pairs)} pairs were tested. Each family has Holm's correction "
+        f"at half of {analysis.level:g}, so the chance of any false claim here is at most {analysis.level:.0%}.",
+        "A capability is the mean of its measures, each in units of its spread between seeds; overall is the mean of "
+        "the capabilities.",
+        f"Largest over smallest variance between seeds of a slice, which pooling takes as equal: {', '.join(ratios)}.",
+    ]
+    return ["<h2>How it was tested</h2>", _list(lines)]
+
+
+def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> list[str]:
+    rows = [
+        [
+            f"{run.source} top {run.top * 100:g}%",
+            str(run.seed),
+            f"{run.documents:,}",
+            f"{run.slice_tokens:,}",
+            f"{run.score_low:.4g} to {run.score_high:.4g}",
+            f"{results[run.name].tokens_per_second:,.0f}" if run.name in results else "-",
+        ]
+        for run in sliced.runs
+    ]
+    header = ["slice", "seed", "documents", "tokens", "scores", "tokens/s in training"]
+    table = _table(header, rows, numbers={1, 2, 3, 5})
+    return [f"<h2>Runs</h2><details><summary>{len(rows)} runs of {study.steps:,} steps</summary>{table}</details>"]
+
+
+def _list(lines: Sequence[str]) -> str:
+    return '<ul class="findings">' + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int] | None = None, raw: set[int] | None = None
+) -> str:
+    """A table; columns in `numbers` are aligned to the right, those in `raw` are HTML already."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        texts = (
+            value if tag == "td" and column in (raw or ()) else html.escape(value) for column, value in enumerate(row)
+        )
+        right = (' class="n"' if column in (numbers or ()) else "" for column in range(len(row)))
+        return "".join(f"<{tag}{style}>{text}</{tag}>" for style, text in zip(right, texts, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{cells("th", header)}</tr>{body}</table></div>'

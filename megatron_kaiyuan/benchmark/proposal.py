@@ -1,0 +1,171 @@
+"""From what a study shows to a plan: which top part of which source, in which phase, and why.
+
+A slice speaks for the quantiles nearest to it, so keeping the slices from the best down to the one at `top_k` keeps the
+documents down to the middle between `top_k` and the next quantile that was measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from megatron_kaiyuan.benchmark.analysis import OVERALL, Analysis
+from megatron_kaiyuan.benchmark.study import Study
+from megatron_kaiyuan.data.plan_schema import parse_plan_spec
+
+__all__ = ["Proposal", "SourceAdvice", "propose"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAdvice:
+    """What to do with one source."""
+
+    source: str
+    broad: str | None
+    """Selection in the first phase; None: leave it out."""
+    best: str | None
+    """Selection in the last phase."""
+    in_order: bool
+    """Whether a curriculum may trust the score."""
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Advice for every source, and the plan that follows from it."""
+
+    advice: tuple[SourceAdvice, ...]
+    plan: str | None
+    """YAML in the plan's grammar; None when no conclusion may be drawn."""
+    summary: str
+
+
+def propose(study: Study, analysis: Analysis) -> Proposal:
+    """Turn claims into a plan; where nothing is claimed, everything is kept."""
+    if min(analysis.seeds) < 2:
+        return Proposal((), None, "No plan is proposed: with one seed a slice no difference can be told from chance.")
+    advice = tuple(_advise(study, analysis, source) for source in study.sources)
+    plan = _plan_text(study, advice)
+    claimed = sum(one.broad != "all" or one.best != "all" for one in advice)
+    summary = (
+        f"The claims narrow {claimed} of {len(advice)} sources; a source or phase that they do not narrow is kept "
+        "whole, because nothing was shown against any part of it. Differences are in spreads between seeds, with their "
+        "standard errors."
+    )
+    return Proposal(advice, plan, summary)
+
+
+def _advise(study: Study, analysis: Analysis, source: str) -> SourceAdvice:
+    cells = [number for number, cell in enumerate(analysis.cells) if cell.source == source]
+    ranking = analysis.ranking(OVERALL)
+    leader, middle = ranking[0], ranking[len(ranking) // 2]
+    trend = analysis.trend(source, OVERALL)
+    in_order = trend is not None and trend.claim == "rises"
+    reasons = [_trend_reason(study, analysis, source)]
+    # a slice is dropped from a phase by a claim alone: from the last when it loses to the best of all slices, from the
+    # first when it loses to the slice in the middle of all
+    lost_to_leader = [cell for cell in cells if analysis.claimed_better(OVERALL, leader, cell)]
+    lost_to_middle = [cell for cell in cells if analysis.claimed_better(OVERALL, middle, cell)]
+    best, reason = _selection(analysis, cells, lost_to_leader, leader, "last", trust_score=in_order)
+    reasons.append(reason)
+    broad, reason = _selection(analysis, cells, lost_to_middle, middle, "first", trust_score=in_order)
+    reasons.append(reason)
+    return SourceAdvice(source, broad, best, in_order, tuple(reasons))
+
+
+def _trend_reason(study: Study, analysis: Analysis, source: str) -> str:
+    trend = analysis.trend(source, OVERALL)
+    if trend is None:
+        return "No trend was tested, so its score is not trusted to order documents: `sorted: false`."
+    numbers = (
+        f"{trend.estimate.value:+.3g} from the worst quantile to the best, standard error {trend.estimate.error:.2g}, "
+        f"p {format_p(trend.adjusted)} after correction"
+    )
+    if trend.claim == "rises":
+        return f"Its score `{study.sources[source].score}` orders quality ({numbers}), so a curriculum may follow it."
+    if trend.claim == "falls":
+        return f"Its score orders quality the wrong way ({numbers}): check its sign. Not followed: `sorted: false`."
+    return f"Its score was not shown to order quality ({numbers}), so it is not followed: `sorted: false`."
+
+
+def _selection(
+    analysis: Analysis, cells: Sequence[int], lost: Sequence[int], against: int, phase: str, *, trust_score: bool
+) -> tuple[str | None, str]:
+    """What to keep in a phase, with the reason."""
+    other = analysis.cells[against].name
+    names = ", ".join(_loss(analysis, cell, against) for cell in lost)
+    if not lost:
+        return "all", f"In the {phase} phase: all of it; none of its slices was shown to be worse than {other}."
+    if len(lost) == len(cells):
+        return (
+            None,
+            f"In the {phase} phase: none of it; its slices, at top {names}, were all worse than {other}.",
+        )
+    if not trust_score:
+        text = "all of it; but which part to drop cannot be said by a score that was not shown to order quality"
+        return "all", f"In the {phase} phase: {text} (worse than {other}: its slices at top {names})."
+    kept = [cell for cell in cells if cell not in lost]
+    contiguous = [cell for cell in cells if cell <= max(kept)]
+    fraction = _edge(analysis, cells, contiguous[-1])
+    # a slice that lost but lies above one that did not is kept: the plan's grammar keeps a top part, not a comb
+    between = [analysis.cells[cell] for cell in contiguous if cell in lost]
+    remark = (
+        f" ({', '.join(_percent(cell.top) for cell in between)} lost too, above a slice that did not)"
+        if between
+        else ""
+    )
+    keep = "all" if fraction == 1 else f"top {_percent(fraction)}"
+    return keep, f"In the {phase} phase: {keep}; its slices at top {names} were shown to be worse than {other}{remark}."
+
+
+def _loss(analysis: Analysis, cell: int, against: int) -> str:
+    """A slice's quantile and how far it is behind another slice, in seed spreads."""
+    estimate = analysis.difference(OVERALL, cell, against)
+    return f"{_percent(analysis.cells[cell].top)} ({estimate.value:+.1f} +- {estimate.error:.1f})"
+
+
+def _edge(analysis: Analysis, cells: Sequence[int], last: int) -> Fraction:
+    """The middle between a slice's quantile and the next one measured; 1 after the last."""
+    place = list(cells).index(last)
+    if place + 1 == len(cells):
+        return Fraction(1)
+    return (analysis.cells[last].top + analysis.cells[cells[place + 1]].top) / 2
+
+
+def _percent(fraction: Fraction) -> str:
+    return f"{float(fraction * 100):g}%"
+
+
+def format_p(value: float) -> str:
+    """A p-value in three characters or a bound."""
+    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
+
+
+def _plan_text(study: Study, advice: Sequence[SourceAdvice]) -> str:
+    """The plan, checked against the plan's own schema."""
+    phases = []
+    for name, order in (("broad", "shuffled"), ("best", "curriculum")):
+        chosen = {one.source: keep for one in advice if (keep := one.broad if name == "broad" else one.best)}
+        unsorted = {one.source for one in advice if not one.in_order} if order == "curriculum" else set()
+        parts = {
+            source: {"keep": keep, "sorted": False} if source in unsorted else {"keep": keep}
+            for source, keep in chosen.items()
+        }
+        if parts:
+            phases.append({"name": name, "order": order, "sources": parts})
+    used = {source for phase in phases for source in _sources(phase)}
+    content: dict[str, Any] = {
+        "seq_length": study.seq_length,
+        "sources": {
+            name: source.model_dump(exclude_none=True) for name, source in study.sources.items() if name in used
+        },
+        "phases": phases,
+    }
+    parse_plan_spec(content)
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
+
+def _sources(phase: dict[str, Any]) -> list[str]:
+    return list(phase["sources"])

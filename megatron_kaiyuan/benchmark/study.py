@@ -1,0 +1,349 @@
+"""The study file of a quantile benchmark: YAML validated field by field, unknown keys refused."""
+
+import hashlib
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_kaiyuan.benchmark.reference_model import ReferenceModel, preset_model
+from megatron_kaiyuan.data.plan_schema import TokenizerSpec, Tokens, _UniqueKeyLoader
+from megatron_kaiyuan.data.selection import parse_fraction
+from megatron_kaiyuan.errors import StudyError
+
+__all__ = [
+    "DEFAULT_CAPABILITIES",
+    "DEFAULT_TASKS",
+    "BenchmarkSource",
+    "EvaluationSpec",
+    "HeldOutSpec",
+    "SliceSpec",
+    "Study",
+    "TaskSpec",
+    "TrainingSpec",
+    "load_study",
+    "parse_study",
+    "top_name",
+]
+
+DEFAULT_CAPABILITIES: dict[str, tuple[str, ...]] = {
+    "knowledge": ("mmlu", "arc_easy", "arc_challenge", "commonsense_qa", "boolq"),
+    "common sense": ("piqa", "hellaswag", "winogrande"),
+    "Chinese": ("cmmlu", "ceval-valid"),
+    "math": ("gsm8k",),
+    "code": ("humaneval",),
+}
+"""Tasks of the default suite by lm-eval's names, grouped as in the Kaiyuan-2B report (arXiv 2512.07612)."""
+
+DEFAULT_TASKS: tuple[str, ...] = tuple(task for tasks in DEFAULT_CAPABILITIES.values() for task in tasks)
+
+
+def _parse_top(value: object) -> Fraction:
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{value!r} is not a quantile; write 0%, 20% or 0.2 (counted from the best document)")
+    return parse_fraction(str(value).strip())
+
+
+def _parse_seeds(value: object) -> object:
+    """`3` stands for seeds 1, 2, 3."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{value} seeds; give at least one, and three or more to draw conclusions")
+        return list(range(1, value + 1))
+    return value
+
+
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = [value for number, value in enumerate(values) if value in values[:number]]
+    if repeated:
+        raise ValueError(f"{float(repeated[0]):g} is named twice")
+    return values
+
+
+Top = Annotated[Fraction, BeforeValidator(_parse_top)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class BenchmarkSource(_Strict):
+    """A scored dataset whose slices are compared."""
+
+    shards: str | list[str]
+    """A prefix, a directory, a glob, or a list of these; relative to the working directory."""
+    score: str
+    """Score sidecar that ranks the documents, higher is better."""
+    domain: str | None = None
+    """Group in the report and in the proposed plan."""
+    rank_index: str | None = None
+    """Path of the rank index, when it is not beside the shards."""
+
+
+class HeldOutSpec(_Strict):
+    """Documents that every model is evaluated on and none is trained on."""
+
+    documents: int = Field(gt=0)
+    shards: str | list[str] | None = None
+    """Shards of a set that is only evaluated on; None: part of the source of this name."""
+    capability: str = "language modelling"
+    """What it stands for in the ranking."""
+
+
+class SliceSpec(_Strict):
+    """Which part of each source one run is trained on."""
+
+    tops: Annotated[tuple[Top, ...], Field(min_length=2), AfterValidator(_unique)] = tuple(
+        Fraction(percent, 100) for percent in (0, 20, 40, 60, 80)
+    )
+    """Quantiles counted from the best document: a slice lies around each, 0 % is the very best."""
+    tokens: Tokens
+    """Size of every slice; a whole number of windows of `seq_length`."""
+    documents: Literal["own", "shared"] = "own"
+    """`own`: each seed has documents of its own, next to each other by score; `shared`: all seeds have the same."""
+    min_documents: int = Field(default=30, gt=0)
+    """A slice of fewer documents is refused: it would measure single documents, not a quantile."""
+
+
+class TrainingSpec(_Strict):
+    """How every run is trained; all runs alike."""
+
+    tokens: Tokens | None = None
+    """Budget of each run; None: the slice once."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_parse_seeds), Field(min_length=1), AfterValidator(_unique)] = (
+        1,
+        2,
+        3,
+    )
+    """Of the initial weights, the order and, with own documents, which documents."""
+    micro_batch_size: int = Field(default=8, gt=0)
+    global_batch_size: int = Field(default=256, gt=0)
+    processes: int = Field(default=1, gt=0)
+    """Ranks of one run (data parallel, unless `flags` say otherwise)."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr: float = Field(default=1e-4, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    save_interval: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; None: a fifth of the run."""
+    flags: tuple[str, ...] = ()
+    """More of Megatron's flags, the same for all runs."""
+
+
+class TaskSpec(_Strict):
+    """One task of lm-evaluation-harness."""
+
+    name: str = Field(min_length=1)
+    """Its name there, or in one of `task_folders`."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """None: what the task says."""
+    capability: str | None = None
+    """None: that of the default suite, or else the task's own name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class EvaluationSpec(_Strict):
+    """What every model is measured with."""
+
+    held_out: dict[str, HeldOutSpec] = Field(min_length=1)
+    """By name; bits per byte on each."""
+    max_windows: int | None = Field(default=None, gt=0)
+    """Windows of each held-out set; None: all."""
+    batch_size: int = Field(default=16, gt=0)
+    tasks: Annotated[tuple[TaskSpec, ...] | Literal["default"], Field()] = ()
+    """lm-evaluation-harness tasks; `default`: the suite of the Kaiyuan-2B report."""
+    task_folders: tuple[str, ...] = ()
+    """Folders with task files in lm-eval's YAML format; they need no network when their data are local."""
+    limit: int | None = Field(default=None, gt=0)
+    """Items of each task; None: all."""
+    generate: bool = False
+    """Also run tasks that generate text (GSM8K, HumanEval) to the end; their likelihood scores need no generation."""
+
+    def all_tasks(self) -> tuple[TaskSpec, ...]:
+        """The tasks, the default suite spelled out."""
+        return tuple(TaskSpec(name=name) for name in DEFAULT_TASKS) if self.tasks == "default" else self.tasks
+
+    def capability_of(self, measure: str) -> str:
+        """The capability that a held-out set or a task stands for."""
+        if measure in self.held_out:
+            return self.held_out[measure].capability
+        spec = next(task for task in self.all_tasks() if task.name == measure)
+        default = next((name for name, tasks in DEFAULT_CAPABILITIES.items() if measure in tasks), measure)
+        return spec.capability or default
+
+
+class MainRunSpec(_Strict):
+    """The run that the study is for; the report says what share of it the study costs."""
+
+    parameters: Tokens = 2_030_000_000
+    tokens: Tokens = 2_200_000_000_000
+
+
+class CostSpec(_Strict):
+    """What the estimate of GPU hours assumes."""
+
+    peak_tflops: float = Field(default=989.0, gt=0)
+    """Dense peak of one accelerator in the precision of the runs; 989: H100 and H200 in bf16."""
+    mfu: float = Field(default=0.4, gt=0, le=1)
+    """Share of the peak that training reaches."""
+    tokens_per_second: float | None = Field(default=None, gt=0)
+    """Measured speed of one accelerator; replaces the two above."""
+    main_run: MainRunSpec = MainRunSpec()
+
+
+class Study(_Strict):
+    """A whole study file."""
+
+    output: str
+    """Folder of everything that the study writes."""
+    seq_length: int = Field(gt=0, strict=True)
+    seed: int = Field(default=1234, ge=0, strict=True)
+    """Of the held-out documents and of ties between equal scores; the runs' own seeds are in `training`."""
+    tokenizer: TokenizerSpec | None = None
+    sources: dict[str, BenchmarkSource] = Field(min_length=1)
+    slices: SliceSpec
+    model: ReferenceModel
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec
+    cost: CostSpec = CostSpec()
+    level: float = Field(default=0.05, gt=0, lt=0.5)
+    """Chance, at most, that the report makes any false claim."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_by_name(cls, value: object) -> object:
+        if isinstance(value, dict) and isinstance(value.get("model"), str):
+            return {**value, "model": preset_model(value["model"])}
+        return value
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "Study":
+        self._check_names()
+        self._check_budgets()
+        return self
+
+    def _check_names(self) -> None:
+        for name in (*self.sources, *self.evaluation.held_out):
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"the name {name!r} becomes part of file names; use letters, digits, - and _")
+        for name, held_out in self.evaluation.held_out.items():
+            if (name in self.sources) == (held_out.shards is not None):
+                remedy = "leave shards out" if name in self.sources else "give it shards, or name a source"
+                raise ValueError(
+                    f"evaluation.held_out.{name}: {'is' if name in self.sources else 'is not'} one of the sources; "
+                    f"{remedy}"
+                )
+        names = [task.name for task in self.evaluation.all_tasks()]
+        for number, name in enumerate(names):
+            if name in names[:number] or name in self.evaluation.held_out:
+                raise ValueError(f"evaluation.tasks: {name!r} names two measures; each needs a name of its own")
+
+    def _check_budgets(self) -> None:
+        batch = self.training.global_batch_size * self.seq_length
+        if self.slices.tokens % self.seq_length:
+            raise ValueError(
+                f"slices.tokens: {self.slices.tokens:,} is not a whole number of windows of {self.seq_length} tokens; "
+                f"{max(1, self.slices.tokens // self.seq_length) * self.seq_length:,} is"
+            )
+        if self.budget % batch:
+            raise ValueError(
+                f"training.tokens: {self.budget:,} is not a whole number of steps of {self.training.global_batch_size} "
+                f"x {self.seq_length} tokens; {max(1, round(self.budget / batch)) * batch:,} is"
+            )
+        if self.budget < self.slices.tokens:
+            raise ValueError(
+                f"training.tokens: {self.budget:,} is less than a slice ({self.slices.tokens:,}), so part of it would "
+                "never be seen; make slices.tokens smaller"
+            )
+        if self.training.global_batch_size % (self.training.micro_batch_size * self.training.processes):
+            raise ValueError("training: global_batch_size must be a multiple of micro_batch_size x processes")
+
+    @property
+    def budget(self) -> int:
+        """Tokens of each run."""
+        return self.training.tokens or self.slices.tokens
+
+    @property
+    def steps(self) -> int:
+        """Training steps of each run."""
+        return self.budget // (self.training.global_batch_size * self.seq_length)
+
+    @property
+    def folder(self) -> Path:
+        """Where the study writes."""
+        return Path(self.output)
+
+    @property
+    def training_digest(self) -> str:
+        """Identifies everything that the runs depend on. 16 hex digits."""
+        content = self.model_dump(mode="json", exclude={"evaluation", "cost", "level", "output"})
+        content["held_out"] = {
+            name: spec.model_dump(mode="json", exclude={"capability"})
+            for name, spec in self.evaluation.held_out.items()
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def evaluation_digest(self) -> str:
+        """Identifies what the models are measured with. 16 hex digits."""
+        names = {"max_windows", "tasks", "task_folders", "limit", "generate"}
+        content = self.evaluation.model_dump(mode="json", include=names)
+        text = json.dumps([self.training_digest, content], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def top_name(top: Fraction) -> str:
+    """`top20` for one fifth: the name of a quantile in run names."""
+    return f"top{float(top * 100):g}".replace(".", "_")
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and validate a study file.
+
+    Raises:
+        StudyError: no such file, not YAML, or fields that are wrong, missing or unknown; names every one of them.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise StudyError(f"study {path}: cannot be read ({error.strerror}); give the path of a YAML study") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"study {path}: not YAML: {error}") from error
+    return parse_study(raw, str(path))
+
+
+def parse_study(raw: object, origin: str = "study") -> Study:
+    """Validate a study given as plain data.
+
+    Raises:
+        StudyError: names every wrong field.
+    """
+    if not isinstance(raw, dict):
+        raise StudyError(f"{origin}: a study is a mapping with sources, slices and model, got {type(raw).__name__}")
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(detail) for detail in error.errors()]
+        raise StudyError(f"{origin}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error
+
+
+def _describe(detail: Any) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = "unknown key; check its spelling against docs/quantile-benchmark.md"
+    silent = detail["type"] in ("extra_forbidden", "missing") or not place
+    return (
+        f"  {place}: {message}" + ("" if silent else f" (given: {detail['input']!r:.80})") if place else f"  {message}"
+    )

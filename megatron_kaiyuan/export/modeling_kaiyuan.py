@@ -1,0 +1,280 @@
+# mypy: disable-error-code="no-untyped-call"
+"""The Kaiyuan language model for Hugging Face transformers. Copied beside the weights at export.
+
+`x += norm_post(f(norm_pre(x)))` for attention and SwiGLU, RMSNorm on queries and keys, and `c * tanh(logits / c)` on
+the output; each is switched by the configuration. The same function as the training code computes, to rounding.
+
+Shapes: b = batch, s = sequence, h = hidden, n = query heads, g = key/value heads, d = head size.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from .configuration_kaiyuan import KaiyuanConfig
+
+__all__ = ["KaiyuanForCausalLM", "KaiyuanModel"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + d/2}) of `x`, [b, heads, s, d], by angles given as [b, s, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def plain_attention(
+    module: "KaiyuanAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with visible weights (`attn_implementation="eager"`); softmax in FP32."""
+    key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class KaiyuanAttention(nn.Module):
+    """Grouped-query attention with rotary positions and optional norms on queries and keys."""
+
+    def __init__(self, config: KaiyuanConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; [b, s, h] to [b, s, h], and the weights where the implementation tells them."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *angles)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *angles)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        name = self.config._attn_implementation
+        attend: Callable[..., Any] = plain_attention if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
+        context, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.o_proj(context.reshape(*x.shape[:-1], -1).contiguous()), weights
+
+
+class KaiyuanMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: KaiyuanConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, h] to [b, s, h]."""
+        return cast(Tensor, self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class KaiyuanDecoderLayer(GradientCheckpointingLayer):
+    """One layer; `post_attention_layernorm` is the norm before the MLP, as in Llama and GLM-4."""
+
+    def __init__(self, config: KaiyuanConfig, layer_idx: int) -> None:
+        super().__init__()
+
+        def output_norm() -> nn.Module:
+            return nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sandwich_norm else nn.Identity()
+
+        self.self_attn = KaiyuanAttention(config, layer_idx)
+        self.mlp = KaiyuanMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attn_layernorm = output_norm()
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_mlp_layernorm = output_norm()
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[b, s, h] to [b, s, h], and the attention weights where the implementation tells them."""
+        branch, weights = self.self_attn(self.input_layernorm(x), angles, attention_mask, past_key_values, **kwargs)
+        x = x + self.post_self_attn_layernorm(branch)
+        x = x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+        return x, weights
+
+
+class KaiyuanPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the model."""
+
+    config_class = KaiyuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KaiyuanDecoderLayer"]  # noqa: RUF012 (as transformers declares it)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class KaiyuanModel(KaiyuanPreTrainedModel):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: KaiyuanConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(KaiyuanDecoderLayer(config, number) for number in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,  # noqa: FBT001 (the names and kinds of transformers)
+        output_hidden_states: bool | None = None,  # noqa: FBT001
+        output_attentions: bool | None = None,  # noqa: FBT001
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states, [b, s, h], of int64 ids [b, s] or embeddings [b, s, h]; see transformers for the rest."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        angles = self._angles(position_ids, x)
+        states: list[Tensor] = []
+        attentions: list[Tensor | None] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x)
+            x, weights = layer(x, angles, mask, past_key_values, **kwargs)
+            if output_attentions:
+                attentions.append(weights)
+        x = self.norm(x)
+        if output_hidden_states:
+            states.append(x)  # as elsewhere in transformers, the last one is what the output layer sees
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=cast(Any, tuple(attentions)) if output_attentions else None,
+        )
+
+    def _angles(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of position * theta^(-2i/d), [b, s, d]; computed in FP32 (FP64 for an FP64 model)."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        size = self.config.head_dim
+        exponents = torch.arange(0, size, 2, device=x.device, dtype=precise) / size
+        angles = position_ids.to(precise).unsqueeze(-1) / self.config.rope_parameters["rope_theta"] ** exponents
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class KaiyuanForCausalLM(KaiyuanPreTrainedModel, GenerationMixin):
+    """The language model: logits, soft-capped where the configuration says so."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers declares it)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: KaiyuanConfig) -> None:
+        super().__init__(config)
+        self.model = KaiyuanModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,  # noqa: FBT001 (the names and kinds of transformers)
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, [b, s, vocabulary], in FP32 where they are capped; the loss too, where labels are given.
+
+        Args:
+            input_ids: int64 [b, s].
+            attention_mask: [b, s], 0 = padding.
+            position_ids: int64 [b, s]; None = counted from the start of the cache.
+            past_key_values: Keys and values of earlier tokens.
+            inputs_embeds: [b, s, h] in place of ids.
+            labels: int64 [b, s], -100 = not counted.
+            use_cache: Whether to return the cache.
+            logits_to_keep: Compute only the last so many positions, or those of an index; 0 = all.
+            **kwargs: For the attention implementation and the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        cap = self.config.final_logit_softcapping
+        if cap is not None:
+            # As in training: FP32, from the product in the weights' precision.
+            logits = cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

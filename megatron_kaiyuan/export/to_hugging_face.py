@@ -1,0 +1,176 @@
+"""Export: a `torch_dist` checkpoint to a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+One process on the CPU, no process group, memory of one layer's largest matrix, however the run was parallelised.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.errors import ConvertError
+from megatron_kaiyuan.export.architecture import Architecture, architecture_from_arguments
+from megatron_kaiyuan.export.checkpoint_parts import read_rows, row_groups
+from megatron_kaiyuan.export.tensor_files import Form, TensorWriter
+from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, open_tokenizer
+from megatron_kaiyuan.export.weight_names import Weight, parts_of, weights_of
+from megatron_kaiyuan.training.checkpoint_io import Checkpoint
+
+__all__ = ["CONVERSION_NAME", "DEFAULT_FILE_BYTES", "export_checkpoint"]
+
+CONVERSION_NAME = "conversion.json"
+"""File of an exported model that says which checkpoint it is."""
+DEFAULT_FILE_BYTES = 5 * 10**9
+_FORMAT = "megatron_kaiyuan.conversion/1"
+_AVERAGE_NAME = "average.json"
+_CODE = ("configuration_kaiyuan.py", "modeling_kaiyuan.py")
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    tokenizer: Path | None = None,
+    max_file_bytes: int = DEFAULT_FILE_BYTES,
+    progress: Callable[[int], None] = lambda _bytes: None,
+) -> Architecture:
+    """Write a model folder: safetensors, config, generation config, the model's code and, if given, its tokenizer.
+
+    Weights keep their stored dtype and bits. The folder appears whole or not at all.
+
+    Args:
+        checkpoint: Of training, or an average of several.
+        output: Must not exist.
+        tokenizer: Folder with `tokenizer.json`.
+        max_file_bytes: Largest safetensors file.
+        progress: Called with the bytes that each step wrote.
+
+    Raises:
+        ConvertError: the model has no counterpart, the output exists, or the tokenizer does not fit.
+    """
+    if output.exists():
+        raise ConvertError(f"--output {output} exists; remove it or name another folder")
+    architecture = architecture_from_arguments(checkpoint.arguments)
+    weights = list(weights_of(architecture))
+    _check_tensors(checkpoint, architecture, weights)
+    fitting = None if tokenizer is None else open_tokenizer(tokenizer, architecture.padded_vocab_size)
+    with _appearing_whole(output) as folder:
+        forms = _exported_forms(checkpoint, architecture, weights)
+        with TensorWriter(folder, forms, max_file_bytes) as writer:
+            for weight in weights:
+                _export_weight(checkpoint, architecture, weight, writer, progress)
+        _write_descriptions(folder, checkpoint, architecture, fitting)
+    return architecture
+
+
+@contextmanager
+def _appearing_whole(output: Path) -> Iterator[Path]:
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(output)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _stored_names(checkpoint: Checkpoint, architecture: Architecture, weight: Weight) -> list[str]:
+    """Names of a weight in the checkpoint: one, or one a layer where they are not stacked."""
+    if not weight.stacked or weight.name in checkpoint.tensors:
+        return [weight.name]
+    return [weight.name_of_layer(layer) for layer in range(architecture.num_layers)]
+
+
+def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, weights: list[Weight]) -> None:
+    """Every weight is there in the right shape, and nothing that the export would leave behind."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for weight in weights:
+        names = _stored_names(checkpoint, architecture, weight)
+        stacked = (architecture.num_layers,) if weight.stacked and names == [weight.name] else ()
+        wanted.update(dict.fromkeys(names, (*stacked, *weight.shape)))
+    stored = {name: shape for name, (shape, _) in checkpoint.tensors.items()}
+    missing = sorted(wanted.keys() - stored.keys())
+    unknown = sorted(stored.keys() - wanted.keys())
+    if missing or unknown:
+        lines = [f"has no {name}" for name in missing[:3]] + [f"has {name} beside" for name in unknown[:3]]
+        raise ConvertError(
+            f"{checkpoint.folder}: {'; '.join(lines)}: not the weights of the model that its arguments describe "
+            f"({len(missing)} missing, {len(unknown)} too many). Was it trained with layers of its own?"
+        )
+    for name, shape in wanted.items():
+        if stored[name] != shape:
+            raise ConvertError(f"{checkpoint.folder}: {name} is {stored[name]}, its arguments say {shape}")
+
+
+def _exported_forms(checkpoint: Checkpoint, architecture: Architecture, weights: list[Weight]) -> dict[str, Form]:
+    """Shape and dtype of every exported tensor, layer by layer, so that a file holds whole layers."""
+    first = [weight for weight in weights if not weight.stacked][:1]
+    last = [weight for weight in weights if not weight.stacked][1:]
+    layered = [(weight, layer) for layer in range(architecture.num_layers) for weight in weights if weight.stacked]
+    forms: dict[str, Form] = {}
+    for weight, layer in [(weight, 0) for weight in first] + layered + [(weight, 0) for weight in last]:
+        dtype = checkpoint.tensors[_stored_names(checkpoint, architecture, weight)[0]][1]
+        parts = parts_of(weight, torch.empty(weight.shape, dtype=dtype, device="meta"), architecture)
+        for name, part in zip(weight.part_names(layer), parts, strict=True):
+            forms[name] = (tuple(part.shape), dtype)
+    return forms
+
+
+def _export_weight(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    weight: Weight,
+    writer: TensorWriter,
+    progress: Callable[[int], None],
+) -> None:
+    for layer, tensor in _layers_of(checkpoint, architecture, weight):
+        for name, part in zip(weight.part_names(layer), parts_of(weight, tensor, architecture), strict=True):
+            writer.write(name, part)
+        progress(tensor.nbytes)
+
+
+def _layers_of(
+    checkpoint: Checkpoint, architecture: Architecture, weight: Weight
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each layer's number and tensor; a weight outside the layers counts as layer 0."""
+    names = _stored_names(checkpoint, architecture, weight)
+    if not weight.stacked or names != [weight.name]:
+        for layer, name in enumerate(names):
+            yield layer, read_rows(checkpoint, name, 0, checkpoint.tensors[name][0][0])
+        return
+    for first, end in row_groups(checkpoint, weight.name):
+        yield from enumerate(read_rows(checkpoint, weight.name, first, end), start=first)
+
+
+def _write_descriptions(
+    folder: Path, checkpoint: Checkpoint, architecture: Architecture, tokenizer: ExportedTokenizer | None
+) -> None:
+    arguments = checkpoint.arguments
+    special = {} if tokenizer is None else tokenizer.special_ids
+    dtype = checkpoint.tensors["embedding.word_embeddings.weight"][1]
+    _write_json(folder / "config.json", {**architecture.to_config(dtype), **special})
+    generation = {} if tokenizer is None else tokenizer.generation_config(architecture.padded_vocab_size)
+    _write_json(folder / "generation_config.json", generation)
+    average = checkpoint.folder / _AVERAGE_NAME
+    conversion = {
+        "format": _FORMAT,
+        "iteration": checkpoint.iteration,
+        "consumed_train_samples": int(getattr(arguments, "consumed_train_samples", 0)),
+        "seed": getattr(arguments, "seed", None),
+        "average": json.loads(average.read_text()) if average.is_file() else None,
+    }
+    _write_json(folder / CONVERSION_NAME, conversion)
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    if tokenizer is not None:
+        tokenizer.copy_to(folder)
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,87 @@
+"""Megatron's self-attention with QK-norm and rotary positions as one kernel (`kernels/qk_norm_rope.py`).
+
+Everything else is Megatron's: the packed product, the core attention, the output product, the names in checkpoints. A
+call that the kernel does not cover (inference with a cache, packed sequences, gates, interleaved or partial rotation,
+fewer key/value groups than tensor-parallel ranks) takes Megatron's own way.
+
+Shapes: s = sequence, b = batch, g = key/value groups and n = query heads of this rank, d = head size.
+"""
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
+from megatron_kaiyuan.model.hooks import weight_for_kernel
+
+__all__ = ["FusedRotarySelfAttention"]
+
+
+class FusedRotarySelfAttention(SelfAttention):
+    """Drop-in for `SelfAttention`."""
+
+    _angles: Tensor | None = None
+    """Rotary angles of the call in progress, [s, 1, 1, d], when the kernel does the rotation."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; rotary angles that the kernel applies are not applied again."""
+        if args or not self._covers(rotary_pos_emb, kwargs):
+            unfused: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+            )
+            return unfused
+        self._angles = rotary_pos_emb
+        try:
+            fused: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
+            return fused
+        finally:
+            self._angles = None
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Queries [s, b, n, d], keys and values [s, b, g, d], normed and rotated if this call's angles are set."""
+        if self._angles is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        packed, _bias = self.linear_qkv(hidden_states)
+        groups = self.num_query_groups_per_partition
+        return qk_norm_rope(
+            packed.view(*packed.shape[:2], groups, -1),
+            self._angles.flatten(1),
+            _gain(self.q_layernorm),
+            _gain(self.k_layernorm),
+            queries_per_group=self.num_attention_heads_per_partition // groups,
+            head_size=self.hidden_size_per_attention_head,
+            eps=self.config.layernorm_epsilon,
+        )
+
+    def _covers(self, angles: Any, call: dict[str, Any]) -> bool:
+        """Whether this call is ordinary training or evaluation of the ordinary layout."""
+        config = self.config
+        ordinary_call = isinstance(angles, Tensor) and all(value is None for value in call.values())
+        if not ordinary_call or config.no_rope_freq or config.attention_output_gate or config.test_mode:
+            return False
+        full_rotation = angles.shape[1:] == (1, 1, self.hidden_size_per_attention_head)
+        default_rotation = not config.rotary_interleaved and not config.multi_latent_attention and not _is_yarn(self)
+        norms_agree = _has_gain(self.q_layernorm) == _has_gain(self.k_layernorm)
+        return full_rotation and default_rotation and norms_agree and config.num_query_groups >= self.world_size
+
+
+def _is_yarn(attention: SelfAttention) -> bool:
+    """Whether the rotation is scaled (YaRN)."""
+    return bool(attention._yarn_concentration_factor != 1.0)
+
+
+def _has_gain(norm: Any) -> bool:
+    return norm is not None and not isinstance(norm, IdentityOp)
+
+
+def _gain(norm: Any) -> Tensor | None:
+    return weight_for_kernel(norm) if _has_gain(norm) else None

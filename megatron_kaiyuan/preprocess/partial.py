@@ -1,0 +1,168 @@
+"""Files under construction: `<final name>.<writer>.partial`, invisible to every reader until they are renamed.
+
+The name holds the host and the process, so two processes that build one shard at one time never write one file: at
+worst both do the same work, and the names go from one whole set of files to another with the same bytes. Where the file
+system has locks the second one is refused instead. Nothing is shared between the tasks of a job array but folders.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.preprocess.manifest import FileRecord
+
+__all__ = ["HashedFile", "Spool", "list_partials", "partial_path", "remove_dead_partials", "sync_folder"]
+
+_SECONDS_ALIVE = 600.0
+"""A run appends to its files far more often than that."""
+_PATIENCE = 5.0
+"""Seconds for the workers of a run that was killed a moment ago to end."""
+_SPOOL_CHUNK = 1 << 18
+
+
+def partial_path(final: Path) -> Path:
+    """Where this process builds the file that will be called `final`."""
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
+    return Path(f"{final}.{host}-{os.getpid()}.partial")
+
+
+class HashedFile:
+    """A partial file that counts and hashes what passes through it; what is written after `discard` goes nowhere."""
+
+    closed = False
+
+    def __init__(self, final: Path, *, locked: bool = False) -> None:
+        self.final = final
+        self.partial = partial_path(final)
+        self._stream: BinaryIO = self.partial.open("wb")
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._discarded = False
+        if locked:
+            _lock(self._stream)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append."""
+        if self._discarded:
+            return len(data)
+        self._stream.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        if not self._discarded:
+            self._stream.flush()
+
+    def sync(self) -> FileRecord:
+        """Force everything to disk, and say what it is."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return FileRecord(name=self.final.name, bytes=self._size, sha256=self._digest.hexdigest())
+
+    def publish(self) -> None:
+        """Give the file its final name."""
+        self.partial.replace(self.final)
+
+    def discard(self) -> None:
+        """Close it, and remove it unless it was published."""
+        self._discarded = True
+        self.partial.unlink(missing_ok=True)
+        self._stream.close()
+
+
+class Spool:
+    """A column of numbers on disk: appended block by block, read back in chunks of a fixed size."""
+
+    def __init__(self, path: Path, dtype: type[np.int32] | type[np.float32]) -> None:
+        self.count = 0
+        self._partial = partial_path(path)
+        self._dtype = np.dtype(dtype)
+        self._stream = self._partial.open("w+b")
+
+    def append(self, values: NDArray[np.generic]) -> None:
+        """Add numbers at the end."""
+        self._stream.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+        self.count += len(values)
+
+    def chunks(self) -> Iterator[NDArray[np.number]]:
+        """All numbers from the first on."""
+        self._stream.flush()
+        self._stream.seek(0)
+        while data := self._stream.read(_SPOOL_CHUNK * self._dtype.itemsize):
+            yield np.frombuffer(data, dtype=self._dtype)
+
+    def discard(self) -> None:
+        """Close and remove it."""
+        self._partial.unlink(missing_ok=True)
+        self._stream.close()
+
+
+def _lock(stream: BinaryIO) -> None:
+    """Mark the file as somebody's; the mark dies with the process. A file system without locks does without."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+
+
+def remove_dead_partials(prefix: str) -> None:
+    """Remove what killed runs left of the shard `prefix`; the partial manifest goes last.
+
+    Raises:
+        ConfigError: a process that is alive holds one of the files.
+    """
+    found = list_partials(prefix)
+    deadline = time.monotonic() + _PATIENCE
+    for path in found:
+        while alive := _may_be_alive(path):
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        if alive:
+            raise ConfigError(
+                f"output {prefix}: another process is writing {path}; wait for it or choose another output"
+            )
+    for path in sorted(found, key=lambda path: ".manifest." in path.name):
+        path.unlink(missing_ok=True)
+
+
+def list_partials(prefix: str) -> list[Path]:
+    """Partial files of the shard `prefix`, of whatever process."""
+    name, folder = re.escape(Path(prefix).name), Path(prefix).parent
+    pattern = re.compile(rf"{name}\.(bin|idx|lengths|documents|scores\..+|manifest)\.(.*\.)?partial")
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def _may_be_alive(path: Path) -> bool:
+    """Whether the process that writes a partial file may still run: its lock tells, or else the age of the file."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:  # a file system without locks
+        return time.time() - path.stat().st_mtime < _SECONDS_ALIVE
+    return False
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,64 @@
+"""`metrics.jsonl`: one JSON object a log line of a run, appended; what `tools/report_run.py` reads.
+
+A run that was killed and resumed from an older checkpoint repeats steps. Its lines then come twice; the later one
+counts.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_kaiyuan.errors import MetricsError
+
+__all__ = ["append_metrics", "read_metrics"]
+
+
+def append_metrics(path: Path, entry: Mapping[str, Any]) -> None:
+    """Append one line with a single write, after a newline if the last line was torn by a crash.
+
+    Raises:
+        MetricsError: the file cannot be written.
+    """
+    line = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
+    except OSError as error:
+        raise MetricsError(
+            f"{path} cannot be written ({error.strerror}); free space, or choose another --kaiyuan-metrics"
+        ) from error
+
+
+def read_metrics(path: Path, *, last_iteration: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a run in the order of its steps, repeated steps as they were last.
+
+    Args:
+        path: The file; one that does not exist has no lines.
+        last_iteration: Leave out later steps: those that a resumed run will repeat.
+
+    Returns:
+        Entries by ascending "iteration". Lines that a crash tore are left out: the run repeated their step, or ended
+        there.
+    """
+    if not path.exists():
+        return []
+    entries: dict[int, dict[str, Any]] = {}
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            iteration = int(entry["iteration"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for later in [known for known in entries if known >= iteration]:
+            del entries[later]
+        entries[iteration] = entry
+    return [entry for step, entry in sorted(entries.items()) if last_iteration is None or step <= last_iteration]

@@ -1,0 +1,316 @@
+"""What a run says about itself beside Megatron's own log line, and when it should stop.
+
+    every log line        loss and tokens by source, tokens by quantile band, throughput: log, TensorBoard, wandb,
+    metrics.jsonl every so many steps   max |activation| of each layer and its distance from the end of FP16
+    at a skipped step     the weights whose gradient is not finite; the next step is metered to see if activations are
+    too many in a row     the run stops with a diagnosis, on all ranks, since all know the same skips and the same scale
+
+Cost: a few sums of [b, s] a micro-batch, one all-reduce of a few hundred numbers a log line, and the meter's
+reductions in one of `activation_interval` steps (docs/benchmarks.md).
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_kaiyuan.errors import TrainingStopped
+from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
+from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
+from megatron_kaiyuan.training.source_counters import NUM_BANDS, SourceCounters, SourceSums
+
+__all__ = ["MonitorOptions", "RunMonitor", "StepReport"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorOptions:
+    """When what is reported, and where to."""
+
+    log_interval: int
+    """Steps between two log lines (`--log-interval`)."""
+    activation_interval: int = 100
+    """Steps between two readings of the activation meter; 0 = never."""
+    max_skipped_steps: int = 50
+    """The run stops after so many skipped steps in a row; 0 = never. From 2^32 down to 1 takes 33 halvings."""
+    metrics: Path | None = None
+    """`metrics.jsonl`; None: not written."""
+    seq_length: int
+    """Tokens a sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What Megatron's loop knows after a step; the same on all ranks but for `loss`, which the last stage has."""
+
+    iteration: int
+    consumed_samples: int
+    skipped: bool
+    """The optimizer did not step because a gradient was not finite."""
+    loss_scale: float
+    learning_rate: float | None
+    grad_norm: float | None
+    loss: float | None
+
+
+@dataclass
+class RunMonitor:
+    """One for each process; all processes have to call the same methods at the same steps."""
+
+    options: MonitorOptions
+    counters: SourceCounters
+    write_scalar: Callable[[str, float, int], None] | None
+    """Name, value, step; None on the ranks that log nothing. One rank has it, the one that also writes `metrics`."""
+    say: Callable[[str], None]
+    """Prints on that rank."""
+    totals: dict[str, list[int]] = field(default_factory=dict)
+    """Tokens by source since the first step: all of them, then by band. Kept on the logging rank."""
+    _models: list[Any] = field(default_factory=list)
+    _meters: list[ActivationMeter] = field(default_factory=list)
+    _metering: bool = False
+    _peak_logit: Tensor | None = None
+    _skipped_in_a_row: int = 0
+    _skipped_since_line: int = 0
+    _diagnosis: str = "no activation was metered"
+    _clock: float = field(default_factory=time.perf_counter)
+    _samples_at_line: int | None = None
+    _activations: dict[str, Any] = field(default_factory=dict)
+
+    def resume(self, iteration: int, consumed_samples: int) -> None:
+        """Take the totals over from the lines of the run's earlier part."""
+        self._samples_at_line = consumed_samples
+        if self.options.metrics is None or self.write_scalar is None:
+            return
+        for entry in read_metrics(self.options.metrics, last_iteration=iteration):
+            for name, sums in entry.get("sources", {}).items():
+                self._add_to_totals(name, int(sums["tokens"]), sums["bands"])
+
+    def observe(self, model: Any) -> None:
+        """Make a model chunk known, once; called with every micro-batch."""
+        if any(known is model for known in self._models):
+            return
+        self._models.append(model)
+        self._meters.append(ActivationMeter(model))
+        if self._metering:
+            self._meters[-1].start()
+
+    def count(self, batch: dict[str, Tensor | None], losses: Tensor, peak_logit: Tensor | None) -> None:
+        """Count the losses [b, s] of a training micro-batch; only ranks that loaded it know its sources."""
+        source_ids, band_tokens, mask = batch.get("dataset_id"), batch.get("band_tokens"), batch["loss_mask"]
+        if self._metering and peak_logit is not None:
+            earlier = self._peak_logit
+            self._peak_logit = peak_logit if earlier is None else torch.maximum(earlier, peak_logit)
+        if source_ids is not None and band_tokens is not None and mask is not None:
+            self.counters.add(source_ids, band_tokens, losses, mask)
+
+    def after_step(self, step: StepReport) -> None:
+        """Report what is due after this step.
+
+        Raises:
+            TrainingStopped: too many steps in a row were skipped.
+        """
+        self._read_meters(step)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
+        self._skipped_since_line += step.skipped
+        if step.skipped:
+            self._explain_skip(step)
+        if step.iteration % self.options.log_interval == 0:
+            self._write_line(step)
+        limit = self.options.max_skipped_steps
+        if limit and self._skipped_in_a_row >= limit:
+            raise TrainingStopped(
+                f"{limit} steps in a row were skipped, the loss scale is down to {step.loss_scale:g} at step "
+                f"{step.iteration}: {self._diagnosis}. Resume from an earlier checkpoint with a lower learning rate, "
+                "or with --kaiyuan-sandwich-norm, --qk-layernorm and a soft-cap if they are off; "
+                "--kaiyuan-max-skipped-steps 0 goes on regardless"
+            )
+        interval = self.options.activation_interval
+        if step.skipped or (interval and (step.iteration + 1) % interval == 0):
+            self._start_meters()
+
+    def _start_meters(self) -> None:
+        self._metering = True
+        self._peak_logit = None
+        for meter in self._meters:
+            meter.reset()
+            meter.start()
+
+    def _read_meters(self, step: StepReport) -> None:
+        """Peaks of all pipeline stages, if this step was metered."""
+        if not self._metering:
+            return
+        self._metering = False
+        peaks = [peak for meter in self._meters for peak in meter.read()]
+        for meter in self._meters:
+            meter.stop()
+        if self._peak_logit is not None:
+            peaks.append(ActivationPeak("output_layer", float(self._peak_logit)))
+        merged = _merged(_gathered(peaks))
+        if not merged:
+            return
+        culprit = first_non_finite(merged)
+        largest = max(merged, key=lambda entry: entry.peak if math.isfinite(entry.peak) else math.inf)
+        if culprit is not None:
+            self._diagnosis = f"the first activation that is not finite is that of {culprit}"
+        else:
+            self._diagnosis = (
+                f"all activations are finite (the largest, {largest.peak:.4g} in {largest.name}, is "
+                f"{largest.headroom:.3g} times below the end of FP16), so it is the scaled gradients that overflow"
+            )
+        self._activations = {entry.name: entry.peak if math.isfinite(entry.peak) else None for entry in merged}
+        self._write("activations/largest", largest.peak, step.iteration)
+        self._write("activations/FP16 headroom", largest.headroom, step.iteration)
+        for entry in merged:
+            self._write(f"activations/{entry.name}", entry.peak, step.iteration)
+        if culprit is not None:
+            self.say(f" step {step.iteration}: {self._diagnosis}")
+
+    def _explain_skip(self, step: StepReport) -> None:
+        """Name weights whose gradient is not finite: in the order of the backward pass the first one is the origin."""
+        names = [name for model in self._models for name in _non_finite_gradients(model)]
+        names = [name for part in _gathered(names) for name in part]
+        if names:
+            last = max(names, key=_depth)
+            self.say(
+                f" step {step.iteration} was skipped: {len(names)} gradients are not finite, the deepest is that of "
+                f"{last}; the loss scale is now {step.loss_scale:g}"
+            )
+
+    def _write_line(self, step: StepReport) -> None:
+        sums = self.counters.take()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        before = step.consumed_samples if self._samples_at_line is None else self._samples_at_line
+        tokens, self._samples_at_line = (
+            (step.consumed_samples - before) * self.options.seq_length,
+            step.consumed_samples,
+        )
+        skipped, self._skipped_since_line = self._skipped_since_line, 0
+        activations, self._activations = self._activations, {}
+        if self.write_scalar is None:
+            return
+        for name, source in sums.items():
+            self._write_source(name, source, step.iteration)
+        if any(source.tokens for source in sums.values()):
+            self.say(_line(step.iteration, sums))
+        if self.options.metrics is not None:
+            entry = {
+                "iteration": step.iteration,
+                "consumed_samples": step.consumed_samples,
+                "learning_rate": _finite(step.learning_rate),
+                "loss": _finite(step.loss),
+                "grad_norm": _finite(step.grad_norm),
+                "loss_scale": step.loss_scale,
+                "skipped_steps": skipped,
+                "tokens": tokens,
+                "seconds": round(seconds, 4),
+                "sources": {
+                    name: {"loss": _finite(source.loss), "tokens": source.tokens, "bands": list(source.bands)}
+                    for name, source in sums.items()
+                    if source.tokens
+                },
+            }
+            append_metrics(self.options.metrics, entry | ({"activations": activations} if activations else {}))
+
+    def _write_source(self, name: str, source: SourceSums, iteration: int) -> None:
+        self._add_to_totals(name, source.tokens, source.bands)
+        total, *bands = self.totals[name]
+        self._write(f"source tokens/{name}", total, iteration)
+        if source.loss is not None:
+            self._write(f"source loss/{name}", source.loss, iteration)
+        if any(bands):
+            for number, band in enumerate(bands):
+                self._write(f"band tokens/{name} {_band_name(number)}", band, iteration)
+
+    def _add_to_totals(self, name: str, tokens: int, bands: Sequence[int]) -> None:
+        total = self.totals.setdefault(name, [0] * (1 + NUM_BANDS))
+        for place, more in enumerate((tokens, *bands)):
+            total[place] += int(more)
+
+    def _write(self, name: str, value: float, iteration: int) -> None:
+        if self.write_scalar is not None:
+            self.write_scalar(name, value, iteration)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _band_name(number: int) -> str:
+    step = 100 // NUM_BANDS
+    return f"{number * step}-{(number + 1) * step}%"
+
+
+def _line(iteration: int, sums: dict[str, SourceSums]) -> str:
+    """Loss and share of the tokens, source by source."""
+    total = sum(source.tokens for source in sums.values())
+    parts = [
+        f"{name} {source.loss:.4f} ({source.tokens / total:.1%})"
+        for name, source in sums.items()
+        if source.loss is not None
+    ]
+    return f" loss by source at step {iteration} (share of {total:,} tokens): {', '.join(parts)}"
+
+
+def _gathered(value: list[Any]) -> list[list[Any]]:
+    """This list of every rank."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, value)
+    return everywhere
+
+
+def _merged(parts: list[list[ActivationPeak]]) -> list[ActivationPeak]:
+    """The largest peak of each name over the ranks, in the order of computation."""
+    largest: dict[str, ActivationPeak] = {}
+    for peak in (peak for part in parts for peak in part):
+        known = largest.get(peak.name)
+        if known is None or not peak.peak <= known.peak:  # a NaN wins, too
+            largest[peak.name] = peak if known is None or not math.isnan(known.peak) else known
+    return sorted(largest.values(), key=lambda entry: _depth(entry.name))
+
+
+def _depth(name: str) -> tuple[int, int, int]:
+    """Where in the forward pass a module or its weight is, by name: embedding, layer by layer, output layer."""
+    if name.startswith("embedding"):
+        return 0, 0, 0
+    if not name.startswith("decoder.layers."):
+        return (1, 1 << 30, 0) if name.startswith("decoder") else (2, 0, 0)
+    _, _, layer, *rest = name.split(".", 4)
+    within = (
+        "input_layernorm",
+        "self_attention",
+        "post_self_attn_layernorm",
+        "pre_mlp_layernorm",
+        "mlp",
+        "post_mlp_layernorm",
+    )
+    inner = ("linear_qkv", "q_layernorm", "k_layernorm", "linear_proj", "linear_fc1", "linear_fc2")
+    place = within.index(rest[0]) * 10 if rest and rest[0] in within else 100
+    second = rest[1].split(".")[0] if len(rest) > 1 else ""
+    return 1, int(layer), place + (inner.index(second) if second in inner else 0)
+
+
+def _non_finite_gradients(model: Any) -> list[str]:
+    """Names, with the layer's number in the whole model, of this rank's weights whose gradient has an inf or a NaN."""
+    while hasattr(model, "module"):
+        model = model.module
+    named = [(name, getattr(weight, "main_grad", None)) for name, weight in model.named_parameters()]
+    checked = [(name, gradient) for name, gradient in named if gradient is not None]
+    if not checked:
+        return []
+    finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in checked]).tolist()
+    return [_global_name(model, name) for (name, _), good in zip(checked, finite, strict=True) if not good]
+
+
+def _global_name(model: Any, name: str) -> str:
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, local, rest = name.split(".", 3)
+    return f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"

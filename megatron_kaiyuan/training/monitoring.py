@@ -1,0 +1,90 @@
+"""Connects the run monitor to Megatron's loop: its arguments, its writers, its log line."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.utils import print_rank_last
+
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
+from megatron_kaiyuan.training.source_counters import SourceCounters
+
+__all__ = ["build_monitor"]
+
+
+def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
+    """A monitor that is told of every step of the loop that follows.
+
+    Args:
+        args: Megatron's validated arguments.
+        plan: Names the sources; a run without a plan has none to count.
+    """
+    is_logging_rank = args.rank == args.world_size - 1  # the process group does not exist yet
+    options = MonitorOptions(
+        log_interval=args.log_interval,
+        activation_interval=args.kaiyuan_activation_interval,
+        max_skipped_steps=args.kaiyuan_max_skipped_steps,
+        metrics=_metrics_path(args),
+        seq_length=args.seq_length,
+    )
+    counters = SourceCounters(() if plan is None else tuple(plan.sources))
+    monitor = RunMonitor(options, counters, _write_scalar if is_logging_rank else None, print_rank_last)
+    compat.observe_steps(_Observer(args, monitor))
+    return monitor
+
+
+def _metrics_path(args: argparse.Namespace) -> Path | None:
+    if args.kaiyuan_metrics:
+        return Path(args.kaiyuan_metrics)
+    return Path(args.save) / "metrics.jsonl" if args.save else None
+
+
+def _write_scalar(name: str, value: float, iteration: int) -> None:
+    """To TensorBoard and wandb, where Megatron has set them up (on the last rank)."""
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if writer is not None:
+        writer.add_scalar(name, value, iteration)
+    if wandb is not None:
+        wandb.log({name: value}, iteration)
+
+
+class _Observer:
+    """Called with the arguments of Megatron's `training_log`."""
+
+    def __init__(self, args: argparse.Namespace, monitor: RunMonitor) -> None:
+        self._args = args
+        self._monitor = monitor
+        self._resumed = False
+
+    def __call__(
+        self,
+        loss_dict: dict[str, Any],
+        _total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        _report_memory_flag: object,
+        skipped_iter: int,
+        grad_norm: float | None,
+        *_others: object,
+        **_more: object,
+    ) -> None:
+        if not self._resumed:
+            # The loop's own count; at construction it is not yet known, since the checkpoint is loaded later.
+            self._resumed = True
+            self._monitor.resume(iteration - 1, self._args.consumed_train_samples - self._args.global_batch_size)
+        loss = loss_dict.get("lm loss")
+        self._monitor.after_step(
+            StepReport(
+                iteration=iteration,
+                consumed_samples=self._args.consumed_train_samples,
+                skipped=bool(skipped_iter),
+                loss_scale=float(loss_scale),
+                learning_rate=learning_rate,
+                grad_norm=None if grad_norm is None else float(grad_norm),
+                loss=None if loss is None else float(loss),
+            )
+        )

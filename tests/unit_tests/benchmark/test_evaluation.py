@@ -1,0 +1,56 @@
+"""Held-out losses are booked to the document that each predicted token belongs to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import StudyError
+from tests.unit_tests.data.tiny import write_shard
+
+LENGTHS = [5, 9, 1, 14, 3, 8, 2, 30, 6, 4]
+
+
+def held_out(folder: Path, documents: int, max_windows: int | None = None, seq_length: int = 7) -> object:
+    cpu_platform.install()
+    from megatron_kaiyuan.benchmark.evaluation import HeldOutDocuments
+
+    texts = [[number] * length for number, length in enumerate(LENGTHS)]
+    prefix = write_shard(folder / "s", texts)
+    plan = Plan.from_spec(
+        {
+            "seq_length": seq_length,
+            "sources": {"s": {"shards": prefix}},
+            "phases": [{"name": "p", "order": "shuffled", "sources": {"s": {"max_repeat": 9}}}],
+            "validation": {"s": {"documents": documents}},
+        }
+    )
+    return HeldOutDocuments(plan, "s", max_windows), plan.opened["s"].held_out.tolist()
+
+
+@pytest.mark.parametrize("max_windows", [None, 2])
+def test_every_predicted_token_counts_for_its_own_document(tmp_path: Path, max_windows: int | None) -> None:
+    documents, numbers = held_out(tmp_path, 8, max_windows)  # type: ignore[misc]
+    # each token is its document's number, so what is predicted says whose it is
+    stream = [number for number in numbers for _ in range(LENGTHS[number])]
+    predicted = stream[1 : 1 + documents.num_windows * 7]
+    expected = [predicted.count(number) for number in numbers if number in predicted]
+    rows = documents.rows(0, documents.num_windows)
+    assert rows[:, 1:].ravel().tolist() == predicted
+    assert documents.sum_by_document(0, np.ones_like(rows[:, 1:])).tolist() == expected
+    sums = documents.sum_by_document(0, rows[:, 1:])
+    assert sums.tolist() == [number * predicted.count(number) for number in numbers if number in predicted]
+
+
+def test_batches_add_up_to_the_whole(tmp_path: Path) -> None:
+    documents, _ = held_out(tmp_path, 8)  # type: ignore[misc]
+    values = np.random.default_rng(0).random((documents.num_windows, 7))
+    parts = sum(documents.sum_by_document(start, values[start : start + 2]) for start in range(0, len(values), 2))
+    assert np.allclose(parts, documents.sum_by_document(0, values))
+
+
+def test_held_out_documents_that_fill_no_window_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="less than one window of 32"):
+        held_out(tmp_path, 3, seq_length=31)

@@ -1,0 +1,114 @@
+"""The report: what the page and the data say, and that a real browser draws it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_kaiyuan.benchmark.report import write_report
+from megatron_kaiyuan.benchmark.results import read_result, result_path
+from megatron_kaiyuan.benchmark.runs import SlicedStudy
+from megatron_kaiyuan.benchmark.study import Study
+from megatron_kaiyuan.data.plan_schema import parse_plan_spec
+from megatron_kaiyuan.errors import StudyError
+from tests.unit_tests.benchmark.tiny_study import informative, nothing, sliced_study, study_content, write_results
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, SlicedStudy]:
+    folder = tmp_path_factory.mktemp("report")
+    held_out = study_content(folder)["evaluation"]["held_out"]
+    evaluation = {"held_out": held_out, "tasks": [{"name": "quiz", "capability": "knowledge <&>"}]}
+    study, sliced = sliced_study(folder, evaluation=evaluation)
+    write_results(study, sliced, informative, task=True)
+    return study, sliced
+
+
+def test_results_are_read_as_they_were_written(reported: tuple[Study, SlicedStudy]) -> None:
+    study, sliced = reported
+    result = read_result(result_path(study, sliced.runs[0]))
+    assert result.run == sliced.runs[0].name
+    assert len(result.held_out["clean"].nats) == len(result.tasks["quiz"].metrics["accuracy"]) == 60
+
+
+def test_the_conclusions_name_the_informative_score_and_refuse_the_other(reported: tuple[Study, SlicedStudy]) -> None:
+    told = write_report(*reported).conclusions
+    assert told[0].startswith("good: better-scored documents train a better model")
+    assert told[1].startswith("odd: its score was not shown to order quality")
+
+
+def test_the_data_hold_every_number_of_the_page(reported: tuple[Study, SlicedStudy]) -> None:
+    study, sliced = reported
+    content = json.loads(write_report(study, sliced).data.read_text())
+    assert len(content["cells"]) == 6
+    assert {pair["claim"] for pair in content["pairs"]} >= {"none", "first"}
+    assert all(0 <= pair["p_value"] <= pair["p_adjusted"] <= 1 for pair in content["pairs"])
+    assert [len(metric["seed_values"]) for metric in content["metrics"]] == [6, 6, 6]
+    # the figure of a run is its nats over its bytes, from the file of results
+    result = read_result(result_path(study, sliced.runs[0])).held_out["clean"]
+    bits = sum(result.nats) / sum(result.bytes) / 0.6931471805599453
+    assert content["metrics"][0]["seed_values"][0][0] == pytest.approx(bits)
+    assert parse_plan_spec(yaml.safe_load(content["proposal"]["plan"])).seq_length == 32
+    assert (study.folder / "proposed_plan.yaml").read_text() == content["proposal"]["plan"]
+
+
+def test_the_page_is_whole_and_loads_nothing(reported: tuple[Study, SlicedStudy]) -> None:
+    text = write_report(*reported).page.read_text()
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="(?!data:)', text)
+    assert "knowledge &lt;&amp;&gt;" in text
+    assert "knowledge <&>" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    for heading in ("Score against quantile", "Sources by quantiles", "Which of two slices is better", "Ranking"):
+        assert f"<h2>{heading}</h2>" in text
+
+
+def test_a_report_without_all_results_is_refused_or_marked(tmp_path: Path) -> None:
+    study, sliced = sliced_study(tmp_path)
+    with pytest.raises(StudyError, match="18 of 18 runs have no results"):
+        write_report(study, sliced)
+    write_results(study, sliced, nothing)
+    result_path(study, sliced.runs[3]).unlink()
+    with pytest.raises(StudyError, match=r"1 of 18 runs have no results: good-top40-seed1; .*--partial"):
+        write_report(study, sliced)
+    assert "Incomplete: 17 of 18" in write_report(study, sliced, partial=True).page.read_text()
+
+
+def test_a_report_on_one_seed_says_that_it_concludes_nothing(tmp_path: Path) -> None:
+    training = study_content(tmp_path)["training"] | {"seeds": 1}
+    study, sliced = sliced_study(tmp_path, training=training)
+    write_results(study, sliced, informative)
+    written = write_report(study, sliced)
+    assert written.conclusions == (
+        "No conclusion is drawn: a slice with one seed has no spread to compare a difference with. Train at least two "
+        "seeds of each, better three.",
+    )
+    text = written.page.read_text()
+    assert "highest mean, of one seed: not a finding" in text
+    assert not (study.folder / "proposed_plan.yaml").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_real_browser_draws_every_figure(reported: tuple[Study, SlicedStudy], tmp_path: Path) -> None:
+    page = write_report(*reported).page.resolve()
+    assert CHROMIUM is not None
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=6000",
+    ]
+    command = [CHROMIUM, *flags, "--dump-dom", page.as_uri()]
+    drawn = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    # three curves, the map, and a matrix for overall and both capabilities; each has plotly's main drawing
+    assert drawn.count('class="main-svg"') >= 7
+    assert drawn.count("js-plotly-plot") >= 7
+    for word in ("top 40%", "good", "odd", "claimed"):
+        assert word in drawn

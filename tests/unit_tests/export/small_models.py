@@ -1,0 +1,91 @@
+"""Small models for the tests of the export: weights of the model oracle, as a training checkpoint."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_kaiyuan.export.architecture import Architecture
+from megatron_kaiyuan.export.from_hugging_face import untrained_state
+from megatron_kaiyuan.training.checkpoint_io import Checkpoint, iteration_folder, open_checkpoint, write_checkpoint
+from tests.unit_tests.model.reference import Features, Shape, random_weights
+
+LARGE = 40.0
+"""Factor on the output matrix that takes logits far beyond the cap."""
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """One of the variants."""
+
+    name: str
+    features: Features = field(default_factory=Features)
+    shape: Shape = field(default_factory=Shape)
+    tied: bool = False
+
+    @property
+    def architecture(self) -> Architecture:
+        shape, features = self.shape, self.features
+        return Architecture(
+            num_layers=shape.layers,
+            hidden_size=shape.hidden,
+            ffn_hidden_size=shape.ffn,
+            num_attention_heads=shape.heads,
+            num_query_groups=shape.groups,
+            kv_channels=shape.head_size,
+            padded_vocab_size=shape.vocab,
+            max_position_embeddings=64,
+            rotary_base=float(shape.rotary_base),
+            layernorm_epsilon=shape.epsilon,
+            init_method_std=0.02,
+            qk_layernorm=features.qk_norm,
+            sandwich_norm=features.sandwich,
+            logit_softcap=features.softcap,
+            add_qkv_bias=False,
+            tied_embeddings=self.tied,
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """FP64 under the names of Megatron's modules, exact in FP16; logits reach far beyond the cap."""
+        weights = random_weights(self.shape, self.features)
+        weights["output_layer.weight"] *= LARGE
+        if self.tied:
+            weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
+        return weights
+
+
+KAIYUAN = SmallModel("kaiyuan", Features(sandwich=True, qk_norm=True, softcap=30.0))
+VARIANTS = [
+    KAIYUAN,
+    SmallModel("stock"),
+    SmallModel("qk norm alone", Features(qk_norm=True)),
+    SmallModel("tied", Features(sandwich=True, softcap=5.0), tied=True),
+    SmallModel("a group for each head", Features(softcap=30.0), Shape(heads=3, groups=3, rotary_base=500_000)),
+    SmallModel("one group", Features(sandwich=True, qk_norm=True), Shape(heads=4, groups=1, layers=3)),
+]
+
+
+def save_model(model: SmallModel, directory: Path, dtype: torch.dtype) -> Checkpoint:
+    """Write the model as training does: layers stacked, the norms before a matrix named after it."""
+    tensors = stacked_weights(model, dtype)
+    state = untrained_state(model.architecture, 3, dtype)
+    write_checkpoint(iteration_folder(directory, 3), tensors, state, {})
+    (directory / "latest_checkpointed_iteration.txt").write_text("3")
+    return open_checkpoint(directory)
+
+
+def stacked_weights(model: SmallModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    layers: dict[str, list[Tensor]] = {}
+    tensors = {}
+    for name, value in model.weights().items():
+        if not name.startswith("decoder.layers."):
+            tensors[name] = value.to(dtype)
+            continue
+        rest = name.split(".", 3)[3]
+        rest = rest.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+        rest = rest.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+        layers.setdefault(f"decoder.layers.{rest}", []).append(value.to(dtype))
+    if model.tied:
+        del tensors["output_layer.weight"]
+    return tensors | {name: torch.stack(values) for name, values in layers.items()}

@@ -1,0 +1,164 @@
+"""Norms, rotation and SwiGLU against float64, values and gradients, also at the end of FP16."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
+from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
+from megatron_kaiyuan.kernels.swiglu import swiglu
+
+EPS = 1e-6
+SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+pytestmark = pytest.mark.usefixtures("implementation")
+
+
+def exact_norm(x: Tensor, gain: Tensor) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * gain
+
+
+def exact_rotation(heads: Tensor, angles: Tensor) -> Tensor:
+    """The complex number (first half + i second half) times e^(i angle)."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def assert_close(
+    call: Callable[..., tuple[Tensor, ...]], exact: Callable[..., tuple[Tensor, ...]], *leaves: Tensor
+) -> None:
+    """Outputs and gradients of all leaves within a few roundings of their largest value."""
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outputs, expected = call(*leaves), exact(*wide)
+    weights = [torch.randn(output.shape, generator=torch.Generator().manual_seed(7)) for output in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)])
+    wanted = torch.autograd.grad(
+        expected, wide, [w.to(o.dtype).double() for w, o in zip(weights, outputs, strict=True)]
+    )
+    unit = torch.finfo(leaves[0].dtype).eps
+    for value, target in zip((*outputs, *gradients), (*expected, *wanted), strict=True):
+        assert (value.double() - target).abs().max() <= 4 * unit * max(1e-30, float(target.detach().abs().max()))
+
+
+def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).clamp(-65504, 65504).to(dtype).requires_grad_()
+
+
+@SETTINGS
+@given(rows=st.integers(1, 9), columns=st.integers(3, 70), dtype=DTYPES, scale=st.sampled_from([1e-3, 1.0, 3e4]))
+def test_norm_before_a_branch_hands_the_stream_on_and_adds_both_gradients(
+    rows: int, columns: int, dtype: torch.dtype, scale: float
+) -> None:
+    torch.manual_seed(rows)
+    x, gain = leaf(rows, 2, columns, dtype=dtype, scale=scale), leaf(columns, dtype=dtype)
+    assert_close(lambda x, g: residual_rms_norm(x, g, EPS), lambda x, g: (exact_norm(x, g), x), x, gain)
+
+
+@SETTINGS
+@given(rows=st.integers(1, 9), columns=st.integers(3, 70), dtype=DTYPES, scale=st.sampled_from([1e-3, 1.0, 3e4]))
+def test_norm_after_a_branch_is_added_with_one_rounding(
+    rows: int, columns: int, dtype: torch.dtype, scale: float
+) -> None:
+    torch.manual_seed(rows)
+    residual, branch = leaf(rows, 2, columns, dtype=dtype), leaf(rows, 2, columns, dtype=dtype, scale=scale)
+    assert_close(
+        lambda r, x, g: (add_rms_norm(r, x, g, EPS),),
+        lambda r, x, g: (r + exact_norm(x, g),),
+        residual, branch, leaf(columns, dtype=dtype),
+    )  # fmt: skip
+
+
+def test_an_fp32_residual_stream_stays_fp32_under_an_fp16_branch() -> None:
+    residual = (torch.randn(3, 8) * 1e5).requires_grad_()
+    branch, gain = leaf(3, 8, dtype=torch.float16), leaf(8, dtype=torch.float16)
+    total = add_rms_norm(residual, branch, gain, EPS)
+    total.sum().backward()
+    assert total.dtype == torch.float32
+    assert residual.grad is not None
+    assert branch.grad is not None
+    assert branch.grad.dtype == torch.float16
+    exact = residual.detach().double() + exact_norm(branch.detach().double(), gain.detach().double())
+    torch.testing.assert_close(total.detach().double(), exact, rtol=1e-6, atol=0)
+
+
+def test_norms_of_the_largest_fp16_numbers_are_finite() -> None:
+    x = torch.full((2, 4096), 65504.0, dtype=torch.float16, requires_grad=True)
+    gain = torch.ones(4096, dtype=torch.float16, requires_grad=True)
+    normed, residual = residual_rms_norm(x, gain, EPS)
+    (normed.float().sum() + residual.float().sum()).backward()
+    assert torch.equal(normed, torch.ones_like(normed))
+    assert torch.isfinite(add_rms_norm(torch.zeros_like(x), x, gain, EPS)).all()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+@SETTINGS
+@given(
+    length=st.integers(1, 5),
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    half=st.integers(1, 6),
+    norm=st.booleans(),
+    dtype=DTYPES,
+)
+def test_qk_norm_and_rotation_match_the_rotation_of_complex_numbers(
+    length: int,
+    batch: int,
+    groups: int,
+    per_group: int,
+    half: int,
+    norm: bool,  # noqa: FBT001
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(half)
+    size = 2 * half
+    packed = leaf(length, batch, groups, (per_group + 2) * size, dtype=dtype)
+    angles = (torch.rand(length, half) * 4096).repeat(1, 2)
+    gains = [leaf(size, dtype=dtype), leaf(size, dtype=dtype)] if norm else []
+
+    def fused(packed: Tensor, *gains: Tensor) -> tuple[Tensor, ...]:
+        query_gain, key_gain = gains or (None, None)
+        return qk_norm_rope(packed, angles, query_gain, key_gain, queries_per_group=per_group, head_size=size, eps=EPS)
+
+    def exact(packed: Tensor, *gains: Tensor) -> tuple[Tensor, ...]:
+        heads = packed.view(length, batch, groups, per_group + 2, size)
+        query, key, value = (
+            heads[..., :per_group, :].flatten(2, 3),
+            heads[..., per_group, :],
+            heads[..., per_group + 1, :],
+        )
+        if gains:
+            query, key = exact_norm(query, gains[0]), exact_norm(key, gains[1])
+        turn = angles[:, :half].double()
+        return exact_rotation(query, turn), exact_rotation(key, turn), value
+
+    assert_close(fused, exact, packed, *gains)
+
+
+def test_gradients_of_attention_in_another_layout_are_read_by_their_strides() -> None:
+    packed = leaf(4, 2, 2, 4 * 8, dtype=torch.float32)
+    angles = torch.rand(4, 4).repeat(1, 2)
+    outputs = qk_norm_rope(packed, angles, None, None, queries_per_group=2, head_size=8, eps=EPS)
+    grads = [torch.randn_like(output) for output in outputs]
+    swapped = [grad.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for grad in grads]
+    [usual] = torch.autograd.grad(outputs, packed, grads, retain_graph=True)
+    [other] = torch.autograd.grad(outputs, packed, swapped)
+    assert torch.equal(usual, other)
+
+
+@SETTINGS
+@given(rows=st.integers(1, 5), half=st.integers(1, 70), dtype=DTYPES, scale=st.sampled_from([1e-2, 1.0, 30.0]))
+def test_swiglu_matches_float64(rows: int, half: int, dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(half)
+
+    def exact(packed: Tensor) -> tuple[Tensor, ...]:
+        gate, up = packed.chunk(2, dim=-1)
+        return (gate * torch.sigmoid(gate) * up,)
+
+    assert_close(lambda packed: (swiglu(packed),), exact, leaf(rows, 2, 2 * half, dtype=dtype, scale=scale))

@@ -1,0 +1,243 @@
+"""A folder of shards: complete, in order, the same whoever builds it, and refused where it is not what it seems."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_kaiyuan.data import open_source
+from megatron_kaiyuan.data.inspection import describe_source
+from megatron_kaiyuan.data.integrity import verify_shards
+from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
+from megatron_kaiyuan.preprocess import load_build, load_manifest, missing_shards
+from megatron_kaiyuan.preprocess.inputs import InputFile, cut_into_shards
+from tests.unit_tests.preprocess.corpus import (
+    build,
+    build_folder,
+    folder_bytes,
+    number_rows,
+    read_shard_by_hand,
+    write_jsonl,
+    write_parquet,
+)
+
+ROWS = [{**row, "id": f"doc-{number}"} for number, row in enumerate(number_rows(120))]
+SETTINGS: dict[str, Any] = {"score_keys": ("score", "metadata.quality"), "id_key": "id", "shard_bytes": 1500}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    return [
+        write_jsonl(folder / "a.jsonl", ROWS[:70]),
+        write_parquet(folder / "b.parquet", ROWS[70:90]),
+        write_jsonl(folder / "c.jsonl.gz", ROWS[90:100]),
+        write_jsonl(folder / "d.jsonl.zst", ROWS[100:]),
+    ]
+
+
+def documents(folder: Path) -> list[list[int]]:
+    return [
+        document for index in sorted(folder.glob("*.idx")) for document in read_shard_by_hand(index.with_suffix(""))
+    ]
+
+
+def test_a_folder_holds_the_documents_of_one_shard_in_their_order(tmp_path: Path, inputs: list[Path]) -> None:
+    build_folder(inputs, tmp_path / "out", **SETTINGS)
+    build(inputs, tmp_path / "one", score_keys=("score",))
+    assert len(list((tmp_path / "out").glob("*.idx"))) > 4
+    assert documents(tmp_path / "out") == read_shard_by_hand(tmp_path / "one_text_document")
+    source = open_source("numbers", str(tmp_path / "out"))
+    assert source.num_documents == len(ROWS)
+    assert source.load_scores("metadata.quality").tolist() == [row["metadata"]["quality"] for row in ROWS]
+    assert verify_shards(str(tmp_path / "out")).findings == []
+
+
+def test_the_table_says_where_each_document_comes_from(tmp_path: Path, inputs: list[Path]) -> None:
+    build_folder(inputs, tmp_path / "out", **SETTINGS)
+    found = []
+    for index in sorted((tmp_path / "out").glob("*.idx")):
+        prefix = str(index.with_suffix(""))
+        table = pq.read_table(f"{prefix}.documents.parquet").to_pylist()
+        starts = {record.name: record.start for record in load_manifest(prefix).inputs}
+        for entry, document in zip(table, read_shard_by_hand(prefix), strict=True):
+            assert entry["tokens"] == len(document)
+            if entry["offset"] is not None:
+                line = Path(entry["file"]).read_bytes()[entry["offset"] :].split(b"\n")[0]
+                assert f'"id": "{entry["id"]}"'.encode() in line
+                lines = Path(entry["file"]).read_bytes()
+                after = lines[: starts[entry["file"]]].count(b"\n") + (
+                    starts[entry["file"]] > 0 and lines[starts[entry["file"]] - 1 : starts[entry["file"]]] != b"\n"
+                )
+                assert lines.split(b"\n")[after + entry["row"]] == line
+            found.append((entry["id"], entry["score.score"], entry["score.metadata.quality"]))
+    assert found == [(row["id"], np.float32(row["score"]), row["metadata"]["quality"]) for row in ROWS]
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3])
+def test_tasks_in_any_order_give_the_bytes_of_one_run(tmp_path: Path, inputs: list[Path], num_tasks: int) -> None:
+    build_folder(inputs, tmp_path / "one", **SETTINGS, num_tasks=num_tasks, task_id=0)
+    for task in reversed(range(num_tasks)):
+        build_folder(inputs, tmp_path / "many", **SETTINGS, num_tasks=num_tasks, task_id=task)
+    for task in range(1, num_tasks):
+        build_folder(inputs, tmp_path / "one", **SETTINGS, num_tasks=num_tasks, task_id=task)
+    assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
+
+
+def test_workers_do_not_change_a_folder(tmp_path: Path, inputs: list[Path]) -> None:
+    build_folder(inputs, tmp_path / "one", **SETTINGS)
+    build_folder(inputs, tmp_path / "two", **SETTINGS, workers=2, block_bytes=300)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+
+
+def test_missing_tasks_are_named_and_no_plan_reads_half_a_folder(tmp_path: Path, inputs: list[Path]) -> None:
+    out = tmp_path / "out"
+    for task in (0, 2):
+        build_folder(inputs, out, **SETTINGS, num_tasks=3, task_id=task)
+    record = load_build(out)
+    assert record is not None
+    shards = len(record.shards)
+    assert missing_shards(out, record) == list(range(1, shards, 3))
+    with pytest.raises(ShardError, match=r"shards are missing \(1, .*--num-tasks 3 and --task-id 1 "):
+        open_source("numbers", str(out))
+    findings = describe_source("numbers", str(out))["findings"]
+    assert [finding["kind"] for finding in findings] == ["missing"]
+    assert "--task-id 1 " in findings[0]["message"]
+    assert open_source("part", f"{out}/*").num_documents < len(ROWS)
+    build_folder(inputs, out, **SETTINGS, num_tasks=3, task_id=1)
+    assert describe_source("numbers", str(out))["findings"] == []
+    assert describe_source("numbers", str(out))["manifests"]["input_rows"] == len(ROWS)
+
+
+def test_a_second_run_keeps_what_is_whole_and_mends_what_is_not(tmp_path: Path, inputs: list[Path]) -> None:
+    out = tmp_path / "out"
+    whole = build_folder(inputs, out, **SETTINGS)
+    before = folder_bytes(out)
+    (out / "shard_00001_text_document.scores.score.npy").unlink()
+    (out / "shard_00002_text_document.manifest.json").unlink()
+    (out / "shard_00003_text_document.bin").write_bytes(b"short")
+    (out / "shard_00002_text_document.manifest.json.host-1.partial").write_bytes(
+        before["shard_00002_text_document.manifest.json"]
+    )
+    again = build_folder(inputs, out, **SETTINGS)
+    assert (again.shards_built, again.shards_kept) == (3, whole.shards_built - 3)
+    assert (again.rows, again.skipped) == (whole.rows, whole.skipped)
+    assert folder_bytes(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"append_eod": True}, "append_eod was False, now True"),
+        ({"shard_bytes": 4000}, "shard_bytes was 1500, now 4000"),
+        ({"score_keys": ()}, "score_keys was"),
+        ({"max_document_tokens": 100}, "max_document_tokens was None, now 100"),
+    ],
+)
+def test_other_flags_are_refused_and_leave_everything_as_it_was(
+    tmp_path: Path, inputs: list[Path], change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    build_folder(inputs, out, **SETTINGS)
+    before = folder_bytes(out)
+    with pytest.raises(ConfigError, match=rf"{message}.*--overwrite"):
+        build_folder(inputs, out, **{**SETTINGS, **change})
+    assert folder_bytes(out) == before
+    build_folder(inputs, out, **{**SETTINGS, **change}, overwrite=True)
+    build_folder(inputs, tmp_path / "fresh", **{**SETTINGS, **change})
+    assert folder_bytes(out) == folder_bytes(tmp_path / "fresh")
+
+
+def test_input_that_changed_is_refused_even_at_the_same_size(tmp_path: Path, inputs: list[Path]) -> None:
+    build_folder(inputs, tmp_path / "out", **SETTINGS)
+    text = inputs[0].read_bytes()
+    inputs[0].write_bytes(text.replace(b"doc-0", b"doc-x", 1))
+    with pytest.raises(ConfigError, match=r"input .*a\.jsonl has changed"):
+        build_folder(inputs, tmp_path / "out", **SETTINGS)
+    with pytest.raises(ConfigError, match="4 input files then, 3 now"):
+        build_folder(inputs[1:], tmp_path / "out", **SETTINGS)
+
+
+def test_a_folder_with_foreign_shards_is_refused(tmp_path: Path, inputs: list[Path]) -> None:
+    build(inputs, tmp_path / "out" / "other")
+    with pytest.raises(ConfigError, match=r"holds other_text_document\.idx, which this build did not make"):
+        build_folder(inputs, tmp_path / "out", **SETTINGS)
+    build_folder(inputs, tmp_path / "out", **SETTINGS, overwrite=True)
+    assert not list((tmp_path / "out").glob("other*"))
+
+
+def test_a_shard_of_faulty_rows_only_is_complete_and_counted(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "1"}] * 5 + [{"text": ""}] * 5 + [{"text": "2"}] * 5)
+    summary = build_folder([path], tmp_path / "out", shard_bytes=30, on_error="skip")
+    assert summary.skipped == {"empty_document": 5}
+    assert documents(tmp_path / "out") == [[1]] * 5 + [[2]] * 5
+    assert open_source("a", str(tmp_path / "out")).num_documents == 10
+    assert describe_source("a", str(tmp_path / "out"))["manifests"]["skipped"] == {"empty_document": 5}
+
+
+def test_a_fault_in_a_cut_file_is_found_by_its_place(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "1"}] * 10 + [{"text": ""}])
+    with pytest.raises(PreprocessError, match=r"a\.jsonl, row 2 of those that begin at byte 120 or after: "):
+        build_folder([path], tmp_path / "out", shard_bytes=40)
+    assert len(list((tmp_path / "out").glob("*.manifest.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task_id": 2, "num_tasks": 2}, r"--task-id 2: must lie in \[0, 2\)"),
+        ({"shard_bytes": 0}, "--shard-size 0"),
+        ({"output_prefix": "p"}, "give one of --output-prefix"),
+    ],
+)
+def test_flags_of_a_folder_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_folder([tmp_path], tmp_path / "out", **settings)
+    with pytest.raises(ConfigError, match="standard input cannot be read twice"):
+        build_folder([Path("-")], tmp_path / "out")
+    with pytest.raises(ConfigError, match="tasks share a folder"):
+        build([tmp_path], tmp_path / "out", num_tasks=2)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_standard_input_gives_the_shard_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    data = write_jsonl(tmp_path / f"rows{suffix}", ROWS).read_bytes()
+
+    def pipe() -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    pipe()
+    build([Path("-")], tmp_path / "piped", block_bytes=1000)
+    build([write_jsonl(tmp_path / "rows.jsonl", ROWS)], tmp_path / "file")
+    for end in (".bin", ".idx"):
+        piped, file = (tmp_path / f"{name}_text_document{end}" for name in ("piped", "file"))
+        assert piped.read_bytes() == file.read_bytes()
+    pipe()
+    with pytest.raises(ConfigError, match="standard input is the same again cannot be known"):
+        build([Path("-")], tmp_path / "piped", block_bytes=1000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(0, 60), max_size=8), kinds=st.randoms(), shard_bytes=st.integers(1, 50))
+def test_shards_cover_every_byte_of_the_input_once_and_in_order(sizes: list[int], kinds: Any, shard_bytes: int) -> None:
+    files = [InputFile(str(n), size, kinds.choice(["plain", "gzip"])) for n, size in enumerate(sizes)]
+    shards = cut_into_shards(files, shard_bytes)
+    covered: dict[str, list[int]] = {file.name: [] for file in files}
+    order = []
+    for parts in shards:
+        sizes_of_parts = [(part.stop - part.start) if part.stop is not None else part.file.bytes for part in parts]
+        assert sum(sizes_of_parts) <= shard_bytes or len(parts) == 1
+        for part, size in zip(parts, sizes_of_parts, strict=True):
+            covered[part.file.name] += range(part.start, part.start + size)
+            order.append(int(part.file.name))
+            assert part.stop is None or part.file.kind == "plain"
+    assert order == sorted(order)
+    assert set(order) == set(range(len(files)))
+    assert all(covered[file.name] == list(range(file.bytes)) for file in files)

@@ -1,0 +1,178 @@
+"""What goes wrong on real machines: kills, full disks, links to nothing, dead workers, two runs at once."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_kaiyuan.errors import ConfigError, PreprocessError
+from megatron_kaiyuan.preprocess import partial, pipeline
+from tests.unit_tests.preprocess.corpus import (
+    REPOSITORY,
+    build,
+    build_folder,
+    folder_bytes,
+    number_rows,
+    read_shard_by_hand,
+    write_jsonl,
+)
+from tests.unit_tests.preprocess.kills import ENVIRONMENT, TOOL, kill_and_finish, run_to_end
+
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
+
+
+def test_a_build_killed_at_random_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(30_000))
+    command = [*TOOL, "--input", str(path), "--output-dir", str(tmp_path / "out"), *NULL, "--shard-size", "500KB"]
+    seconds = run_to_end([*command, "--workers", "2"])
+    whole = folder_bytes(tmp_path / "out")
+    for entry in (tmp_path / "out").iterdir():
+        entry.unlink()
+    kill_and_finish([*command, "--workers", "2"], tmp_path / "out", whole, seconds, seed=3, most=4)
+
+
+DIE_AT_RENAME = """
+import os, pathlib, sys
+from tests.unit_tests.preprocess.corpus import build
+from pathlib import Path
+left = int(sys.argv[1])
+plain = pathlib.Path.replace
+def replace(self, target):
+    global left
+    left -= 1
+    if left < 0:
+        os._exit(9)
+    return plain(self, target)
+pathlib.Path.replace = replace
+keys = {"score_keys": ("score",), "json_keys": ("text", "more")}
+build([Path(sys.argv[2])], Path(sys.argv[3]), overwrite=sys.argv[4] == "1", **keys)
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
+@pytest.mark.parametrize("renames", [0, 2, 4, 7])
+def test_a_death_between_two_renames_is_mended(tmp_path: Path, renames: int, overwrite: bool) -> None:  # noqa: FBT001
+    rows = [{**row, "more": "1 2 3"} for row in number_rows(20)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    arguments: dict[str, Any] = {"score_keys": ("score",), "json_keys": ("text", "more"), "overwrite": overwrite}
+    build([path], tmp_path / "whole" / "p", **arguments)
+    if overwrite:
+        build([path], tmp_path / "out" / "p", json_keys=("text", "more"), append_eod=True)
+    died = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            DIE_AT_RENAME,
+            str(renames),
+            str(path),
+            str(tmp_path / "out" / "p"),
+            str(int(overwrite)),
+        ],
+        env=ENVIRONMENT,
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+    )
+    assert died.returncode == 9, died.stderr.decode()
+    build([path], tmp_path / "out" / "p", **arguments)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(200))
+    write = partial.HashedFile.write
+    room = 20_000
+
+    def until_full(self: partial.HashedFile, data: bytes) -> int:
+        nonlocal room
+        room -= len(data)
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.HashedFile, "write", until_full)
+        with pytest.raises(PreprocessError, match=r"No space left on device; free .* run the same command again"):
+            build_folder([path], tmp_path / "out", shard_bytes=5000)
+    finished = folder_bytes(tmp_path / "out")
+    assert not any(name.endswith(".partial") for name in finished)
+    assert "shard_00000_text_document.manifest.json" in finished
+    build_folder([path], tmp_path / "out", shard_bytes=5000)
+    build_folder([path], tmp_path / "fresh", shard_bytes=5000)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "fresh")
+
+
+def test_a_file_size_limit_is_one_line_and_exit_code_one(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(20_000))
+    command = " ".join([*TOOL, "--input", str(path), "--output-prefix", str(tmp_path / "out" / "p"), *NULL])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 100; exec {command} --workers 2"],
+        env=ENVIRONMENT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_link_to_nothing_is_an_unreadable_file_and_not_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"text": "1"}])
+    (folder / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(PreprocessError, match=r"b\.jsonl: No such file"):
+        build([folder], tmp_path / "out")
+    assert build([folder], tmp_path / "out", on_error="skip").skipped == {"unreadable_file": 1}
+
+
+def test_a_worker_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(200))
+    monkeypatch.setattr(pipeline, "_keep_counters", os.abort)
+    with pytest.raises(PreprocessError, match="a worker process died"):
+        build_folder([path], tmp_path / "out", shard_bytes=3000, workers=2)
+    monkeypatch.undo()
+    build_folder([path], tmp_path / "out", shard_bytes=3000)
+
+
+def test_tasks_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(20_000))
+    command = [*TOOL, "--input", str(path), "--output-dir", str(tmp_path / "out"), *NULL, "--shard-size", "300KB"]
+    tasks = [
+        subprocess.Popen(
+            [*command, "--num-tasks", "2", "--task-id", task, "--workers", "1"],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in ("0", "1", "1")
+    ]
+    told = [task.communicate()[1] for task in tasks]
+    codes = [task.returncode for task in tasks]
+    assert codes[0] == 0, told[0]
+    # the same task twice: both may get through; where they meet at one shard, one of them is told
+    assert 0 in codes[1:], told
+    assert all(code == 0 or "another process is writing" in text for code, text in zip(codes, told, strict=True)), told
+    build_folder([path], tmp_path / "one", shard_bytes=300_000, num_tasks=2, task_id=0)
+    build_folder([path], tmp_path / "one", shard_bytes=300_000, num_tasks=2, task_id=1)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "one")
+
+
+def test_two_runs_on_one_shard_are_refused_while_the_first_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "_PATIENCE", 0.0)
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(20))
+    held = partial.HashedFile(tmp_path / "out_text_document.bin", locked=True)
+    with pytest.raises(ConfigError, match="another process is writing"):
+        build([path], tmp_path / "out")
+    held.discard()
+    build([path], tmp_path / "out")
+    assert len(read_shard_by_hand(tmp_path / "out_text_document")) == 20
