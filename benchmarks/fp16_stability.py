@@ -180,13 +180,14 @@ def difference(entries: list[dict[str, Any]], reference: list[dict[str, Any]]) -
 
 
 def worst_activation(entries: list[dict[str, Any]]) -> tuple[float, str]:
-    """The largest peak of all readings and its place; one that was not finite is stored as null."""
-    peaks = [
-        (math.inf if value is None else value, name)
-        for entry in entries
-        for name, value in entry.get("activations", {}).items()
-    ]
-    return max(peaks, default=(0.0, "-"))
+    """The largest peak of all readings and its place; of an overflow the first place in the order of computation."""
+    largest = (0.0, "-")
+    for entry in entries:
+        for name, value in entry.get("activations", {}).items():
+            if value is None:  # not finite
+                return math.inf, name
+            largest = max(largest, (value, name))
+    return largest
 
 
 def draw(rows: Rows, path: Path) -> None:
