@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data import NUM_BANDS, CurriculumDataset, Plan
+from megatron_kaiyuan.training.metrics_file import read_metrics
 from tests.functional_tests.training_run import BATCH, STEPS, Finished, saved_tensors, train, train_well, write_corpus
 
 HALF = ("--fp16", "--initial-loss-scale", str(2**20), "--hysteresis", "1")
@@ -137,6 +138,44 @@ def test_the_distributed_optimizer_resumes_from_its_default_format(
     assert_same_tail(resume(tmp_path / "resumed", plan, tmp_path, optimizer), single[1], tolerance=0)
 
 
+def counted(folder: Path) -> list[tuple[int, dict[str, tuple[int, list[int]]]]]:
+    """Tokens by source and band of each line of a run's metrics."""
+    lines = read_metrics(folder / "saved" / "metrics.jsonl")
+    return [
+        (line["iteration"], {name: (sums["tokens"], sums["bands"]) for name, sums in line["sources"].items()})
+        for line in lines
+    ]
+
+
+def expected_counts(plan: Path) -> list[tuple[int, dict[str, tuple[int, list[int]]]]]:
+    """The same from the order of the samples alone."""
+    order = CurriculumDataset(plan)
+    names = list(order.plan.sources)
+    expected = []
+    for step in range(1, STEPS + 1):
+        sums: dict[str, tuple[int, list[int]]] = {}
+        for sample in range((step - 1) * BATCH, step * BATCH):
+            name = names[order.source_index(sample)]
+            tokens, bands = sums.get(name, (0, [0] * NUM_BANDS))
+            more = order.band_tokens(sample).tolist()
+            assert sum(more) in (0, order.plan.seq_length)
+            sums[name] = tokens + order.plan.seq_length, [a + b for a, b in zip(bands, more, strict=True)]
+        expected.append((step, sums))
+    return expected
+
+
+def test_tokens_are_counted_by_source_and_band_and_losses_add_up(single: tuple[Path, Finished], plan: Path) -> None:
+    folder, finished = single
+    assert counted(folder) == expected_counts(plan)
+    for line in read_metrics(folder / "saved" / "metrics.jsonl"):
+        parts = line["sources"].values()
+        mean = sum(part["loss"] * part["tokens"] for part in parts) / sum(part["tokens"] for part in parts)
+        assert mean == pytest.approx(line["loss"], rel=1e-5)
+    totals = finished.logged("source tokens/scored")
+    assert totals[STEPS] == sum(sums["scored"][0] for _, sums in counted(folder) if "scored" in sums)
+    assert "loss by source at step 6 (share of 256 tokens): " in finished.output
+
+
 def test_fused_kernels_with_overlapped_gathers_on_two_ranks_train_as_one_unfused_rank(
     single: tuple[Path, Finished], plan: Path, tmp_path: Path
 ) -> None:
@@ -144,8 +183,15 @@ def test_fused_kernels_with_overlapped_gathers_on_two_ranks_train_as_one_unfused
     origin, unbroken = single
     overlap = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "3000")
     fused = ("--kaiyuan-fusions", "norm,rotary,swiglu,loss")
-    finished = resume(tmp_path, plan, origin, *SHARDED, *overlap, *fused, processes=2)
+    metrics = tmp_path / "saved" / "metrics.jsonl"
+    arguments = (*SHARDED, *overlap, *fused, "--kaiyuan-metrics", str(metrics), "--kaiyuan-activation-interval", "5")
+    finished = resume(tmp_path, plan, origin, *arguments, processes=2)
     assert_same_tail(finished, unbroken, tolerance=ROUNDING)
+    assert counted(tmp_path) == [line for line in expected_counts(plan) if line[0] > 3]
+    [metered] = [line for line in read_metrics(metrics) if "activations" in line]
+    assert metered["iteration"] == 5
+    assert list(metered["activations"])[:2] == ["embedding", "decoder.layers.0.self_attention.linear_qkv"]
+    assert list(metered["activations"])[-1] == "output_layer"
 
 
 def test_a_run_without_a_plan_trains_on_a_megatron_blend(plan: Path, tmp_path: Path) -> None:
