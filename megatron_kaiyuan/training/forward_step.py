@@ -109,10 +109,9 @@ def _batch_on_this_rank(
 
 def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """What the monitor counts by; the tokens of a sample are counted by the first of the ranks that share it."""
-    if loaded.get("dataset_id") is None:
+    bands = loaded.get("band_tokens")
+    if bands is None:  # Megatron's own blends have a dataset_id too, which numbers other things
         return {}
-    bands = loaded["band_tokens"]
-    assert bands is not None, "a plan's samples have both"
     first = parallel_state.get_context_parallel_rank() == 0
     return {"dataset_id": loaded["dataset_id"], "band_tokens": bands if first else torch.zeros_like(bands)}
 
