@@ -17,8 +17,8 @@ env:  ## prepare .venv: find Python 3.12, create, install
 demo: env  ## the main job on real text in minutes, on two CPU cores
 	@$(PYTHON_IN_VENV) examples/demo/run_demo.py $(ARGS)
 
-test: env  ## the tests; choose some with ARGS="-k name"
-	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+test: env  ## the tests, two files at a time; choose some with ARGS="-k name"
+	@$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: env  ## ruff: rules and formatting
 	@$(PYTHON_IN_VENV) -m ruff check .

@@ -38,7 +38,15 @@ EXTRAS = {
     "wandb": ["wandb"],
     "eval": ["lm-eval>=0.4.13"],  # tasks of tools/quantile_benchmark.py evaluate
     "preprocess": ["gigatoken>=0.10", "orjson>=3.10", "tiktoken>=0.9", "zstandard>=0.23"],
-    "test": ["hypothesis>=6.100", "mypy>=2", "pytest>=9", "pytest-timeout>=2.3", "ruff>=0.15", "types-PyYAML>=6"],
+    "test": [
+        "hypothesis>=6.100",
+        "mypy>=2",
+        "pytest>=9",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.15",
+        "types-PyYAML>=6",
+    ],
 }
 
 

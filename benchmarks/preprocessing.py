@@ -1,15 +1,17 @@
 """Shard building beside Megatron's own path and beside gigatoken alone, on one file in one run.
 
 The text is what lies on this machine: translations of programs (many languages and scripts), documentation, source
-code; repeated with changes up to the size asked for. Megatron's path is its tool's: `Pool.imap` over lines with its own
-tokenizer wrapper and its own builder, 2 processes; it gets the first `--megatron-seconds` of the file.
+code; repeated with changes up to 1 GB, and that gigabyte again and again up to the size asked for. Megatron's path is
+its tool's: `Pool.imap` over lines with its own tokenizer wrapper and its own builder, 2 processes; it gets as much of
+the file as it can do in `--megatron-seconds`.
 
-    python -m benchmarks.preprocessing --megabytes 600 --workers 2
+    python -m benchmarks.preprocessing --megabytes 600 --workers 1 2
     python -m benchmarks.preprocessing --megabytes 100 1000 10000 --only ours      # is the time linear, how much memory
 """
 
 import argparse
 import gettext
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +31,7 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 100_000_000
+CHANGED_BYTES = 1_000_000_000
 VOCABULARY = 50_257
 MEGATRON_CHUNK = 32
 
@@ -72,24 +75,34 @@ def documents() -> list[str]:
 
 
 def write_corpus(path: Path, texts: list[str], size: int) -> None:
-    """JSONL of `size` bytes; from the second copy on one word in fifty is another one."""
+    """JSONL of about `size` bytes, in whole lines."""
+    with path.open("wb") as stream:
+        for line in corpus_lines(texts):
+            stream.write(line)
+            if stream.tell() >= min(size, CHANGED_BYTES):
+                break
+    with path.open("rb") as again, path.open("ab") as stream:
+        stop = stream.tell()
+        while stream.tell() < size:
+            again.seek(0)
+            while again.tell() < stop and stream.tell() < size:
+                stream.write(again.read(min(1 << 24, stop - again.tell())))
+        if again.tell():
+            stream.write(again.readline())  # the rest of the line that was cut
+
+
+def corpus_lines(texts: list[str]) -> Iterator[bytes]:
+    """Rows without end; from the second copy of the texts on one word in fifty is another one."""
     generator = random.Random(3)
-    written = number = 0
-    with path.open("w", encoding="utf-8", errors="replace") as stream:
-        while written < size:
-            for text in texts:
-                if number >= len(texts):
-                    words = text.split(" ")
-                    for _ in range(len(words) // 50 + 1):
-                        words[generator.randrange(len(words))] = f"w{generator.getrandbits(20):x}"
-                    text = " ".join(words)
-                row = {"id": f"doc-{number}", "text": text, "score": generator.random()}
-                line = json.dumps(row, ensure_ascii=False) + "\n"
-                written += len(line.encode("utf-8", "replace"))
-                stream.write(line)
-                number += 1
-                if written >= size:
-                    break
+    for number in itertools.count():
+        text = texts[number % len(texts)]
+        if number >= len(texts):
+            words = text.split(" ")
+            for _ in range(len(words) // 50 + 1):
+                words[generator.randrange(len(words))] = f"w{generator.getrandbits(20):x}"
+            text = " ".join(words)
+        row = {"id": f"doc-{number}", "text": text, "score": generator.random()}
+        yield (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
@@ -157,18 +170,18 @@ def run_megatron(corpus: Path, model: Path, seconds: float, workers: int, out: P
     return {"documents": count, "seconds": elapsed, "rate": count / elapsed}
 
 
-def run_gigatoken(corpus: Path, model: Path, rows: int) -> dict[str, float]:
-    """Documents a second of gigatoken alone, on texts in memory, all cores, as one call."""
+def run_gigatoken(corpus: Path, model: Path) -> dict[str, float]:
+    """Documents a second of gigatoken alone: all texts of the file in memory, all cores, one call."""
     from gigatoken import Tokenizer
 
     with corpus.open(encoding="utf-8") as stream:
-        texts = [json.loads(line)["text"] for _, line in zip(range(rows), stream, strict=False)]
+        texts = [json.loads(line)["text"] for line in stream]
     tokenizer = Tokenizer.from_json((model / "tokenizer.json").read_bytes())
     tokenizer.encode("warm")
     began, cpu = time.monotonic(), time.process_time()
     tokenizer.encode_batch(texts, parallel=True)
     elapsed, cpu = time.monotonic() - began, time.process_time() - cpu
-    return {"documents": len(texts), "seconds": elapsed, "rate": len(texts) / elapsed, "cpu_rate": len(texts) / cpu}
+    return {"documents": len(texts), "seconds": elapsed, "rate": len(texts) / elapsed, "cpu": cpu}
 
 
 def run_ours(corpus: Path, model: Path, workers: int, out: Path, shard_size: str) -> dict[str, float]:
@@ -216,30 +229,37 @@ def compare(folder: Path, args: argparse.Namespace, texts: list[str]) -> None:
     for number, megabytes in enumerate(args.megabytes):
         corpus = folder / "corpus.jsonl"
         write_corpus(corpus, texts, megabytes * 10**6)
-        rounds = [run_ours(corpus, model, args.workers, folder / "out", args.shard_size) for _ in range(args.rounds)]
-        ours = min(rounds, key=lambda found: found["seconds"])
-        told = ", ".join(f"{key} {value:,.2f}" for key, value in ours.items())
-        print(
-            f"ours, {megabytes} MB, {args.workers} workers: {told}, {megabytes / ours['seconds']:,.1f} MB/s", flush=True
-        )
-        if number or args.only == "ours":
-            continue
-        gigatoken = max((run_gigatoken(corpus, model, 25_000) for _ in range(args.rounds)), key=lambda row: row["rate"])
-        megatron = run_megatron(corpus, model, args.megatron_seconds, 2, folder)
-        print("gigatoken, tokenize only:", {key: round(value, 2) for key, value in gigatoken.items()})
-        print("Megatron, imap, 2 workers:", {key: round(value, 2) for key, value in megatron.items()})
-        print(f"ours / Megatron: {ours['rate'] / megatron['rate']:.1f} times the documents a second")
-        print(f"ours / gigatoken alone: {ours['rate'] / gigatoken['rate']:.2f} by the clock")
+        for workers in args.workers:
+            rounds = [run_ours(corpus, model, workers, folder / "out", args.shard_size) for _ in range(args.rounds)]
+            ours = min(rounds, key=lambda found: found["seconds"])
+            rate = f"{megabytes / ours['seconds']:,.1f} MB/s, {1000 * ours['cpu'] / megabytes:,.1f} CPU s a GB"
+            print(f"ours, {megabytes} MB, {workers} workers: {_told(ours)}, {rate}", flush=True)
+        if number == 0 and args.only != "ours":
+            _run_peers(corpus, model, args, ours, folder)
     print(
         f"load {os.getloadavg()}, this process at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
     )
+
+
+def _run_peers(corpus: Path, model: Path, args: argparse.Namespace, ours: dict[str, float], folder: Path) -> None:
+    gigatoken = max((run_gigatoken(corpus, model) for _ in range(args.rounds)), key=lambda row: row["rate"])
+    megatron = run_megatron(corpus, model, args.megatron_seconds, 2, folder)
+    print(f"gigatoken, tokenize only: {_told(gigatoken)}")
+    print(f"Megatron, imap, 2 workers: {_told(megatron)}")
+    print(f"ours / Megatron: {ours['rate'] / megatron['rate']:.1f} times the documents a second")
+    cpu = gigatoken["cpu"] / ours["cpu"]
+    print(f"ours / gigatoken alone: {ours['rate'] / gigatoken['rate']:.2f} by the clock, {cpu:.2f} by CPU time")
+
+
+def _told(found: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:,.2f}" for key, value in found.items())
 
 
 def main() -> None:
     """Run it in a folder that is removed afterwards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", nargs="+", type=int, default=[600], help="sizes of the input (default: 600)")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", nargs="+", type=int, default=[2], help="of ours; the last one is compared")
     parser.add_argument("--rounds", type=int, default=2, help="the best of so many counts (default: 2)")
     parser.add_argument("--shard-size", default="50MB", help="as of tools/preprocess_data.py (default: 50MB)")
     parser.add_argument("--megatron-seconds", type=float, default=20)

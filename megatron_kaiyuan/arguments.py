@@ -27,6 +27,13 @@ def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     _add_model_options(group)
     _add_monitor_options(group)
+    group.add_argument(
+        "--kaiyuan-keep-checkpoints",
+        type=int,
+        metavar="N",
+        help="delete older checkpoints of --save, but for the newest N and those that the plan averages (default: "
+        "delete none)",
+    )
     return parser
 
 

@@ -4,6 +4,8 @@ import os
 import socket
 import sys
 
+import torch
+
 from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.errors import KaiyuanError
 from megatron_kaiyuan.training.quiet import quiet_megatron_import
@@ -25,11 +27,23 @@ def main() -> int:
 
     try:
         run_pretraining()
+        _leave_together()
     except KaiyuanError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: files may be missing on one of them only
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _leave_together() -> None:
+    """Close the process group on all ranks at once.
+
+    Megatron leaves that to the interpreter, which may unload a group whose threads still run: torch then aborts a run
+    that was done, or a rank fails because rank 0, which hosts the store, has left before it.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _stand_alone_unless_launched() -> None:

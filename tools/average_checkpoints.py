@@ -20,12 +20,16 @@ def build_parser() -> argparse.ArgumentParser:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--last", type=int, metavar="N", help="the last N checkpoints (default: all)")
     chosen.add_argument("--iterations", type=int, nargs="+", metavar="I", help="the checkpoints of these iterations")
+    chosen.add_argument(
+        "--planned",
+        action="store_true",
+        help="the checkpoints and the weights that the averaging section of the run's plan names",
+    )
     parser.add_argument(
         "--weights",
-        default="mean",
         metavar="KIND",
-        help="mean: equal weights (default); wma: 1, 2, 3, ... from the oldest to the newest; ema:A, such as ema:0.2: "
-        "average = A * newer + (1 - A) * average, from the oldest on",
+        help="mean: equal weights (default, but for --planned); wma: 1, 2, 3, ... from the oldest to the newest; "
+        "ema:A, such as ema:0.2: average = A * newer + (1 - A) * average, from the oldest on",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="save directory of the result")
     return parser
@@ -35,10 +39,13 @@ def main() -> None:
     """Run the tool."""
     arguments = build_parser().parse_args()
     cpu_platform.install()
-    from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints
+    from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints, choose_planned
 
-    checkpoints = choose_checkpoints(arguments.directory, arguments.last, arguments.iterations)
-    manifest = average_checkpoints(checkpoints, arguments.weights, arguments.output)
+    if arguments.planned:
+        checkpoints, weights = choose_planned(arguments.directory)
+    else:
+        checkpoints, weights = choose_checkpoints(arguments.directory, arguments.last, arguments.iterations), "mean"
+    manifest = average_checkpoints(checkpoints, arguments.weights or weights, arguments.output)
     for part in manifest.checkpoints:
         print(f"{part.weight:8.4f} x iteration {part.iteration} ({part.consumed_samples:,} samples)")
     print(f"{arguments.output}: average of {manifest.parameters:,} parameters in {manifest.tensors} tensors")

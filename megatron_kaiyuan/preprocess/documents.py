@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.preprocess.readers import ArrowRows, Block, Unreadable, lines_of
+from megatron_kaiyuan.preprocess.readers import MAX_LINE_BYTES, ArrowRows, Block, LongLine, Unreadable, lines_of
 
 __all__ = ["DocumentBatch", "Fault", "FieldKeys", "Reason", "RowError", "parse_block"]
 
@@ -30,6 +30,7 @@ class Reason(StrEnum):
 
     BLANK_LINE = "blank_line"
     UNREADABLE_FILE = "unreadable_file"
+    LINE_TOO_LONG = "line_too_long"
     INVALID_UTF8 = "invalid_utf8"
     BROKEN_JSON = "broken_json"
     MISSING_KEY = "missing_key"
@@ -111,6 +112,10 @@ def parse_block(block: Block, keys: FieldKeys) -> DocumentBatch:
     if isinstance(payload, Unreadable):
         batch.faults.append(Fault(0, Reason.UNREADABLE_FILE, payload.problem))
         return batch
+    if isinstance(payload, LongLine):
+        batch.rows = 1
+        batch.faults.append(_line_too_long(0))
+        return batch
     if isinstance(payload, ArrowRows):
         _read_rows(_arrow_rows(payload), keys, batch, lambda row: row, checked=False)
         return batch
@@ -118,12 +123,25 @@ def parse_block(block: Block, keys: FieldKeys) -> DocumentBatch:
     if found.first_byte is not None:
         sizes = np.fromiter((len(line) + 1 for line in found.lines), dtype=np.int64, count=len(found.lines))
         batch.offsets = found.first_byte + np.cumsum(sizes) - sizes
+    if found.last_is_cut:
+        found.lines.pop()
     loads = _fast_json()
     if loads is None:
         _read_rows(found.lines, keys, batch, _parse_line, checked=False)
     else:
         _read_rows(found.lines, keys, batch, _line_parser(loads), checked=True)
+    if found.last_is_cut:
+        batch.faults.append(_line_too_long(batch.rows))
+        batch.rows += 1
     return batch
+
+
+def _line_too_long(row: int) -> Fault:
+    detail = (
+        f"a line longer than {MAX_LINE_BYTES >> 20} MiB; JSONL has one document a line (a JSON array over the whole "
+        "file is not JSONL)"
+    )
+    return Fault(row, Reason.LINE_TOO_LONG, detail)
 
 
 def _read_rows[Row](

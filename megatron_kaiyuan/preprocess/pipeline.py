@@ -23,7 +23,7 @@ from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord, load
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOutcome, build_shard
 from megatron_kaiyuan.preprocess.tokenize import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
-from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, worker_died
+from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, warm_up, worker_died
 from megatron_kaiyuan.preprocess.writer import is_complete, is_of_build, optimal_dtype, refuse_existing
 
 __all__ = ["Progress", "Reporter", "RunSummary", "preprocess"]
@@ -106,6 +106,8 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
     todo = list(_unfinished(mine, record, config, summary))
     _check_output(config, record, todo)
     if todo:
+        if config.workers > 1:
+            warm_up()
         job = _plan_job(config, [part for task in todo for part in task.parts], tokenizer, reporter)
         build = BuildJob(
             job=job,

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,7 @@ __all__ = [
     "ByteRange",
     "FoundLines",
     "Lines",
+    "LongLine",
     "Unreadable",
     "lines_of",
     "read_blocks",
@@ -34,6 +35,7 @@ __all__ = [
 
 BLOCK_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
+"""A longer line is a faulty row; it is passed over without being held in memory."""
 _PARQUET_ROWS = 1024
 
 
@@ -53,6 +55,11 @@ class Lines:
     """Whole lines, decompressed or from standard input."""
 
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LongLine:
+    """One line of a compressed file or of standard input that is over the limit; its content is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,7 @@ class Block:
     """Position of its part in the list of parts."""
     input_bytes: int
     """Its share of the file on disk, for progress and rates."""
-    payload: ByteRange | Lines | ArrowRows | Unreadable
+    payload: ByteRange | Lines | LongLine | ArrowRows | Unreadable
 
 
 def read_blocks(parts: Sequence[Part], keys: Sequence[str], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -116,9 +123,9 @@ def _compressed_blocks(source: int, file: InputFile, block_bytes: int) -> Iterat
     try:
         with Path(file.name).open("rb") as raw:
             stream = gzip.GzipFile(fileobj=raw) if file.kind == "gzip" else pa.CompressedInputStream(raw, "zstd")
-            for lines in _whole_lines(stream, file.name, block_bytes):
+            for payload in _whole_lines(stream, block_bytes):
                 reached = raw.tell()
-                yield Block(source, reached - done, Lines(lines))
+                yield Block(source, reached - done, payload)
                 done = reached
     except (OSError, EOFError, zlib.error) as error:
         yield Block(source, file.bytes - done, Unreadable(f"the compressed stream is damaged: {error}"))
@@ -136,33 +143,36 @@ def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
     elif head == ZSTD_MAGIC:
         stream = pa.CompressedInputStream(raw, "zstd")
     try:
-        for lines in _whole_lines(stream, "standard input", block_bytes):
-            yield Block(source, len(lines), Lines(lines))
+        for payload in _whole_lines(stream, block_bytes):
+            yield Block(source, len(payload.data) if isinstance(payload, Lines) else MAX_LINE_BYTES, payload)
     except (OSError, EOFError, zlib.error) as error:
         yield Block(source, 0, Unreadable(f"the compressed stream is damaged: {error}"))
 
 
-def _whole_lines(stream: _Readable, name: str, block_bytes: int) -> Iterator[bytes]:
+def _whole_lines(stream: _Readable, block_bytes: int) -> Iterator[Lines | LongLine]:
+    """Cut a stream after its last newline in every `block_bytes`; a line over the limit is dropped on the way."""
     parts: list[bytes] = []
     held = 0
+    dropping = False
     while chunk := stream.read(block_bytes):
+        first = chunk.find(b"\n")
+        if dropping:
+            if first < 0:
+                continue
+            chunk, dropping = chunk[first + 1 :], False
+            first = chunk.find(b"\n")
+        if held + (first if first >= 0 else len(chunk)) > MAX_LINE_BYTES:
+            yield LongLine()
+            parts, held, dropping = [], 0, first < 0
+            chunk = chunk[first + 1 :] if first >= 0 else b""
         cut = chunk.rfind(b"\n") + 1
         if cut:
-            yield b"".join((*parts, chunk[:cut]))
+            yield Lines(b"".join((*parts, chunk[:cut])))
             parts, held = [], 0
         parts.append(chunk[cut:])
         held += len(chunk) - cut
-        if held > MAX_LINE_BYTES:
-            raise _line_too_long(name)
     if held:
-        yield b"".join(parts)
-
-
-def _line_too_long(name: str) -> PreprocessError:
-    return PreprocessError(
-        f"{name}: a line longer than {MAX_LINE_BYTES >> 20} MiB; JSONL has one document a line (a JSON array over the "
-        "whole file is not JSONL): convert the file first"
-    )
+        yield Lines(b"".join(parts))
 
 
 def _parquet_blocks(source: int, part: Part, keys: Sequence[str]) -> Iterator[Block]:
@@ -202,32 +212,35 @@ class FoundLines:
     lines: list[bytes]
     first_byte: int | None
     """Where the first of them begins in its file; None for a compressed one."""
+    last_is_cut: bool = False
+    """The last line is over the limit, and only its beginning is here."""
 
 
 def lines_of(payload: ByteRange | Lines) -> FoundLines:
     """Cut a block into lines.
 
     Raises:
-        PreprocessError: the file changed size since the run began, or a line is too long.
+        PreprocessError: the file changed size since the run began, or cannot be read.
     """
-    first: int | None = None
+    if isinstance(payload, Lines):
+        return FoundLines(_split(payload.data), None)
     try:
-        if isinstance(payload, Lines):
-            data = payload.data
-        else:
-            data, first = _read_range(payload)
+        return _read_range(payload)
     except OSError as error:
         raise PreprocessError(
-            f"{error.filename or payload}: {error.strerror}; mend the file or leave it out"
+            f"{error.filename or payload.path}: {error.strerror}; mend the file or leave it out"
         ) from error
+
+
+def _split(data: bytes) -> list[bytes]:
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    return FoundLines(lines, first)
+    return lines
 
 
-def _read_range(span: ByteRange) -> tuple[bytes, int]:
-    """The lines that begin in the range, and the byte where the first of them does."""
+def _read_range(span: ByteRange) -> FoundLines:
+    """The lines that begin in the range; the last one may end after it."""
     with Path(span.path).open("rb") as stream:
         size = stream.seek(0, 2)
         if size != span.file_bytes:
@@ -235,20 +248,15 @@ def _read_range(span: ByteRange) -> tuple[bytes, int]:
                 f"{span.path}: {size} bytes now, {span.file_bytes} when the run began; run again when nothing writes "
                 "to it"
             )
-        # one byte earlier: whether a line starts exactly at `start` is told by the newline before it
         first = stream.seek(max(span.start - 1, 0))
-        data = stream.read(span.stop - first)
         if span.start:
-            skipped = data.find(b"\n") + 1
-            data = data[skipped:] if skipped else b""
-            first += skipped
-        if data and not data.endswith(b"\n"):
-            data += _rest_of_line(stream, span.path)
-    return data, first
-
-
-def _rest_of_line(stream: BinaryIO, path: str) -> bytes:
-    rest = stream.readline(MAX_LINE_BYTES)
-    if len(rest) == MAX_LINE_BYTES:
-        raise _line_too_long(path)
-    return rest
+            # from one byte earlier: whether a line starts exactly at `start` is told by the newline before it
+            first += len(stream.readline(span.stop - first))
+        data = stream.read(span.stop - first)
+        lines = _split(data)
+        if not data or data.endswith(b"\n"):
+            return FoundLines(lines, first)
+        room = MAX_LINE_BYTES - len(lines[-1]) + 1
+        rest = stream.readline(room)
+    lines[-1] += rest.removesuffix(b"\n")
+    return FoundLines(lines, first, last_is_cut=len(lines[-1]) > MAX_LINE_BYTES)

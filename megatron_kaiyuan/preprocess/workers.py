@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import compress
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,16 @@ from megatron_kaiyuan.preprocess.fast_tokenize import load_tokenizer
 from megatron_kaiyuan.preprocess.readers import Block
 from megatron_kaiyuan.preprocess.tokenize import TokenBatch, TokenizerConfig
 
-__all__ = ["BlockResult", "Job", "ordered_results", "pool_context", "process_block", "start_pool", "worker_died"]
+__all__ = [
+    "BlockResult",
+    "Job",
+    "ordered_results",
+    "pool_context",
+    "process_block",
+    "start_pool",
+    "warm_up",
+    "worker_died",
+]
 
 _BLOCKS_PER_WORKER = 3
 
@@ -100,14 +110,21 @@ def start_pool(
     workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
     """Worker processes that share the imports of one server process; `prepare(*arguments)` runs first in each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = pool_context()
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(prepare, arguments))
+
+
+def warm_up() -> None:
+    """Start the process that workers are forked from; it imports what they need while the caller goes on."""
+    pool_context()
+    forkserver.ensure_running()
 
 
 def pool_context() -> multiprocessing.context.ForkServerContext:
     """The context of `start_pool`, for values that its processes share."""
-    return multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,22 +20,34 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.resume import check_resume
 from megatron_kaiyuan.errors import ConfigError, ResumeError
+from megatron_kaiyuan.export.checkpoint_parts import LazyTensor, read_rows, row_groups, write_parts
 from megatron_kaiyuan.training.checkpoint_io import (
     LEGACY_COMMON_STATE,
     TRACKER_NAME,
     Checkpoint,
     find_checkpoints,
-    grouped_by_size,
     iteration_folder,
-    write_checkpoint,
+    new_checkpoint_folder,
+    open_checkpoint,
+    saved_iterations,
 )
+from megatron_kaiyuan.training.checkpoint_recovery import damage
+from megatron_kaiyuan.training.run_identity import first_difference
 
-__all__ = ["MANIFEST_NAME", "AverageManifest", "average_checkpoints", "choose_checkpoints", "weights_of"]
+__all__ = [
+    "MANIFEST_NAME",
+    "AverageManifest",
+    "average_checkpoints",
+    "choose_checkpoints",
+    "choose_planned",
+    "weights_of",
+]
 
 MANIFEST_NAME = "average.json"
 """File in the folder of the result that says what was averaged."""
 _FORMAT = "megatron_kaiyuan.average/1"
-_GROUP_BYTES = 1 << 28
+PLANNED = "kaiyuan_averaging"
+"""Argument of a run that says what its plan wants averaged; see `checkpoint_keeping.AVERAGING`."""
 _PLAN_RECORD = "kaiyuan_plan_record"
 _EMA = re.compile(r"ema:([\d.]+)")
 
@@ -89,28 +102,62 @@ def weights_of(kind: str, count: int) -> NDArray[np.float64]:
 def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[int] | None) -> list[Checkpoint]:
     """The last `last` checkpoints of a save directory, or those of `iterations`; oldest first.
 
+    Folders that are not chosen may be unfinished.
+
     Raises:
-        ConfigError: fewer are there than asked for, or one of the iterations is not.
+        ConfigError: fewer are there than asked for, one of the iterations is not, or one that is chosen is damaged.
     """
-    found = {checkpoint.iteration: checkpoint for checkpoint in find_checkpoints(directory)}
+    found = saved_iterations(directory)
     present = f"{directory} holds iterations {', '.join(map(str, found))}"
+    if not found:
+        find_checkpoints(directory)
     if iterations is not None:
-        missing = [iteration for iteration in iterations if iteration not in found]
-        if missing or len(set(iterations)) < len(iterations):
+        if set(iterations) - set(found) or len(set(iterations)) < len(iterations):
             asked = " ".join(map(str, iterations))
             raise ConfigError(f"--iterations {asked}: {present}; name each of these at most once")
-        return [found[iteration] for iteration in sorted(iterations)]
+        return _intact(directory, iterations)
     count = len(found) if last is None else last
     if not 0 < count <= len(found):
         raise ConfigError(f"--last {count}: {present}; ask for 1 to {len(found)}")
-    return list(found.values())[-count:]
+    return _intact(directory, found[-count:])
+
+
+def _intact(directory: Path, iterations: Sequence[int]) -> list[Checkpoint]:
+    chosen = find_checkpoints(directory, iterations)
+    for checkpoint in chosen:
+        reason = damage(checkpoint.folder)
+        if reason is not None:
+            raise ConfigError(f"{checkpoint.folder} {reason}; remove the folder, or name --iterations without it")
+    return chosen
+
+
+def choose_planned(directory: Path) -> tuple[list[Checkpoint], str]:
+    """The checkpoints that the plan of a run wants averaged, and their weighting, as its newest checkpoint tells.
+
+    Raises:
+        ConfigError: the plan had no averaging section, or some of them are not there.
+    """
+    planned = getattr(open_checkpoint(directory).arguments, PLANNED, None)
+    if planned is None:
+        raise ConfigError(
+            f"{directory}: the plan of its run has no averaging section (or it was run without a plan); give --last N "
+            "or --iterations"
+        )
+    found = saved_iterations(directory)
+    missing = [number for number in planned["iterations"] if number not in found]
+    if missing:
+        raise ConfigError(
+            f"{directory}: the plan averages iterations {', '.join(map(str, planned['iterations']))}, of which "
+            f"{', '.join(map(str, missing))} are not there: finish the run, or give --last N"
+        )
+    return _intact(directory, planned["iterations"]), str(planned["weights"])
 
 
 def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Path) -> AverageManifest:
     """Average checkpoints of one run and write the result as a save directory of its own.
 
-    Sums are taken in float32 and rounded once to the stored dtype. Memory: one model in the stored dtype, and two
-    groups of tensors.
+    Sums are taken in float32 and rounded once to the stored dtype. Memory: about three times the largest piece of a
+    tensor in float32, where a piece is what the last checkpoint stores in one place, such as a layer; never the model.
 
     Args:
         checkpoints: Oldest first.
@@ -127,34 +174,41 @@ def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Pa
         raise ConfigError(f"--output {output}: {folder.name} exists; remove it or name another directory")
     _check_same_model(checkpoints)
     _check_same_run(checkpoints)
-    averaged: dict[str, torch.Tensor] = {}
-    for names in grouped_by_size(last.tensors, _GROUP_BYTES):
-        averaged.update(_average_group(checkpoints, weights, names))
+    averaged = {name: _averaged(checkpoints, weights, name) for name in last.tensors}
     manifest = _describe(checkpoints, weights, kind)
     files = {MANIFEST_NAME: (json.dumps(asdict(manifest), indent=2) + "\n").encode()}
     legacy = last.folder / LEGACY_COMMON_STATE
     if legacy.is_file():
         files[LEGACY_COMMON_STATE] = legacy.read_bytes()
-    write_checkpoint(folder, averaged, last.load_objects(), files)
+    with new_checkpoint_folder(folder, files) as unfinished:
+        write_parts(unfinished, averaged, last.load_objects())
     tracker = output / f"{TRACKER_NAME}.tmp"
     tracker.write_text(str(last.iteration))
     tracker.replace(output / TRACKER_NAME)
     return manifest
 
 
-def _average_group(
-    checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], names: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    shapes = checkpoints[-1].tensors
-    sums = {name: torch.zeros(shapes[name][0]) for name in names if shapes[name][1].is_floating_point}
-    result: dict[str, torch.Tensor] = {}
+def _averaged(checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], name: str) -> LazyTensor:
+    """A tensor in the pieces it is stored in: a layer of a stack, a part of a tensor-parallel rank."""
+    shape, dtype = checkpoints[-1].tensors[name]
+    pieces = row_groups(checkpoints[-1], name)
+    if len({end - first for first, end in pieces}) > 1 or pieces[-1][1] != shape[0]:
+        pieces = [(0, shape[0])]
+    return LazyTensor(
+        shape, dtype, [partial(_average_rows, checkpoints, weights, name, first, end) for first, end in pieces]
+    )
+
+
+def _average_rows(
+    checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], name: str, first: int, end: int
+) -> torch.Tensor:
+    shape, dtype = checkpoints[-1].tensors[name]
+    if not dtype.is_floating_point:
+        return read_rows(checkpoints[-1], name, first, end)
+    total = torch.zeros((end - first, *shape[1:]))
     for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
-        for name, tensor in checkpoint.load_tensors(names).items():
-            if name in sums:
-                sums[name].add_(tensor.to(torch.float32), alpha=weight)
-            else:
-                result[name] = tensor
-    return {**result, **{name: total.to(shapes[name][1]) for name, total in sums.items()}}
+        total.add_(read_rows(checkpoint, name, first, end).to(torch.float32), alpha=weight)
+    return total.to(dtype)
 
 
 def _check_same_model(checkpoints: Sequence[Checkpoint]) -> None:
@@ -184,8 +238,9 @@ def _check_same_run(checkpoints: Sequence[Checkpoint]) -> None:
     for earlier, later in pairwise(checkpoints):
         before, after = earlier.arguments, later.arguments
         pair = f"{earlier.folder} and {later.folder} are of different runs"
-        if before.seed != after.seed:
-            raise ConfigError(f"{pair}: --seed {before.seed} and {after.seed}; average checkpoints of one run")
+        difference = first_difference(before, after)
+        if difference is not None:
+            raise ConfigError(f"{pair}: {difference}; average checkpoints of one run")
         if before.consumed_train_samples >= after.consumed_train_samples:
             raise ConfigError(
                 f"{pair}: after {before.consumed_train_samples} and {after.consumed_train_samples} samples, which does "

@@ -34,10 +34,10 @@ __all__ = [
     "TRACKER_NAME",
     "Checkpoint",
     "find_checkpoints",
-    "grouped_by_size",
     "iteration_folder",
     "new_checkpoint_folder",
     "open_checkpoint",
+    "saved_iterations",
     "single_process",
     "write_checkpoint",
 ]
@@ -169,24 +169,34 @@ def iteration_folder(directory: Path, iteration: int) -> Path:
     return directory / f"iter_{iteration:07d}"
 
 
-def find_checkpoints(directory: Path) -> list[Checkpoint]:
+def saved_iterations(directory: Path) -> list[int]:
+    """Iterations with a folder in a save directory, whole or not, ascending; none where there is no such directory."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(match[1]) for entry in directory.iterdir() if entry.is_dir() and (match := _FOLDER.fullmatch(entry.name))
+    )
+
+
+def find_checkpoints(directory: Path, iterations: Sequence[int] | None = None) -> list[Checkpoint]:
     """Complete checkpoints of a save directory, oldest first.
+
+    Args:
+        directory: What `--save` named.
+        iterations: Those to open, each of which must be there; default: all.
 
     Raises:
         ConfigError: no such directory, nothing in it, or a folder without its metadata (an unfinished save).
     """
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory; give the directory that --save named")
-    found = sorted(
-        (int(match[1]), entry)
-        for entry in directory.iterdir()
-        if entry.is_dir() and (match := _FOLDER.fullmatch(entry.name))
-    )
+    found = saved_iterations(directory) if iterations is None else sorted(iterations)
     if not found:
         raise ConfigError(f"{directory}: holds no iter_* folder; give the directory that --save named")
-    for _, folder in found:
-        _check_format(folder)
-    return [Checkpoint(folder, iteration) for iteration, folder in found]
+    checkpoints = [Checkpoint(iteration_folder(directory, iteration), iteration) for iteration in found]
+    for checkpoint in checkpoints:
+        _check_format(checkpoint.folder)
+    return checkpoints
 
 
 def _check_format(folder: Path) -> None:
@@ -244,20 +254,6 @@ def _remove_files(folder: Path) -> None:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-
-
-def grouped_by_size(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], group_bytes: int) -> Iterator[list[str]]:
-    """Names of tensors in groups of about so many bytes, so that neither memory nor the number of reads grows large."""
-    group: list[str] = []
-    size = 0
-    for name, (shape, dtype) in tensors.items():
-        group.append(name)
-        size += torch.Size(shape).numel() * dtype.itemsize
-        if size >= group_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

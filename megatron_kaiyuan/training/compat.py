@@ -1,23 +1,29 @@
 """The changes made to Megatron 0.19 from outside, all of them, each with its reason. Everything else uses its hooks."""
 
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import layers as parallel_layers
-from megatron.training import training
+from megatron.training import checkpointing, get_signal_handler, training
 
 from megatron_kaiyuan.kernels import weight_gradient
 
 __all__ = [
+    "Keeper",
+    "exit_on_signal_too",
     "fuse_weight_gradients_without_apex",
+    "keep_checkpoints",
     "keep_shipped_dataset_helpers",
     "observe_steps",
+    "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
     "use_scheduler",
 ]
@@ -68,6 +74,76 @@ def observe_steps(observer: Callable[..., None]) -> None:
     training.training_log = logged
 
 
+class Keeper(Protocol):
+    """What `keep_checkpoints` tells and asks; see `megatron_kaiyuan.training.checkpoint_keeping`."""
+
+    def lacks(self, iteration: int) -> bool:
+        """Whether this iteration must be saved beside those of the interval."""
+
+    def protects(self, iteration: int) -> bool:
+        """Whether this iteration may not be deleted."""
+
+    def before_save(self, iteration: int) -> None:
+        """Called on all ranks."""
+
+    def after_save(self, iteration: int) -> None:
+        """Called on all ranks; an asynchronous save may still be writing."""
+
+
+def keep_checkpoints(keeper: Keeper) -> None:
+    """Save when `keeper` lacks a checkpoint, never delete what it protects, and tell it of every save.
+
+    The loop saves at multiples of one interval, `--save-retain-interval` deletes all but multiples of another, and
+    there are no hooks around a save. A later call replaces the keeper.
+    """
+    decide = getattr(training.checkpoint_and_decide_exit, "__wrapped__", training.checkpoint_and_decide_exit)
+    save = getattr(training.save_checkpoint, "__wrapped__", training.save_checkpoint)
+    delete = getattr(checkpointing._async_delete_checkpoint_impl, "__wrapped__", None)
+    delete = delete or checkpointing._async_delete_checkpoint_impl
+
+    @functools.wraps(save)
+    def saved(iteration: int, *args: Any, **kwargs: Any) -> None:
+        persistent = not kwargs.get("non_persistent_ckpt")
+        if persistent:
+            keeper.before_save(iteration)
+        save(iteration, *args, **kwargs)
+        if persistent:
+            keeper.after_save(iteration)
+
+    @functools.wraps(decide)
+    def decided(
+        model: Any, optimizer: Any, scheduler: Any, iteration: int, operations: Any, context: Any, data: Any
+    ) -> bool:
+        leave = bool(decide(model, optimizer, scheduler, iteration, operations, context, data))
+        if keeper.lacks(iteration):
+            training.save_checkpoint_and_time(
+                iteration, model, optimizer, scheduler, operations, context, train_data_iterator=data
+            )
+        return leave
+
+    @functools.wraps(delete)
+    def deleted(directory: str, iteration: int, *args: Any, **kwargs: Any) -> None:
+        if not keeper.protects(iteration):
+            delete(directory, iteration, *args, **kwargs)
+
+    training.save_checkpoint = saved
+    training.checkpoint_and_decide_exit = decided
+    checkpointing._async_delete_checkpoint_impl = deleted
+
+
+def exit_on_signal_too(number: signal.Signals) -> None:
+    """Let another signal save and end the run as `--exit-signal` does; Megatron listens to one.
+
+    Slurm has SIGTERM for `scancel` and preemption, and the one that `--signal` names before the time limit.
+    """
+    handler = get_signal_handler()
+
+    def note(_number: int, _frame: object) -> None:
+        handler._signal_received = True
+
+    signal.signal(number, note)
+
+
 def repair_distributed_torch_adam() -> None:
     """Let `--use-distributed-optimizer` resume with torch's Adam, which stands in where apex and TE are absent.
 
@@ -101,6 +177,29 @@ def repair_distributed_torch_adam() -> None:
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def repair_checkpoints_before_first_step() -> None:
+    """Let a checkpoint be loaded that was saved while every FP16 step so far had overflowed, with torch's Adam.
+
+    Adam has no state then: Megatron saves none, and asks for it when it loads. With a state of zeros, it leaves out the
+    number of steps where that is 0, and Adam misses it. A second call changes nothing.
+    """
+    if hasattr(Float16OptimizerWithFloat16Params.sharded_state_dict, "__wrapped__"):
+        return
+    original = Float16OptimizerWithFloat16Params.sharded_state_dict
+
+    @functools.wraps(original)
+    def sharded_state_dict(self: Any, model_state: Any, *args: Any, **kwargs: Any) -> Any:
+        is_torch_adam = isinstance(self.optimizer, torch.optim.Adam)
+        if is_torch_adam and not (args[0] if args else kwargs.get("is_loading", False)):
+            _create_adam_state(self.optimizer)
+        result = original(self, model_state, *args, **kwargs)
+        if is_torch_adam:
+            result["optimizer"]["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+        return result
+
+    Float16OptimizerWithFloat16Params.sharded_state_dict = sharded_state_dict
 
 
 def _create_adam_state(optimizer: object) -> None:

@@ -1,6 +1,7 @@
 """From the command line to Megatron's training loop. What can be wrong is looked at before the loop starts."""
 
 import argparse
+import signal
 import warnings
 from functools import partial
 
@@ -17,12 +18,20 @@ from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.blend import check_data_arguments
+from megatron_kaiyuan.training.checkpoint_keeping import (
+    AVERAGING,
+    keep_checkpoints,
+    plan_averaging,
+    say_how_to_average,
+)
+from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start
 from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.monitoring import build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
+from megatron_kaiyuan.training.run_identity import check_same_run, is_complete, store_tokenizer
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 
 __all__ = ["run_pretraining"]
@@ -34,10 +43,20 @@ def run_pretraining() -> None:
     Raises:
         KaiyuanError: a mistake in the flags, the plan or the data; raised before any model is built.
     """
-    args, plan = _configure()
+    args, plan, saved = _configure()
     store_record(args, plan)
+    setattr(args, AVERAGING, plan_averaging(args, plan))
+    if is_complete(args, saved):
+        print_rank_0(f"> --load {args.load}: the run is complete, nothing is left to train on")
+        say_how_to_average(args)
+        return
+    keep_checkpoints(args)
+    if args.exit_signal_handler:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            compat.exit_on_signal_too(number)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
+    compat.repair_checkpoints_before_first_step()
     compat.fuse_weight_gradients_without_apex()
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
@@ -52,13 +71,19 @@ def run_pretraining() -> None:
         ForwardStep(build_monitor(args, plan)),
         model_provider=partial(kaiyuan_builder, args),
     )
+    say_how_to_average(args)
 
 
-def _configure() -> tuple[argparse.Namespace, Plan | None]:
-    """Arguments as Megatron validated them, and the plan if there is one."""
+def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | None]:
+    """Arguments as Megatron validated them, the plan if there is one, and arguments of the run to continue."""
     defaults = _platform_defaults()
     first_look = parse_args(arguments_provider(defaults))
     plan = None if first_look.plan is None else Plan.load(first_look.plan)
+    start = agree_on_start(first_look)
+    if start.step is not None:
+        first_look.ckpt_step = start.step
+    if first_look.save:
+        defaults["exit_signal_handler"] = True  # of no use without a place to save
     saved = saved_arguments(first_look)
     plan_values = {}
     if plan is None:
@@ -69,8 +94,11 @@ def _configure() -> tuple[argparse.Namespace, Plan | None]:
         plan_values = plan_argument_defaults(first_look, plan, saved)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
-    args = parse_and_validate_args(arguments_provider(defaults), args_defaults=plan_values)
+    parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}
+    args = parse_and_validate_args(arguments_provider(parsed_defaults), args_defaults=plan_values)
     _say_aloud(defaults, plan_values)
+    store_tokenizer(args, plan, get_tokenizer())
+    check_same_run(args, saved)
     check_resume(args, plan, saved)
     if plan is not None:
         check_plan_arguments(args, plan)
@@ -78,7 +106,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None]:
         if not plan.validation:
             print_rank_0("> the plan holds out no documents: no evaluation (--eval-iters 0)")
             args.eval_iters = 0
-    return args, plan
+    return args, plan, saved
 
 
 def _platform_defaults() -> dict[str, object]:

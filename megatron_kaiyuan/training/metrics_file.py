@@ -58,7 +58,7 @@ def read_metrics(path: Path, *, last_iteration: int | None = None) -> list[dict[
             iteration = int(entry["iteration"])
         except (ValueError, KeyError, TypeError):
             continue
-        for later in [known for known in entries if known >= iteration]:
-            del entries[later]
+        while entries and next(reversed(entries)) >= iteration:  # ascending at all times
+            entries.popitem()
         entries[iteration] = entry
-    return [entry for step, entry in sorted(entries.items()) if last_iteration is None or step <= last_iteration]
+    return [entry for step, entry in entries.items() if last_iteration is None or step <= last_iteration]

@@ -8,7 +8,7 @@ from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.preprocess.manifest import TokenizerRecord, load_manifest, manifest_path
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
 
-__all__ = ["check_plan_arguments", "plan_argument_defaults", "plan_parser_defaults"]
+__all__ = ["check_plan_arguments", "plan_argument_defaults", "plan_parser_defaults", "tokenizer_of_shards"]
 
 _OTHER_DATA = (
     "data_path",
@@ -55,7 +55,7 @@ def _tokenizer_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """Training on a plan turns no text into tokens: vocabulary size and end-of-document id are all it needs to know."""
     if args.tokenizer_type is not None:
         return {}
-    record = _tokenizer_of_shards(plan)
+    record = tokenizer_of_shards(plan)
     if record is None and args.vocab_size is None:
         raise ConfigError(
             "the size of the vocabulary is unknown: the shards of the plan have no manifest; "
@@ -70,7 +70,7 @@ def _tokenizer_defaults(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _tokenizer_of_shards(plan: Plan) -> TokenizerRecord | None:
+def tokenizer_of_shards(plan: Plan) -> TokenizerRecord | None:
     """The tokenizer all manifests of the plan name; None where no shard has a manifest.
 
     Raises:

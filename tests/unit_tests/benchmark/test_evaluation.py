@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.data.tiny import write_shard
@@ -13,10 +13,9 @@ from tests.unit_tests.data.tiny import write_shard
 LENGTHS = [5, 9, 1, 14, 3, 8, 2, 30, 6, 4]
 
 
-def held_out(folder: Path, documents: int, max_windows: int | None = None, seq_length: int = 7) -> object:
-    cpu_platform.install()
-    from megatron_kaiyuan.benchmark.evaluation import HeldOutDocuments
-
+def held_out(
+    folder: Path, documents: int, max_windows: int | None = None, seq_length: int = 7
+) -> tuple[HeldOutDocuments, list[int]]:
     texts = [[number] * length for number, length in enumerate(LENGTHS)]
     prefix = write_shard(folder / "s", texts)
     plan = Plan.from_spec(
@@ -32,7 +31,7 @@ def held_out(folder: Path, documents: int, max_windows: int | None = None, seq_l
 
 @pytest.mark.parametrize("max_windows", [None, 2])
 def test_every_predicted_token_counts_for_its_own_document(tmp_path: Path, max_windows: int | None) -> None:
-    documents, numbers = held_out(tmp_path, 8, max_windows)  # type: ignore[misc]
+    documents, numbers = held_out(tmp_path, 8, max_windows)
     # each token is its document's number, so what is predicted says whose it is
     stream = [number for number in numbers for _ in range(LENGTHS[number])]
     predicted = stream[1 : 1 + documents.num_windows * 7]
@@ -45,7 +44,7 @@ def test_every_predicted_token_counts_for_its_own_document(tmp_path: Path, max_w
 
 
 def test_batches_add_up_to_the_whole(tmp_path: Path) -> None:
-    documents, _ = held_out(tmp_path, 8)  # type: ignore[misc]
+    documents, _ = held_out(tmp_path, 8)
     values = np.random.default_rng(0).random((documents.num_windows, 7))
     parts = sum(documents.sum_by_document(start, values[start : start + 2]) for start in range(0, len(values), 2))
     assert np.allclose(parts, documents.sum_by_document(0, values))

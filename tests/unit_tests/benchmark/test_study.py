@@ -107,9 +107,6 @@ def test_quantiles_and_suite_are_those_of_the_report_by_default(tmp_path: Path) 
 def test_the_parameters_are_those_of_the_model_that_is_built() -> None:
     import torch
 
-    from megatron_kaiyuan import cpu_platform
-
-    cpu_platform.install()
     from megatron_kaiyuan.model.config import KaiyuanModelOptions, KaiyuanTransformerConfig
     from megatron_kaiyuan.model.parameters import count_parameters
 

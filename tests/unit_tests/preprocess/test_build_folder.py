@@ -84,8 +84,12 @@ def test_the_table_says_where_each_document_comes_from(tmp_path: Path, inputs: l
 @pytest.mark.parametrize("num_tasks", [2, 3])
 def test_tasks_in_any_order_give_the_bytes_of_one_run(tmp_path: Path, inputs: list[Path], num_tasks: int) -> None:
     build_folder(inputs, tmp_path / "one", **SETTINGS, num_tasks=num_tasks, task_id=0)
+    built = 0
     for task in reversed(range(num_tasks)):
-        build_folder(inputs, tmp_path / "many", **SETTINGS, num_tasks=num_tasks, task_id=task)
+        summary = build_folder(inputs, tmp_path / "many", **SETTINGS, num_tasks=num_tasks, task_id=task)
+        assert summary.shards_kept == 0, "two tasks share a shard"
+        built += summary.shards_built
+    assert built == len(list((tmp_path / "many").glob("*.idx")))
     for task in range(1, num_tasks):
         build_folder(inputs, tmp_path / "one", **SETTINGS, num_tasks=num_tasks, task_id=task)
     assert folder_bytes(tmp_path / "many") == folder_bytes(tmp_path / "one")
@@ -180,6 +184,22 @@ def test_a_shard_of_faulty_rows_only_is_complete_and_counted(tmp_path: Path) -> 
     assert documents(tmp_path / "out") == [[1]] * 5 + [[2]] * 5
     assert open_source("a", str(tmp_path / "out")).num_documents == 10
     assert describe_source("a", str(tmp_path / "out"))["manifests"]["skipped"] == {"empty_document": 5}
+
+
+def test_what_finished_shards_skipped_is_counted_in_every_later_run(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "1"}] * 5 + [{"text": ""}] * 5)
+    first, again = (build_folder([path], tmp_path / "out", shard_bytes=30, on_error="skip") for _ in range(2))
+    assert again.shards_built == 0
+    assert (again.rows, again.skipped) == (first.rows, first.skipped) == (10, {"empty_document": 5})
+
+
+def test_names_stay_with_their_documents_where_rows_are_skipped(tmp_path: Path) -> None:
+    rows = [{"text": text, "id": name} for text, name in (("", "a"), ("1", "b"), ("x", "c"), ("2 3", "d"))]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    build([path], tmp_path / "out", id_key="id", on_error="skip")
+    table = pq.read_table(tmp_path / "out_text_document.documents.parquet")
+    assert table.column("id").to_pylist() == ["b", "d"]
+    assert table.column("row").to_pylist() == [1, 3]
 
 
 def test_a_fault_in_a_cut_file_is_found_by_its_place(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError, PreprocessError, ShardError, TokenizerError
-from megatron_kaiyuan.preprocess import TokenizerConfig, load_manifest, preprocess, verify_manifest
+from megatron_kaiyuan.preprocess import TokenizerConfig, load_manifest, pipeline, preprocess, verify_manifest
 from megatron_kaiyuan.preprocess.manifest import manifest_path
 from tests.unit_tests.preprocess.corpus import (
     NULL_VOCABULARY,
@@ -297,6 +297,22 @@ def test_id_that_does_not_fit_its_type_is_an_error_and_not_another_id(tmp_path: 
         assert not (tmp_path / "out_text_document.bin").exists()
     else:  # the library may renumber the token instead of leaving a gap
         assert max(read_shard_by_hand(tmp_path / "out_text_document")[0]) < 65500
+
+
+def test_id_over_the_type_on_disk_is_never_wrapped_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "optimal_dtype", lambda vocab_size: np.dtype(np.uint16))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "65535"}, {"text": "65536"}])
+    tokenizer = TokenizerConfig(type="NullTokenizer", vocab_size=100_000)
+    with pytest.raises(TokenizerError, match="token id 65536 does not fit uint16"):
+        build([path], tmp_path / "out", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_end_token_does_not_count_towards_the_limit(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "1 2 3"}, {"text": "1 2 3 4"}])
+    summary = build([path], tmp_path / "out", max_document_tokens=3, append_eod=True, on_error="skip")
+    assert summary.skipped == {"too_long": 1}
+    assert read_shard_by_hand(tmp_path / "out_text_document") == [[1, 2, 3, NULL_VOCABULARY - 1]]
 
 
 @pytest.mark.parametrize(

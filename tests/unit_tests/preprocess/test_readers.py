@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.preprocess import readers
+from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
 from megatron_kaiyuan.preprocess.inputs import Part, expand_inputs
 from megatron_kaiyuan.preprocess.readers import ByteRange, Lines, lines_of, read_blocks
 
@@ -43,6 +45,37 @@ def test_every_line_is_in_exactly_one_block(
         {"": data, "gzip": gzip.compress(data), "zstd": pa.Codec("zstd").compress(data, asbytes=True)}[compression]
     )
     assert read_all_lines(path, block_bytes) == lines
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=10),
+    ends_with_newline=st.booleans(),
+    block_bytes=st.integers(1, 12),
+    compression=st.sampled_from(["", "gzip", "zstd"]),
+)
+def test_exactly_the_lines_over_the_limit_are_faulty_for_their_length(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    ends_with_newline: bool,  # noqa: FBT001
+    block_bytes: int,
+    compression: str,
+) -> None:
+    data = b"\n".join(b"x" * length for length in lengths) + (b"\n" if ends_with_newline and lengths else b"")
+    path = tmp_path_factory.getbasetemp() / "long.jsonl"
+    path.write_bytes(
+        {"": data, "gzip": gzip.compress(data), "zstd": pa.Codec("zstd").compress(data, asbytes=True)}[compression]
+    )
+    rows = 0
+    found: dict[int, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "MAX_LINE_BYTES", 12)
+        for block in read_blocks(parts(path), ["text"], block_bytes):
+            batch = parse_block(block, FieldKeys(("text",)))
+            found |= {rows + fault.row: fault.reason.value for fault in batch.faults}
+            rows += batch.rows
+    expected = ["line_too_long" if length > 12 else "broken_json" for length in lengths]
+    assert [found[row] for row in range(rows)] == expected
 
 
 def test_blank_lines_keep_their_place(tmp_path: Path) -> None:

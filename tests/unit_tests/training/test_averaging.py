@@ -1,6 +1,7 @@
 import io
 import json
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.export.checkpoint_parts import LazyTensor, read_rows, write_parts
 from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints, weights_of
 from megatron_kaiyuan.training.checkpoint_io import (
     Checkpoint,
     find_checkpoints,
-    grouped_by_size,
     iteration_folder,
+    new_checkpoint_folder,
     open_checkpoint,
     write_checkpoint,
 )
@@ -139,22 +141,36 @@ def test_the_manifest_says_what_was_averaged(run: Path, tmp_path: Path) -> None:
     assert sum(part["weight"] for part in manifest["checkpoints"]) == pytest.approx(1.0)
 
 
-def test_small_groups_and_one_large_group_give_the_same_average(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    average_checkpoints(find_checkpoints(run), "wma", tmp_path / "large")
-    monkeypatch.setattr("megatron_kaiyuan.training.averaging._GROUP_BYTES", 1)
-    average_checkpoints(find_checkpoints(run), "wma", tmp_path / "small")
-    large, small = (load_all(open_checkpoint(tmp_path / name)) for name in ("large", "small"))
-    assert large.keys() == small.keys()
-    for name in large:
-        np.testing.assert_array_equal(large[name], small[name])
+def test_a_stack_of_layers_is_averaged_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of checkpoints and layers, memory holds the parts of one."""
+    layers, name = 5, "decoder.layers.mlp.linear_fc1.weight"
+    for iteration in (10, 20, 30):
+        values = torch.randn(layers, 4, 6, generator=torch.Generator().manual_seed(iteration))
+        common = pickled([{"args": Namespace(seed=7, consumed_train_samples=iteration), "iteration": iteration}])
+        with new_checkpoint_folder(iteration_folder(tmp_path / "run", iteration), {}) as folder:
+            stack = LazyTensor((layers, 4, 6), torch.float32, [partial(values.narrow, 0, n, 1) for n in range(layers)])
+            write_parts(folder, {name: stack}, {"common_state/shard_0_1": common})
+    read: list[tuple[int, int]] = []
+
+    def watched(checkpoint: Checkpoint, name: str, first: int, end: int) -> torch.Tensor:
+        read.append((first, end))
+        return read_rows(checkpoint, name, first, end)
+
+    monkeypatch.setattr("megatron_kaiyuan.training.averaging.read_rows", watched)
+    average_checkpoints(find_checkpoints(tmp_path / "run"), "mean", tmp_path / "average")
+    assert sorted(read) == sorted([(n, n + 1) for n in range(layers)] * 3)
+    parts = [load_all(checkpoint)[name] for checkpoint in find_checkpoints(tmp_path / "run")]
+    result = load_all(find_checkpoints(tmp_path / "average")[0])[name]
+    np.testing.assert_allclose(result, np.mean(parts, axis=0), atol=3 * 2.0**-24 * 5)
 
 
-def test_groups_hold_every_name_once_in_order() -> None:
-    tensors = {name: ((number + 1,), torch.float32) for number, name in enumerate("abcdef")}
-    assert list(grouped_by_size(tensors, 12)) == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
-    assert list(grouped_by_size(tensors, 10**9)) == [list("abcdef")]
+@pytest.mark.parametrize("field", ["kaiyuan_logit_softcap", "rotary_base", "kaiyuan_tokenizer"])
+def test_a_model_of_the_same_shapes_that_computes_otherwise_is_refused(tmp_path: Path, field: str) -> None:
+    for iteration, value in ((5, 1), (10, 2)):
+        save(tmp_path / "run", iteration, **{field: value})
+    with pytest.raises(ConfigError, match=r"different runs.*was 1 and is now 2"):
+        average_checkpoints(find_checkpoints(tmp_path / "run"), "mean", tmp_path / "average")
+    assert not (tmp_path / "average").exists()
 
 
 def test_other_shapes_are_refused(run: Path, tmp_path: Path) -> None:

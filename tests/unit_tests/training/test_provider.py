@@ -65,6 +65,9 @@ class Order(Windows):
     def source_index(self, sample: int) -> int:
         return 10 + sample
 
+    def band_tokens(self, sample: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.array([sample, 0, 1])
+
 
 def test_a_training_sample_is_the_window_of_its_number_with_its_source() -> None:
     order: Any = Order(3, 40)
@@ -73,3 +76,4 @@ def test_a_training_sample_is_the_window_of_its_number_with_its_source() -> None
     assert samples[2]["tokens"].tolist() == [42, 1]
     assert samples[2]["labels"].tolist() == [1, 2]
     assert samples[2]["dataset_id"].item() == 12
+    assert samples[2]["band_tokens"].tolist() == [2, 0, 1]

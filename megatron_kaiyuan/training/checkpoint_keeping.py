@@ -1,0 +1,181 @@
+"""Which checkpoints a run saves beside those of `--save-interval`, which it never deletes, and which it does.
+
+The plan's `averaging` names the last `last` checkpoints, `every` steps apart, counted back from the end of the plan.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.training import update_train_iters
+
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME, iteration_folder, saved_iterations
+
+__all__ = [
+    "AVERAGING",
+    "CheckpointKeeper",
+    "averaged_iterations",
+    "keep_checkpoints",
+    "plan_averaging",
+    "say_how_to_average",
+]
+
+AVERAGING = "kaiyuan_averaging"
+"""Name of the argument that holds `plan_averaging()` in every checkpoint; `tools/average_checkpoints.py --planned`."""
+
+
+def averaged_iterations(last: int, every: int, final: int) -> tuple[int, ...]:
+    """The last `last` iterations, `every` apart, of a run that ends at `final`; ascending.
+
+    Raises:
+        ConfigError: the run is too short for them.
+    """
+    first = final - (last - 1) * every
+    if first < 1:
+        raise ConfigError(
+            f"averaging: last {last} x every {every} steps reaches {(last - 1) * every} steps back from the end, but "
+            f"the run has {final}; lower one of them in the plan"
+        )
+    return tuple(range(first, final + 1, every))
+
+
+def plan_averaging(args: argparse.Namespace, plan: Plan | None) -> dict[str, Any] | None:
+    """What the plan wants averaged, as plain data: `iterations` and `weights`; None if it wants nothing.
+
+    Args:
+        args: Megatron's validated arguments.
+        plan: The plan of the run, if it has one.
+
+    Raises:
+        ConfigError: nothing is saved, or the run is too short.
+    """
+    if plan is None or plan.averaging is None:
+        return None
+    wanted = plan.averaging
+    if not args.save:
+        raise ConfigError(
+            f"the plan averages its last {wanted.last} checkpoints, but nothing is saved: add --save DIR, or take "
+            "averaging out of the plan"
+        )
+    length = copy.copy(args)
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces the number, and does so again in the loop
+        update_train_iters(length)
+    return {
+        "iterations": list(averaged_iterations(wanted.last, wanted.every, int(length.train_iters))),
+        "weights": wanted.weights,
+    }
+
+
+class CheckpointKeeper:
+    """Told of every checkpoint of a run.
+
+    Args:
+        directory: What `--save` names.
+        averaged: Iterations that are saved and never deleted.
+        keep: Keep so many of the newest others; None: all.
+        writes: Whether this rank touches files.
+    """
+
+    def __init__(self, directory: Path, averaged: tuple[int, ...], keep: int | None, *, writes: bool) -> None:
+        self._directory = directory
+        self._averaged = frozenset(averaged)
+        self._final = max(averaged, default=0)
+        self._keep = keep
+        self._writes = writes
+        self._last_saved = 0
+
+    def lacks(self, iteration: int) -> bool:
+        """Whether it must be saved now; the end of the run is saved by Megatron itself."""
+        return iteration in self._averaged and iteration not in (self._last_saved, self._final)
+
+    def protects(self, iteration: int) -> bool:
+        """Whether nobody may delete it."""
+        return iteration in self._averaged
+
+    def before_save(self, iteration: int) -> None:
+        """An older folder of that iteration loses its metadata first; called on all ranks.
+
+        Were it to stay while the files under it are replaced, a run killed meanwhile would leave a mixture of two runs
+        that looks intact.
+        """
+        folder = iteration_folder(self._directory, iteration)
+        if self._writes and folder.is_dir():
+            for path in (folder / "metadata.json", folder / ".metadata", *folder.glob("*.distcp")):
+                path.unlink(missing_ok=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def after_save(self, iteration: int) -> None:
+        """Delete what is no longer kept."""
+        self._last_saved = iteration
+        if self._writes and self._keep is not None:
+            gone = [self._set_aside(number) for number in self._superfluous(iteration, self._keep)]
+            if gone:
+                threading.Thread(target=_remove, args=(gone,), name="delete checkpoints").start()
+
+    def _superfluous(self, iteration: int, keep: int) -> list[int]:
+        """Older than the newest `keep` complete ones; iterations after the present one are of another attempt."""
+        tracker = self._directory / TRACKER_NAME
+        loaded = tracker.read_text().strip() if tracker.is_file() else ""
+        past = [number for number in saved_iterations(self._directory) if number <= iteration]
+        complete = [n for n in past if (iteration_folder(self._directory, n) / "metadata.json").is_file()]
+        if len(complete) <= keep:
+            return []
+        oldest = complete[-keep]
+        return [number for number in past if number < oldest and not self.protects(number) and str(number) != loaded]
+
+    def _set_aside(self, iteration: int) -> Path:
+        """At once and as a whole: what is left of a deletion that is interrupted is no checkpoint."""
+        folder = iteration_folder(self._directory, iteration)
+        print(
+            f"  deleting the checkpoint of iteration {iteration} (--kaiyuan-keep-checkpoints {self._keep})", flush=True
+        )
+        return folder.rename(folder.with_name(f".{folder.name}.deleted"))
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep_checkpoints(args: argparse.Namespace) -> None:
+    """Let the loop save, protect and delete as the arguments and the plan say.
+
+    Raises:
+        ConfigError: a count below 1, nothing to keep, or two rules of deletion at once.
+    """
+    keep = args.kaiyuan_keep_checkpoints
+    if keep is not None:
+        if keep < 1 or not args.save:
+            raise ConfigError(f"--kaiyuan-keep-checkpoints {keep}: give at least 1, and --save DIR")
+        if args.save_retain_interval is not None:
+            raise ConfigError("--kaiyuan-keep-checkpoints and --save-retain-interval both delete; give one of them")
+    if not args.save:
+        return
+    averaging = getattr(args, AVERAGING) or {"iterations": []}
+    writes = args.rank == 0
+    keeper = CheckpointKeeper(Path(args.save), tuple(averaging["iterations"]), keep, writes=writes)
+    compat.keep_checkpoints(keeper)
+
+
+def say_how_to_average(args: argparse.Namespace) -> None:
+    """At the end of a run: the commands that average what its plan wants averaged, and evaluate the result."""
+    averaging = getattr(args, AVERAGING)
+    if averaging is None or args.rank != 0:
+        return
+    output = f"{args.save.rstrip('/')}-averaged"
+    print(
+        f"> the plan averages iterations {', '.join(map(str, averaging['iterations']))} ({averaging['weights']}):\n"
+        f">   python tools/average_checkpoints.py {args.save} --planned --output {output}\n"
+        f">   python tools/evaluate.py {args.save} {output} --plan {args.plan}",
+        flush=True,
+    )

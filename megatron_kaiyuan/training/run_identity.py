@@ -1,0 +1,101 @@
+"""What makes two checkpoints those of one run, beside the order of its samples: seed, tokenizer and model."""
+
+import argparse
+import hashlib
+
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import ResumeError
+
+__all__ = ["TOKENIZER", "check_same_run", "first_difference", "is_complete", "store_tokenizer"]
+
+TOKENIZER = "kaiyuan_tokenizer"
+"""Name of the argument that holds a fingerprint of what the tokenizer does; None where nothing tells."""
+
+_FLAGS = {
+    "seed": "--seed",
+    TOKENIZER: "the tokenizer (its fingerprint)",
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "group_query_attention": "--group-query-attention",
+    "kv_channels": "--kv-channels",
+    "position_embedding_type": "--position-embedding-type",
+    "rotary_base": "--rotary-base",
+    "rotary_percent": "--rotary-percent",
+    "normalization": "--normalization",
+    "norm_epsilon": "--norm-epsilon",
+    "layernorm_epsilon": "--norm-epsilon",
+    "swiglu": "--swiglu",
+    "add_bias_linear": "--disable-bias-linear",
+    "qk_layernorm": "--qk-layernorm",
+    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+    "kaiyuan_sandwich_norm": "--kaiyuan-sandwich-norm",
+    "kaiyuan_logit_softcap": "--kaiyuan-logit-softcap",
+}
+_PROBE = "The 3 naïve Zürich engineers’ café: def f(x):\n\treturn x ** 2.5  # 数据\n\n«да»   end"
+
+
+def store_tokenizer(args: argparse.Namespace, plan: Plan | None, tokenizer: object) -> None:
+    """Let every checkpoint of this run say what its tokenizer does.
+
+    A plan's tokens come from its shards; without one, the tokenizer is asked for the ids of a text. Paths are no part.
+    """
+    setattr(args, TOKENIZER, _of_shards(plan) if plan is not None else _of_text(tokenizer))
+
+
+def _of_shards(plan: Plan) -> str | None:
+    from megatron_kaiyuan.training.plan_arguments import tokenizer_of_shards
+
+    record = tokenizer_of_shards(plan)
+    return None if record is None else record.fingerprint
+
+
+def _of_text(tokenizer: object) -> str | None:
+    try:
+        ids = tokenizer.tokenize(_PROBE)  # type: ignore[attr-defined]  # Megatron's base class is not exported
+    except ValueError:  # a NullTokenizer reads numbers
+        return None
+    return hashlib.sha256(repr(list(ids)).encode()).hexdigest()
+
+
+def first_difference(one: argparse.Namespace, other: argparse.Namespace) -> str | None:
+    """The first flag in which two runs differ, with both values; None if they may be the same run."""
+    flags = dict(_FLAGS)
+    if getattr(one, "group_query_attention", False):  # else Megatron changes the number while it builds the model
+        flags["num_query_groups"] = "--num-query-groups"
+    for name, flag in flags.items():
+        before, now = getattr(one, name, None), getattr(other, name, None)
+        if before is not None and now is not None and before != now:
+            return f"{flag} was {before} and is now {now}"
+    return None
+
+
+def check_same_run(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
+    """Refuse to continue a run with another seed, tokenizer or model.
+
+    Args:
+        args: Validated arguments, `store_tokenizer` included.
+        saved: Arguments of the run to continue, if there is one.
+
+    Raises:
+        ResumeError: names the flag and both values.
+    """
+    difference = None if saved is None else first_difference(saved, args)
+    if difference is not None:
+        raise ResumeError(
+            f"--load {args.load}: {difference}. Restore it to continue that run; for a new one leave --load out (or "
+            "add --finetune to start from these weights, where they fit) and name another --save directory"
+        )
+
+
+def is_complete(args: argparse.Namespace, saved: argparse.Namespace | None) -> bool:
+    """Whether the run to continue has made its last step.
+
+    A job that is queued again just after it has come to its end starts like this; Megatron's loader stops it with an
+    assertion.
+    """
+    if saved is None or args.skip_train:
+        return False
+    samples = args.train_samples or args.train_iters * args.global_batch_size
+    return bool(saved.consumed_train_samples + args.global_batch_size > samples)

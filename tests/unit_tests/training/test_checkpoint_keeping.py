@@ -1,0 +1,105 @@
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.training.averaging import PLANNED, choose_planned
+from megatron_kaiyuan.training.checkpoint_io import iteration_folder, saved_iterations
+from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper, averaged_iterations
+from tests.unit_tests.training.test_averaging import save
+
+
+@given(st.integers(1, 20), st.integers(1, 500), st.integers(1, 20_000))
+def test_averaged_iterations_end_with_the_run_and_are_evenly_spaced(last: int, every: int, final: int) -> None:
+    expected = [final - number * every for number in range(last)][::-1]
+    if min(expected) < 1:
+        with pytest.raises(ConfigError, match="lower one of them"):
+            averaged_iterations(last, every, final)
+    else:
+        assert list(averaged_iterations(last, every, final)) == expected
+
+
+def pretend_saved(directory: Path, iteration: int) -> None:
+    folder = iteration_folder(directory, iteration)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.json").write_text("{}")
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def deleted() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "delete checkpoints":
+            thread.join(timeout=10)
+
+
+@settings(deadline=None, max_examples=40)  # file systems take their time
+@given(
+    st.integers(1, 4),
+    st.sets(st.integers(1, 30), max_size=4),
+    st.lists(st.integers(1, 30), min_size=1, max_size=12, unique=True).map(sorted),
+)
+def test_the_newest_and_the_averaged_stay_and_nothing_else(keep: int, averaged: set[int], saves: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        keeper = CheckpointKeeper(directory, tuple(sorted(averaged)), keep, writes=True)
+        for iteration in saves:
+            pretend_saved(directory, iteration)
+            keeper.after_save(iteration)
+        deleted()
+        assert set(saved_iterations(directory)) == set(saves[-keep:]) | (averaged & set(saves))
+
+
+def test_a_torn_checkpoint_is_not_counted_and_later_attempts_are_left_alone(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 40, 90):
+        pretend_saved(tmp_path, iteration)
+    (iteration_folder(tmp_path, 30) / "metadata.json").unlink()
+    CheckpointKeeper(tmp_path, (), 2, writes=True).after_save(40)
+    deleted()
+    assert saved_iterations(tmp_path) == [20, 30, 40, 90]
+
+
+def test_only_the_writing_rank_deletes(tmp_path: Path) -> None:
+    for iteration in (10, 20):
+        pretend_saved(tmp_path, iteration)
+    CheckpointKeeper(tmp_path, (), 1, writes=False).after_save(20)
+    assert saved_iterations(tmp_path) == [10, 20]
+
+
+def test_a_folder_that_is_written_over_is_torn_from_the_start(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    CheckpointKeeper(tmp_path, (), None, writes=True).before_save(10)
+    assert list(iteration_folder(tmp_path, 10).iterdir()) == []
+
+
+def test_a_checkpoint_is_lacking_until_it_is_saved_and_the_last_is_left_to_megatron(tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path, (10, 20), None, writes=True)
+    assert keeper.lacks(10)
+    assert not keeper.lacks(11)
+    assert not keeper.lacks(20)
+    keeper.after_save(10)
+    assert not keeper.lacks(10)
+    assert keeper.protects(20)
+
+
+def test_planned_checkpoints_are_those_that_the_run_recorded(tmp_path: Path) -> None:
+    assert PLANNED == AVERAGING
+    wanted = {"iterations": [10, 20], "weights": "wma"}
+    for iteration in (10, 15, 20):
+        save(tmp_path, iteration, kaiyuan_averaging=wanted)
+    (iteration_folder(tmp_path, 15) / ".metadata").unlink()  # none of the average's business
+    chosen, weights = choose_planned(tmp_path)
+    assert [checkpoint.iteration for checkpoint in chosen] == [10, 20]
+    assert weights == "wma"
+    iteration_folder(tmp_path, 10).rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="of which 10 are not there: finish the run"):
+        choose_planned(tmp_path)
+
+
+def test_a_run_without_averaging_has_none_planned(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    with pytest.raises(ConfigError, match="no averaging section"):
+        choose_planned(tmp_path)

@@ -1,0 +1,165 @@
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.training.checkpoint_io import iteration_folder
+from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start, check_save_directory, choose_start, damage
+from megatron_kaiyuan.training.run_identity import check_same_run, is_complete
+from tests.unit_tests.training.test_averaging import save
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for iteration in (10, 20, 30):
+        save(tmp_path / "run", iteration)
+    return tmp_path / "run"
+
+
+def data_file(folder: Path) -> Path:
+    return next(folder.glob("*.distcp"))
+
+
+def tear(folder: Path, how: str) -> None:
+    """What a process killed while it saves, or a full disk, leaves."""
+    if how == "truncated":
+        path = data_file(folder)
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "data missing":
+        data_file(folder).unlink()
+    elif how == "pickle torn":
+        path = folder / ".metadata"
+        path.write_bytes(path.read_bytes()[:100])
+    elif how == "json torn":
+        (folder / "metadata.json").write_text('{"sharded')
+    elif how == "folder missing":
+        folder.rename(folder.with_name("elsewhere"))
+    else:
+        (folder / how).unlink()
+
+
+TEARS = ["truncated", "data missing", "pickle torn", "json torn", "folder missing", ".metadata", "metadata.json"]
+
+
+def test_an_intact_checkpoint_has_no_damage(run: Path) -> None:
+    assert damage(iteration_folder(run, 30)) is None
+    assert choose_start(run, None).step is None
+    assert choose_start(run, 20).step is None
+
+
+@pytest.mark.parametrize("how", TEARS)
+def test_a_torn_checkpoint_falls_back_to_the_one_before_and_says_so(run: Path, how: str) -> None:
+    tear(iteration_folder(run, 30), how)
+    start = choose_start(run, None)
+    assert start.step == 20
+    assert "iter_0000030" in start.announcement
+    assert "FALLING BACK to the checkpoint of iteration 20" in start.announcement
+
+
+@pytest.mark.parametrize("how", TEARS)
+def test_a_torn_checkpoint_that_is_asked_for_is_an_error(run: Path, how: str) -> None:
+    tear(iteration_folder(run, 20), how)
+    with pytest.raises(ResumeError, match=r"--ckpt-step 20: .*intact are 10, 30"):
+        choose_start(run, 20)
+
+
+def test_two_torn_checkpoints_in_a_row_fall_back_to_the_third(run: Path) -> None:
+    tear(iteration_folder(run, 30), "truncated")
+    tear(iteration_folder(run, 20), "metadata.json")
+    assert choose_start(run, None).step == 10
+
+
+@pytest.mark.parametrize("content", [None, "", "3x"])
+def test_a_torn_tracker_falls_back_to_the_newest_intact_checkpoint(run: Path, content: str | None) -> None:
+    tracker = run / "latest_checkpointed_iteration.txt"
+    tracker.unlink()
+    if content is not None:
+        tracker.write_text(content)
+    tear(iteration_folder(run, 30), "metadata.json")
+    assert choose_start(run, None).step == 20
+
+
+def test_checkpoints_after_that_of_the_tracker_are_of_another_attempt(run: Path) -> None:
+    (run / "latest_checkpointed_iteration.txt").write_text("20")
+    assert choose_start(run, None).step is None
+    tear(iteration_folder(run, 20), "truncated")
+    assert choose_start(run, None).step == 10
+
+
+def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(run: Path) -> None:
+    for iteration in (10, 20, 30):
+        tear(iteration_folder(run, iteration), "truncated")
+    with pytest.raises(ResumeError, match="no intact checkpoint"):
+        choose_start(run, None)
+
+
+def test_a_run_killed_in_its_first_save_starts_anew(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    tear(iteration_folder(tmp_path, 10), "metadata.json")
+    start = choose_start(tmp_path, None)
+    assert start.step is None
+    assert "starts at its first sample" in start.announcement
+
+
+def arguments(load: Path | None, save: Path | None, **values: object) -> Namespace:
+    defaults = {"ckpt_format": "torch_dist", "non_persistent_ckpt_type": None, "ckpt_step": None, "finetune": False}
+    paths = {name: None if path is None else str(path) for name, path in (("load", load), ("save", save))}
+    return Namespace(**defaults | paths | values)
+
+
+def test_the_fallback_mends_the_tracker_of_its_own_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tear(iteration_folder(run, 30), "truncated")
+    assert agree_on_start(arguments(run, run)).step == 20
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "20"
+    assert "FALLING BACK" in capsys.readouterr().err
+
+
+def test_the_checkpoint_of_another_run_is_not_chosen_in_silence(run: Path, tmp_path: Path) -> None:
+    tear(iteration_folder(run, 30), "truncated")
+    with pytest.raises(ResumeError, match="--ckpt-step 20"):
+        agree_on_start(arguments(run, tmp_path / "new"))
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "30"
+
+
+def test_an_output_directory_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"already holds a run.*: 30.*continues it"):
+        agree_on_start(arguments(None, run))
+    with pytest.raises(ResumeError, match="continues it"):
+        check_save_directory(run, tmp_path / "other", finetune=False)
+    with pytest.raises(ResumeError, match="--finetune would overwrite"):
+        check_save_directory(run, run, finetune=True)
+    check_save_directory(run, run, finetune=False)
+    check_save_directory(tmp_path / "new", run, finetune=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("seed", 8, "--seed was 7 and is now 8"),
+        ("hidden_size", 64, "--hidden-size"),
+        ("kaiyuan_tokenizer", "b", "the tokenizer"),
+        ("kaiyuan_logit_softcap", 0.0, "--kaiyuan-logit-softcap"),
+    ],
+)
+def test_another_seed_tokenizer_or_model_is_refused(name: str, value: object, flag: str) -> None:
+    saved = Namespace(seed=7, hidden_size=32, kaiyuan_tokenizer="a", kaiyuan_logit_softcap=30.0)
+    now = Namespace(load="run", **{**vars(saved), name: value})
+    with pytest.raises(ResumeError, match=f"{flag}.*--finetune"):
+        check_same_run(now, saved)
+    check_same_run(Namespace(load="run", **vars(saved)), saved)
+    check_same_run(now, None)
+
+
+def test_the_metadata_of_the_test_is_that_of_megatron(run: Path) -> None:
+    assert json.loads((iteration_folder(run, 10) / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+
+
+@pytest.mark.parametrize(("consumed", "complete"), [(0, False), (32, False), (40, True), (48, True)])
+def test_a_run_is_complete_when_no_whole_batch_is_left(consumed: int, complete: bool) -> None:  # noqa: FBT001
+    saved = Namespace(consumed_train_samples=consumed)
+    for length in ({"train_samples": 47, "train_iters": None}, {"train_samples": None, "train_iters": 5}):
+        assert is_complete(Namespace(skip_train=False, global_batch_size=8, **length), saved) is complete
+        assert not is_complete(Namespace(skip_train=True, global_batch_size=8, **length), saved)
