@@ -22,6 +22,7 @@ REQUIRES = [
     "pydantic>=2",
     "PyYAML>=6",
     "rich>=13",
+    "scipy>=1.13",  # Student's t in the report of quantile benchmarking
     "sentencepiece>=0.2",
     "tensorboard>=2.16",
     "tokenizers>=0.21",

@@ -24,6 +24,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 __all__ = [
     "Composite",
@@ -188,36 +189,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def student_t_cdf(value: float, freedom: float) -> float:
-    """Distribution function of Student's t, by the regularised incomplete beta function; error below 1e-9."""
-    tail = 0.5 * _incomplete_beta(freedom / 2.0, 0.5, freedom / (freedom + value * value))
-    return 1.0 - tail if value > 0 else tail
+    """Distribution function of Student's t."""
+    return float(stdtr(freedom, value))
 
 
 def student_t_quantile(probability: float, freedom: float) -> float:
-    """The value below which Student's t lies with this probability, by bisection; error below 1e-9."""
-    low, high = -1e6, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function; continued fraction 26.5.8 of Abramowitz and Stegun, evaluated backwards."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1.0) / (a + b + 2.0):  # the fraction converges fast on the other side only
-        return 1.0 - _incomplete_beta(b, a, 1.0 - x)
-    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    fraction = 1.0
-    for number in range(_TERMS, 0, -1):
-        m = number // 2
-        if number % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + number - 1.0) * (a + number))
-        else:
-            term = m * (b - m) * x / ((a + number - 1.0) * (a + number))
-        fraction = 1.0 + term / fraction
-    return math.exp(logarithm) / (a * fraction)
-
-
-_TERMS = 200
+    """The value below which Student's t lies with this probability."""
+    return float(stdtrit(freedom, probability))
