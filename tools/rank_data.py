@@ -7,14 +7,11 @@ import time
 from pathlib import Path
 
 from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
-from megatron_kaiyuan.data.score_import import import_scores
-from megatron_kaiyuan.reporting.progress import ConsoleMeter
+from megatron_kaiyuan.numpy_dispatch import prefer_fast_sort
 
 
-def main() -> None:
-    """Rank one source."""
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of the tool."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="prefix, directory or glob of .bin/.idx shards")
     parser.add_argument("--score", default="score", help="name of the score sidecar (default: score)")
@@ -27,9 +24,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="orders documents of equal score (default 0)")
     parser.add_argument("--output", type=Path, help="index file (default: beside the first shard)")
     parser.add_argument("--verify", action="store_true", help="compare an existing index with a fresh ranking")
+    return parser
+
+
+def main() -> None:
+    """Rank one source."""
+    parser = build_parser()
     args = parser.parse_args()
     if args.verify and args.scores:
         parser.error("--verify compares with the stored scores; leave out --scores, or rank first and verify then")
+    prefer_fast_sort()
+    from megatron_kaiyuan.data import open_source
+    from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
+    from megatron_kaiyuan.data.score_import import import_scores
+    from megatron_kaiyuan.reporting.progress import ConsoleMeter
+
     source = open_source("source", args.shards)
     if args.scores:
         import_scores(source, args.scores, args.score)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["merged_block", "prefix_bound", "prefix_counts"]
+__all__ = ["merged_block", "merged_sample", "prefix_bound", "prefix_counts"]
 
 _ROUNDING = 1 / 64  # more than the rounding error of `rates * position` for streams below 2**45 samples
 
@@ -48,6 +48,32 @@ def merged_block(rates: NDArray[np.float64], start: int, stop: int) -> tuple[NDA
     return streams[before : before + stop - start], samples[before : before + stop - start]
 
 
+def merged_sample(rates: Sequence[float], total: float, sample: int) -> tuple[int, int]:
+    """`merged_block` for one sample, in plain numbers: for a few dozen streams several times faster than arrays.
+
+    Args:
+        rates: as for `merged_block`.
+        total: `float(rates.sum())`, as numpy adds them.
+        sample: merged sample number.
+
+    Returns:
+        Stream number and sample number within the stream.
+    """
+    for margin in _margins(len(rates)):
+        low, high = (sample - margin) / total, (sample + 1 + margin) / total
+        before = sample
+        found: list[tuple[float, int, int]] = []
+        for stream, rate in enumerate(rates):
+            lowest = max(math.ceil(rate * low - (0.5 + _ROUNDING)), 0)
+            highest = max(math.floor(rate * high - (0.5 - _ROUNDING)) + 1, 0)
+            before -= lowest
+            found += [((own + 0.5) / rate, stream, own) for own in range(lowest, highest)]
+        found.sort()
+        if 0 <= before < len(found) and low <= found[before][0] <= high:
+            return found[before][1:]
+    raise AssertionError(f"sample {sample} is not where it must be")
+
+
 def prefix_counts(rates: NDArray[np.float64], samples: int) -> NDArray[np.int64]:
     """How often each stream occurs in the first `samples` merged samples; int64 `[k]`, sums to `samples`."""
     streams, _, settled = _sorted_candidates(rates, samples, samples)
@@ -66,7 +92,7 @@ def _sorted_candidates(
     both sides always suffice.
     """
     total = float(rates.sum())
-    for margin in (2 + 1.25 * math.sqrt(len(rates)), 2 + 0.5 * len(rates)):
+    for margin in _margins(len(rates)):
         low, high = (start - margin) / total, (stop + margin) / total
         lowest, highest = _between(rates, low, high)
         streams, samples, positions = _sorted_by_position(rates, lowest, highest)
@@ -80,6 +106,11 @@ def _sorted_candidates(
         ):
             return streams, samples, lowest
     raise AssertionError(f"samples {start} to {stop} are not where they must be")
+
+
+def _margins(streams: int) -> tuple[float, float]:
+    """Samples to both sides that nearly always suffice, and that always do."""
+    return 2 + 1.25 * math.sqrt(streams), 2 + 0.5 * streams
 
 
 def _between(rates: NDArray[np.float64], low: float, high: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

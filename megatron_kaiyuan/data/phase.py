@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.interleave import merged_block, prefix_counts
+from megatron_kaiyuan.data.interleave import merged_block, merged_sample, prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.permutation import derive_key
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec, PhaseSpec
@@ -22,6 +22,7 @@ from megatron_kaiyuan.errors import PlanError
 __all__ = ["Phase", "build_phase"]
 
 _FEW = 16  # samples of a shuffled stream; below, plain integers are faster than arrays
+_FEW_STREAMS = 48  # likewise for the merge of one sample
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ class Phase:
 
     def sample(self, sample: int) -> tuple[int, int]:
         """Stream number and window of one sample of the phase."""
-        numbers, samples = merged_block(self.rates, sample, sample + 1)
-        number = int(numbers[0])
-        return number, self.stream_list[number].window(int(samples[0]), int(self.used[number]))
+        rates, total, used = self._plain_rates
+        if len(rates) <= _FEW_STREAMS:
+            number, own = merged_sample(rates, total, sample)
+        else:
+            numbers, samples = merged_block(self.rates, sample, sample + 1)
+            number, own = int(numbers[0]), int(samples[0])
+        return number, self.stream_list[number].window(own, used[number])
 
     @cached_property
     def stream_list(self) -> tuple[Stream, ...]:
@@ -88,6 +93,11 @@ class Phase:
     def source_list(self) -> tuple[str, ...]:
         """Names of the streams' sources by number."""
         return tuple(self.streams)
+
+    @cached_property
+    def _plain_rates(self) -> tuple[list[float], float, list[int]]:
+        """`rates`, their sum and `used` as plain numbers."""
+        return self.rates.tolist(), float(self.rates.sum()), self.used.tolist()
 
     @cached_property
     def _stream_facts(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.data.interleave import merged_block, prefix_bound, prefix_counts
+from megatron_kaiyuan.data.interleave import merged_block, merged_sample, prefix_bound, prefix_counts
 from tests.unit_tests.data import oracle
 
 SETTINGS = settings(deadline=None, max_examples=120)
@@ -33,6 +33,17 @@ def test_blocks_of_many_unequal_streams_are_found_from_anywhere(rates):
     for start in range(0, 250):
         streams, samples = merged_block(np.array(rates), start, start + 3)
         assert list(zip(streams.tolist(), samples.tolist(), strict=True)) == everything[start : start + 3]
+
+
+@SETTINGS
+@given(rates=any_rates, sample=st.one_of(st.integers(0, 300), st.integers(0, 2**40)))
+@example(rates=[1.0] * 90, sample=44)
+@example(rates=[2.0**k for k in range(10)], sample=0)
+@example(rates=[60.0] + [1.0] * 60, sample=61)
+def test_one_sample_in_plain_numbers_is_that_of_the_block(rates, sample):
+    array = np.array(rates, dtype=np.float64)
+    (stream,), (own,) = merged_block(array, sample, sample + 1)
+    assert merged_sample(array.tolist(), float(array.sum()), sample) == (stream, own)
 
 
 @SETTINGS
