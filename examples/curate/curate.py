@@ -79,6 +79,8 @@ def executors(settings: CurationSettings) -> list[Any]:
 def main() -> None:
     """Run, or submit, all stages."""
     settings = parse_arguments()
+    if complaints := settings.complaints():
+        raise SystemExit("\n".join(["error: nothing was run", *complaints]))
     found = settings.probability(settings.threshold)
     print(f"MinHash: pairs of similarity {settings.threshold:.2f} are found with a probability of {found:.0%}")
     executors(settings)[-1].run()

@@ -1,6 +1,7 @@
 """What a curation run is asked to do; needs nothing but Python, so it can be checked anywhere."""
 
 import argparse
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,33 @@ class CurationSettings:
         """Where a stage writes."""
         return str(self.output / stage)
 
+    def complaints(self) -> list[str]:
+        """What is missing for a run, before hours of it are spent."""
+        found = []
+        if not any(self.input.glob("**/*.jsonl*")):
+            found.append(f"--input {self.input}: holds no .jsonl or .jsonl.gz; give the folder of the raw text")
+        if not (self.tokenizer / "tokenizer.json").is_file():
+            found.append(
+                f"--tokenizer {self.tokenizer}: holds no tokenizer.json; give a Hugging Face tokenizer's folder"
+            )
+        if self.classifier == "fasttext" and not Path(self.model).is_file():
+            found.append(f"--model {self.model}: no such file; give a fastText model, or --classifier huggingface")
+        if not _has_our_package(self.project_python):
+            found.append(
+                f"--project-python {self.project_python}: cannot import megatron_kaiyuan; give the interpreter of the "
+                "environment that `make env` prepared, such as .venv/bin/python"
+            )
+        return found
+
+
+def _has_our_package(python: str) -> bool:
+    try:
+        return (
+            subprocess.run([python, "-c", "import megatron_kaiyuan"], capture_output=True, check=False).returncode == 0
+        )
+    except OSError:
+        return False
+
 
 def parse_arguments(argv: list[str] | None = None) -> CurationSettings:
     """Flags of curate.py."""
@@ -76,4 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> CurationSettings:
     parser.add_argument("--partition", default="cpu", help="Slurm partition (default: cpu)")
     parser.add_argument("--time", default="12:00:00", help="Slurm time limit of a task (default: 12:00:00)")
     parser.add_argument("--project-python", default="python", help="interpreter that has megatron_kaiyuan")
-    return CurationSettings(**vars(parser.parse_args(argv)))
+    try:
+        return CurationSettings(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))

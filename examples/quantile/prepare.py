@@ -60,7 +60,13 @@ def main() -> None:
 
 def planted_rows(output: Path, budget: int) -> dict[str, list[Row]]:
     """`graded`, `blind` and `clean` documents."""
-    build_corpus(output / "corpus", CorpusBudget(code=1, reference=budget, packages=1))
+    _, reference, _ = build_corpus(output / "corpus", CorpusBudget(code=1, reference=budget, packages=1))
+    if reference.bytes < budget:
+        raise SystemExit(
+            f"prepare.py: asked for {budget / 1e6:g} MB of docstrings, and the packages of this Python hold "
+            f"{reference.bytes / 1e6:.1f} MB; use the environment of `make env`, or give a smaller --megabytes and "
+            "lower slices.tokens of the study in proportion"
+        )
     found: dict[str, list[Row]] = {"graded": [], "blind": [], "clean": []}
     chance = random.Random(1234)
     for number, text in enumerate(texts_of(output / "corpus" / "reference.parquet")):

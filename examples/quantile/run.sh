@@ -12,7 +12,8 @@ if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
     grep -v -E '^  (tasks|task_folders|limit):' "$STUDY" >runs/quantile/study_without_tasks.yaml
     STUDY=runs/quantile/study_without_tasks.yaml
 fi
-[ -d runs/quantile/shards ] || "$PYTHON" examples/quantile/prepare.py planted
+# The task is written last: without it the data are missing or were left unfinished.
+[ -f runs/quantile/tasks/next_words.yaml ] || "$PYTHON" examples/quantile/prepare.py planted
 "$PYTHON" tools/quantile_benchmark.py slice "$STUDY"
 "$PYTHON" tools/quantile_benchmark.py train "$STUDY" --concurrent 2
 "$PYTHON" tools/quantile_benchmark.py evaluate "$STUDY" --task-id 1 --num-tasks 2 & # one process a core

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(
         bool(missing_programs()),
-        reason=f"no {', '.join(missing_programs())}; tools/dev/install_slurm.sh installs Slurm",
+        reason=f"no {', '.join(missing_programs())}; tools/dev/install_test_tools.sh installs Slurm",
     ),
 ]
 
