@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Held-out loss of checkpoints, for each source of a plan."""
+"""Held-out loss of checkpoints, for each source of a plan and each quantile band of its documents."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.reporting.held_out_table import band_table, source_table
 from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
     parser = argparse.ArgumentParser(
-        description="Held-out loss of checkpoints of one model, for each source of a plan, in one process (GPU or CPU)."
+        description="Held-out loss of checkpoints of one model, for each source of a plan and each quantile band of "
+        "its documents, in one process (GPU or CPU)."
     )
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="iter_* folder, or save directory (its latest)"
@@ -58,18 +59,9 @@ def main() -> None:
         bytes_of_token=token_bytes(tokenizer) if tokenizer else None,
         progress=lambda line: print(line, file=sys.stderr),
     )
-    table = Table(
-        Column("weights", overflow="fold"),
-        *(f"{name}\nnats/token (bits/byte)" for name in plan.validation),
-        title="Held-out loss",
-    )
-    for result in results:
-        cells = [
-            f"{loss.loss:.4f}" + (f" ({loss.bits_per_byte:.4f})" if loss.bits_per_byte is not None else "")
-            for loss in result.sources.values()
-        ]
-        table.add_row(result.label, *cells)
-    Console().print(table)
+    for table in (source_table(results, plan), band_table(results, plan)):
+        if table is not None:
+            Console().print(table)
     if options.json:
         options.json.write_text(results_as_json(results, plan))
 

@@ -1,14 +1,12 @@
 """Held-out windows of a study, and which document each predicted token belongs to."""
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.data.stream import Stream
-from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.data import HeldOutDataset, Plan
+from megatron_kaiyuan.errors import PlanError, StudyError
 
 __all__ = ["HeldOutDocuments"]
 
@@ -22,29 +20,23 @@ class HeldOutDocuments:
         Raises:
             StudyError: they do not fill one window.
         """
-        runs = plan.opened[name].held_out_runs
-        self._stream = Stream(runs, 1, None, Fraction(1), plan.seq_length, ascending=False, key=0)
-        self.num_windows = min(self._stream.num_windows, max_windows or self._stream.num_windows)
-        if self.num_windows == 0:
+        try:
+            self._windows = HeldOutDataset(plan, name)
+        except PlanError as error:
+            runs = plan.opened[name].held_out_runs
             raise StudyError(
                 f"evaluation.held_out.{name}: {runs.num_documents} documents have {runs.num_tokens} tokens, less than "
                 f"one window of {plan.seq_length + 1}; hold out more"
-            )
-        owners = [self._owners(window) for window in range(self.num_windows)]
+            ) from error
+        self.num_windows = min(len(self._windows), max_windows or len(self._windows))
+        owners = [self._windows.documents(window) for window in range(self.num_windows)]
         numbers, inverse = np.unique(np.concatenate(owners), return_inverse=True)
         self.num_documents = len(numbers)
         self._document = inverse.reshape(self.num_windows, plan.seq_length)
 
-    def _owners(self, window: int) -> NDArray[np.int64]:
-        """The document, numbered within the source, of each predicted token of a window; int64 `[seq_length]`."""
-        source = self._stream.selected.order.source
-        segments = self._stream.segments(window)
-        counts = [segment.stop - segment.start for segment in segments]
-        return np.repeat([source.number(segment) for segment in segments], counts)[1:]
-
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens of windows, int64 `[stop - start, seq_length + 1]`."""
-        return np.stack([self._stream.read(window) for window in range(start, stop)])
+        return np.stack([self._windows[window]["tokens"] for window in range(start, stop)])
 
     def sum_by_document(self, start: int, values: NDArray[Any]) -> NDArray[np.float64]:
         """Sums over the tokens of each document; `values` is `[windows, seq_length]` from window `start` on."""

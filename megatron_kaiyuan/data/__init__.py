@@ -1,6 +1,6 @@
 """Data order as arithmetic: plans, quality curricula and selective repetition over `.bin/.idx` shards (numpy only)."""
 
-from megatron_kaiyuan.data.dataset import NUM_BANDS, CurriculumDataset, HeldOutDataset, Provenance
+from megatron_kaiyuan.data.dataset import NUM_BANDS, CurriculumDataset, HeldOutDataset, Provenance, band_name
 from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.data.source import Segment, Source, open_source
@@ -14,6 +14,7 @@ __all__ = [
     "Segment",
     "Shard",
     "Source",
+    "band_name",
     "open_shard",
     "open_source",
     "resolve_prefixes",

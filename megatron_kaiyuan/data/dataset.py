@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from megatron_kaiyuan.data.source import Segment
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
 
-__all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance"]
+__all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance", "band_name"]
 
 NUM_BANDS = 10
 """Quantile bands in which training counts its tokens: tenths of a source's documents by score."""
 
 _BLOCK = 1024
+
+
+def band_name(number: int) -> str:
+    """A quantile band for people, such as `90-100%`; band 0 has the lowest scores."""
+    step = 100 // NUM_BANDS
+    return f"{number * step}-{(number + 1) * step}%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +175,33 @@ class HeldOutDataset:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)} held-out windows of {self.source!r}")
         return {"tokens": self._stream.read(int(sample))}
+
+    def documents(self, sample: int) -> NDArray[np.int64]:
+        """The document, numbered within the source, of each predicted token of a window; int64 `[seq_length]`."""
+        source = self.plan.opened[self.source].source
+        segments = self._stream.segments(int(sample))
+        sizes = [segment.stop - segment.start for segment in segments]
+        return np.repeat([source.number(segment) for segment in segments], sizes)[1:]
+
+    def bands(self, sample: int) -> NDArray[np.int8]:
+        """The quantile band of the document of each predicted token, among all documents of the source.
+
+        Returns:
+            int8 `[seq_length]`, 0 for the lowest scores to `NUM_BANDS - 1`; -1 everywhere in an unscored source.
+        """
+        if self._band_of_held_out is None:
+            return np.full(self.plan.seq_length, -1, dtype=np.int8)
+        held_out = self.plan.opened[self.source].held_out
+        return self._band_of_held_out[np.searchsorted(held_out, self.documents(sample))]
+
+    @cached_property
+    def _band_of_held_out(self) -> NDArray[np.int8] | None:
+        """By place in `held_out`, `[H]`; None where there are no scores."""
+        opened = self.plan.opened[self.source]
+        if opened.spec.score is None:
+            return None
+        ranks = opened.ranked_order.positions_of(opened.held_out)
+        return (ranks * NUM_BANDS // opened.source.num_documents).astype(np.int8)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen_held_out, (self.plan.spec, self.source)

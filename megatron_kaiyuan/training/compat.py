@@ -22,6 +22,7 @@ __all__ = [
     "fuse_weight_gradients_without_apex",
     "keep_checkpoints",
     "keep_shipped_dataset_helpers",
+    "observe_evaluations",
     "observe_steps",
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
@@ -72,6 +73,24 @@ def observe_steps(observer: Callable[..., None]) -> None:
         return result
 
     training.training_log = logged
+
+
+def observe_evaluations(observer: Callable[[int], None]) -> None:
+    """Call `observer` with the iteration after each evaluation of the loop, on all ranks.
+
+    The loop reports the mean over all validation samples and has no hook after it. A later call replaces the observer.
+    """
+    original = getattr(training.evaluate_and_print_results, "__wrapped__", training.evaluate_and_print_results)
+
+    @functools.wraps(original)
+    def evaluated(
+        prefix: Any, forward_step: Any, data_iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(prefix, forward_step, data_iterator, model, iteration, *args, **kwargs)
+        observer(iteration)
+        return result
+
+    training.evaluate_and_print_results = evaluated
 
 
 class Keeper(Protocol):

@@ -1,4 +1,4 @@
-"""Held-out loss of checkpoints, source by source of a plan, in one process."""
+"""Held-out loss of checkpoints, by source and quantile band of a plan, in one process."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data import HeldOutDataset, Plan
+from megatron_kaiyuan.data import NUM_BANDS, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 from megatron_kaiyuan.training.loading import (
@@ -30,6 +30,8 @@ class Windows(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]: ...
 
+    def bands(self, index: int) -> NDArray[np.int8]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class SourceLoss:
@@ -41,6 +43,8 @@ class SourceLoss:
     """Predicted tokens."""
     bits_per_byte: float | None
     """Comparable between tokenizers; None when the bytes of the tokens are not known."""
+    bands: tuple[float | None, ...]
+    """Loss by quantile band of the documents, lowest scores first, `[NUM_BANDS]`; None where no token was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +128,25 @@ def _source_loss(
     bytes_of_token: NDArray[np.int64] | None,
 ) -> SourceLoss:
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
-    total = 0.0
-    tokens = text_bytes = 0
+    sums = np.zeros((NUM_BANDS + 1, 2))  # loss and tokens by band, and last of what has no band
+    text_bytes = 0
     for start in range(0, count, batch_size):
-        rows = np.stack([windows[index]["tokens"] for index in range(start, min(start + batch_size, count))])
-        total += float(window_losses(model, rows).sum(dtype=torch.float64))
-        tokens += rows[:, 1:].size
+        numbers = range(start, min(start + batch_size, count))
+        rows = np.stack([windows[index]["tokens"] for index in numbers])
+        losses = window_losses(model, rows).double().cpu().numpy()
+        bands = np.stack([windows.bands(index) for index in numbers]).astype(np.int64)
+        cells = np.where(bands < 0, NUM_BANDS, bands).ravel()
+        sums[:, 0] += np.bincount(cells, weights=losses.ravel(), minlength=NUM_BANDS + 1)
+        sums[:, 1] += np.bincount(cells, minlength=NUM_BANDS + 1)
         if bytes_of_token is not None:
             text_bytes += int(bytes_of_token[rows[:, 1:]].sum())
-    bits_per_byte = total / math.log(2) / text_bytes if text_bytes else None
-    return SourceLoss(loss=total / tokens if tokens else math.nan, tokens=tokens, bits_per_byte=bits_per_byte)
+    total, tokens = sums.sum(axis=0).tolist()
+    return SourceLoss(
+        loss=total / tokens if tokens else math.nan,
+        tokens=int(tokens),
+        bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None,
+        bands=tuple(loss / seen if seen else None for loss, seen in sums[:NUM_BANDS].tolist()),
+    )
 
 
 @torch.no_grad()

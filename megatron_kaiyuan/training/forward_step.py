@@ -16,12 +16,13 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.monitor import RunMonitor
 
 __all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 
 _MODEL_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-_MONITOR_KEYS = ("dataset_id", "band_tokens")
+_MONITOR_KEYS = ("dataset_id", "band_tokens", "token_bands")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class ForwardStep:
 
     monitor: RunMonitor | None = None
     """Told of every training micro-batch; None: nobody is."""
+    held_out: HeldOutLosses | None = None
+    """Counts the losses of every validation micro-batch; None: nobody does."""
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
@@ -52,19 +55,29 @@ class ForwardStep:
             loss_mask=batch["loss_mask"],
             **_fused_loss(model),
         )
+        count = partial(self._count, batch, is_training=model.training)
         if isinstance(output, tuple):
             total, losses, peak_logit = output
-            if monitor is not None:
-                monitor.count(batch, losses, peak_logit)
+            count(losses, peak_logit)
             return total, partial(fused_language_model_loss, batch["loss_mask"])
-        return output, partial(_counted_loss, monitor, batch)
+        return output, partial(_counted_loss, count, batch)
+
+    def _count(
+        self, batch: dict[str, Tensor | None], losses: Tensor, peak_logit: Tensor | None, *, is_training: bool
+    ) -> None:
+        if is_training:
+            if self.monitor is not None:
+                self.monitor.count(batch, losses, peak_logit)
+            return
+        source_ids, bands, mask = batch.get("dataset_id"), batch.get("token_bands"), batch["loss_mask"]
+        if self.held_out is not None and source_ids is not None and bands is not None and mask is not None:
+            self.held_out.add(source_ids, bands, losses, mask)
 
 
 def _counted_loss(
-    monitor: RunMonitor | None, batch: dict[str, Tensor | None], losses: Tensor
+    count: Callable[[Tensor, None], None], batch: dict[str, Tensor | None], losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    if monitor is not None:
-        monitor.count(batch, losses, None)
+    count(losses, None)
     return language_model_loss(batch["loss_mask"], losses)
 
 
@@ -108,12 +121,16 @@ def _batch_on_this_rank(
 
 
 def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """What the monitor counts by; the tokens of a sample are counted by the first of the ranks that share it."""
-    bands = loaded.get("band_tokens")
-    if bands is None:  # Megatron's own blends have a dataset_id too, which numbers other things
-        return {}
-    first = parallel_state.get_context_parallel_rank() == 0
-    return {"dataset_id": loaded["dataset_id"], "band_tokens": bands if first else torch.zeros_like(bands)}
+    """What losses and tokens are counted by; the tokens of a sample by the first of the ranks that share it."""
+    bands, token_bands = loaded.get("band_tokens"), loaded.get("token_bands")
+    if bands is not None:
+        first = parallel_state.get_context_parallel_rank() == 0
+        return {"dataset_id": loaded["dataset_id"], "band_tokens": bands if first else torch.zeros_like(bands)}
+    if token_bands is not None:
+        group = parallel_state.get_context_parallel_group()
+        own = get_batch_on_this_cp_rank({"token_bands": token_bands}, is_hybrid_cp=False, cp_group=group)
+        return {"dataset_id": loaded["dataset_id"], **own}
+    return {}  # Megatron's own blends have a dataset_id too, which numbers other things
 
 
 def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:

@@ -26,7 +26,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
 )
 from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start
 from megatron_kaiyuan.training.forward_step import ForwardStep
-from megatron_kaiyuan.training.monitoring import build_monitor
+from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
@@ -68,7 +68,7 @@ def run_pretraining() -> None:
         container,
         PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod),
         ModelType.encoder_or_decoder,
-        ForwardStep(build_monitor(args, plan)),
+        ForwardStep(build_monitor(args, plan), build_held_out(args, plan)),
         model_provider=partial(kaiyuan_builder, args),
     )
     say_how_to_average(args)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_kaiyuan.data import band_name
 from megatron_kaiyuan.errors import TrainingStopped
 from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
 from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
@@ -224,7 +225,7 @@ class RunMonitor:
             self._write(f"source loss/{name}", source.loss, iteration)
         if any(bands):
             for number, band in enumerate(bands):
-                self._write(f"band tokens/{name} {_band_name(number)}", band, iteration)
+                self._write(f"band tokens/{name} {band_name(number)}", band, iteration)
 
     def _add_to_totals(self, name: str, tokens: int, bands: Sequence[int]) -> None:
         total = self.totals.setdefault(name, [0] * (1 + NUM_BANDS))
@@ -239,11 +240,6 @@ class RunMonitor:
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity and no NaN."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _band_name(number: int) -> str:
-    step = 100 // NUM_BANDS
-    return f"{number * step}-{(number + 1) * step}%"
 
 
 def _line(iteration: int, sums: dict[str, SourceSums]) -> str:

@@ -1,4 +1,4 @@
-"""Connects the run monitor to Megatron's loop: its arguments, its writers, its log line."""
+"""Connects the run monitor and the report of held-out losses to Megatron's loop: arguments, writers, log line."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,12 @@ from megatron.training.utils import print_rank_last
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
+from megatron_kaiyuan.training.held_out_report import HeldOutReport, held_out_path
 from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
 from megatron_kaiyuan.training.source_counters import SourceCounters
 
-__all__ = ["build_monitor"]
+__all__ = ["build_held_out", "build_monitor"]
 
 
 def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
@@ -34,6 +36,23 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
     monitor = RunMonitor(options, counters, _write_scalar if is_logging_rank else None, print_rank_last)
     compat.observe_steps(_Observer(args, monitor))
     return monitor
+
+
+def build_held_out(args: argparse.Namespace, plan: Plan | None) -> HeldOutLosses | None:
+    """Counts the held-out losses of the loop that follows, and tells them after each evaluation.
+
+    None without a plan that holds documents out.
+    """
+    if plan is None or not plan.validation:
+        return None
+    losses = HeldOutLosses(tuple(plan.sources))
+    path = _metrics_path(args)
+    is_logging_rank = args.rank == args.world_size - 1
+    report = HeldOutReport(
+        losses, held_out_path(path) if path else None, _write_scalar if is_logging_rank else None, print_rank_last
+    )
+    compat.observe_evaluations(lambda iteration: report.after_evaluation(iteration, args.consumed_train_samples))
+    return losses
 
 
 def _metrics_path(args: argparse.Namespace) -> Path | None:

@@ -1,7 +1,7 @@
 """Datasets of a plan, in the shape Megatron's loop asks for them."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ class _Windows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]: ...
+
+    def bands(self, index: int) -> NDArray[np.int8]: ...
 
 
 class PlanSamples(Dataset[dict[str, Tensor]]):
@@ -62,17 +64,21 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
     split = Split.valid
 
     def __init__(
-        self, sources: Sequence[_Windows], options: SampleOptions, num_samples: int | None, samples_per_evaluation: int
+        self,
+        sources: Mapping[int, _Windows],
+        options: SampleOptions,
+        num_samples: int | None,
+        samples_per_evaluation: int,
     ) -> None:
         """Interleave the sources.
 
         Args:
-            sources: Held-out windows of each source.
+            sources: Held-out windows of each source, by its number in the plan.
             options: Document boundaries.
             num_samples: Length of this dataset, over all evaluations of the run; None: each window once.
             samples_per_evaluation: Windows of one evaluation; not more than there are.
         """
-        self.sources = list(sources)
+        self.numbers, self.sources = list(sources), list(sources.values())
         self.options = options
         self.order = spread_evenly([len(source) for source in self.sources])
         self.period = min(samples_per_evaluation, len(self.order)) if num_samples is not None else len(self.order)
@@ -82,9 +88,16 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`make_sample` of the window."""
-        source, window = self.order[index % self.period]
-        return make_sample(self.sources[source][int(window)]["tokens"], self.options)
+        """`make_sample` of the window, and what its losses are booked by.
+
+        `dataset_id` is the number of its source in the plan, int64 scalar; `token_bands` the quantile band of each
+        predicted token, int8 `[seq_length]`, -1 for none.
+        """
+        source, window = self.order[index % self.period].tolist()
+        sample = make_sample(self.sources[source][window]["tokens"], self.options)
+        sample["dataset_id"] = torch.tensor(self.numbers[source])
+        sample["token_bands"] = torch.from_numpy(self.sources[source].bands(window))
+        return sample
 
 
 def spread_evenly(lengths: Sequence[int]) -> NDArray[np.int64]:
@@ -127,14 +140,15 @@ class PlanDatasetsProvider:
         return PlanSamples(CurriculumDataset(self.plan), self.options), self._validation(num_samples[1]), None
 
     def _validation(self, num_samples: int | None) -> HeldOutSamples | list[HeldOutSamples] | None:
-        sources = [HeldOutDataset(self.plan, name) for name in self.plan.validation]
+        numbers = {name: number for number, name in enumerate(self.plan.sources)}
+        sources = {numbers[name]: HeldOutDataset(self.plan, name) for name in self.plan.validation}
         if not sources:
             return None
         if self.args.multiple_validation_sets:
-            return [self._held_out([source], num_samples) for source in sources]
+            return [self._held_out({number: source}, num_samples) for number, source in sources.items()]
         return self._held_out(sources, num_samples)
 
-    def _held_out(self, sources: list[HeldOutDataset], num_samples: int | None) -> HeldOutSamples:
+    def _held_out(self, sources: Mapping[int, HeldOutDataset], num_samples: int | None) -> HeldOutSamples:
         wanted = self.args.eval_iters * self.args.eval_global_batch_size if num_samples is not None else 0
         samples = HeldOutSamples(sources, self.options, num_samples, wanted)
         if samples.period < wanted:

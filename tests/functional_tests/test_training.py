@@ -6,12 +6,15 @@ tolerance can be small; see `ROUNDING`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_kaiyuan.data import NUM_BANDS, CurriculumDataset, Plan
+from megatron_kaiyuan.data import NUM_BANDS, CurriculumDataset, HeldOutDataset, Plan
+from megatron_kaiyuan.training.held_out_report import held_out_path
 from megatron_kaiyuan.training.metrics_file import read_metrics
+from megatron_kaiyuan.training.provider import spread_evenly
 from tests.functional_tests.training_run import BATCH, STEPS, Finished, saved_tensors, train, train_well, write_corpus
 
 HALF = ("--fp16", "--initial-loss-scale", str(2**20), "--hysteresis", "1")
@@ -125,8 +128,10 @@ def test_a_half_precision_checkpoint_of_one_rank_resumes_on_two_tensor_parallel_
 def test_two_ranks_continue_as_one_rank_would(
     single: tuple[Path, Finished], plan: Path, tmp_path: Path, split: tuple[str, ...]
 ) -> None:
-    finished = resume(tmp_path, plan, single[0], *SHARDED, *split, processes=2)
+    metrics = ("--kaiyuan-metrics", str(tmp_path / "saved" / "metrics.jsonl"))
+    finished = resume(tmp_path, plan, single[0], *SHARDED, *split, *metrics, processes=2)
     assert_same_tail(finished, single[1], ROUNDING)
+    assert_same_held_out(tmp_path, single[0])
 
 
 def test_the_distributed_optimizer_resumes_from_its_default_format(
@@ -176,6 +181,47 @@ def test_tokens_are_counted_by_source_and_band_and_losses_add_up(single: tuple[P
     assert "loss by source at step 6 (share of 256 tokens): " in finished.output
 
 
+def held_out_lines(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """What each evaluation of a run wrote, by step."""
+    lines = read_metrics(held_out_path(folder / "saved" / "metrics.jsonl"))
+    return {line["iteration"]: line["sources"] for line in lines}
+
+
+def assert_same_held_out(folder: Path, reference: Path) -> None:
+    """The last evaluations of two runs: the same tokens, and losses equal to rounding."""
+    found, expected = held_out_lines(folder)[STEPS], held_out_lines(reference)[STEPS]
+    assert found.keys() == expected.keys()
+    for name, source in expected.items():
+        assert found[name]["band_tokens"] == source["band_tokens"]
+        assert found[name]["loss"] == pytest.approx(source["loss"], abs=ROUNDING)
+
+
+def expected_band_tokens(plan: Path) -> dict[str, list[int]]:
+    """Held-out tokens by band that one evaluation, of one batch, sees; last those without a band."""
+    windows = [HeldOutDataset(plan, name) for name in ("scored", "plain")]
+    counts = {"scored": [0] * (NUM_BANDS + 1), "plain": [0] * (NUM_BANDS + 1)}
+    for source, window in spread_evenly([len(one) for one in windows])[:BATCH].tolist():
+        for band in windows[source].bands(window).tolist():
+            counts[windows[source].source][band] += 1
+    return counts
+
+
+def test_held_out_losses_are_told_by_source_and_band(single: tuple[Path, Finished], plan: Path) -> None:
+    folder, finished = single
+    sources = held_out_lines(folder)[STEPS]
+    counts = expected_band_tokens(plan)
+    assert {name: [*found["band_tokens"], counts[name][-1]] for name, found in sources.items()} == counts
+    scored = sources["scored"]
+    pairs = zip(scored["bands"], scored["band_tokens"], strict=True)
+    mean = sum(loss * tokens for loss, tokens in pairs if loss is not None) / scored["tokens"]
+    assert scored["loss"] == pytest.approx(mean, rel=1e-9)
+    total = sum(found["loss"] * found["tokens"] for found in sources.values())
+    tokens = sum(found["tokens"] for found in sources.values())
+    assert finished.logged("lm loss validation")[STEPS] == pytest.approx(total / tokens, rel=1e-6)
+    assert finished.logged("held-out loss/scored")[STEPS] == pytest.approx(scored["loss"], rel=1e-6)
+    assert "held-out loss at step 6 by source (by quantile band): scored " in finished.output
+
+
 def test_fused_kernels_with_overlapped_gathers_on_two_ranks_train_as_one_unfused_rank(
     single: tuple[Path, Finished], plan: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +236,7 @@ def test_fused_kernels_with_overlapped_gathers_on_two_ranks_train_as_one_unfused
     assert counted(tmp_path) == [line for line in expected_counts(plan) if line[0] > 3]
     [metered] = [line for line in read_metrics(metrics) if "activations" in line]
     assert metered["iteration"] == 5
+    assert_same_held_out(tmp_path, origin)
     assert list(metered["activations"])[:2] == ["embedding", "decoder.layers.0.self_attention.linear_qkv"]
     assert list(metered["activations"])[-1] == "output_layer"
 

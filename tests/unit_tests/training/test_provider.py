@@ -22,6 +22,9 @@ class Windows:
         assert 0 <= index < self.length
         return {"tokens": np.array([self.first + index, 1, 2])}
 
+    def bands(self, index: int) -> np.ndarray[tuple[int], np.dtype[np.int8]]:
+        return np.array([index % 10, -1], dtype=np.int8)
+
 
 def first_tokens(samples: HeldOutSamples, count: int) -> list[int]:
     return [int(samples[index]["tokens"][0]) for index in range(count)]
@@ -42,20 +45,22 @@ def test_every_item_occurs_once_and_each_list_keeps_its_order_and_share() -> Non
 
 
 def test_each_evaluation_sees_the_same_windows_of_every_source() -> None:
-    samples = HeldOutSamples([Windows(4, 0), Windows(2, 100)], SampleOptions(), 9, samples_per_evaluation=3)
+    samples = HeldOutSamples({3: Windows(4, 0), 5: Windows(2, 100)}, SampleOptions(), 9, samples_per_evaluation=3)
     first, second, third = itertools.batched(first_tokens(samples, 9), 3)
     assert first == second == third == (0, 100, 1)
     assert len(samples) == 9
+    assert [samples[index]["dataset_id"].item() for index in range(4)] == [3, 5, 3, 3]
+    assert [samples[index]["token_bands"].tolist() for index in range(3)] == [[0, -1], [0, -1], [1, -1]]
 
 
 def test_an_evaluation_larger_than_what_is_held_out_starts_over() -> None:
-    samples = HeldOutSamples([Windows(2, 0)], SampleOptions(), 10, samples_per_evaluation=5)
+    samples = HeldOutSamples({0: Windows(2, 0)}, SampleOptions(), 10, samples_per_evaluation=5)
     assert samples.period == 2
     assert first_tokens(samples, 5) == [0, 1, 0, 1, 0]
 
 
 def test_a_full_validation_sees_each_window_once() -> None:
-    samples = HeldOutSamples([Windows(3, 0), Windows(2, 100)], SampleOptions(), None, samples_per_evaluation=0)
+    samples = HeldOutSamples({0: Windows(3, 0), 1: Windows(2, 100)}, SampleOptions(), None, samples_per_evaluation=0)
     assert sorted(first_tokens(samples, len(samples))) == [0, 1, 2, 100, 101]
 
 
