@@ -93,10 +93,12 @@ def _train(study: Study, options: argparse.Namespace) -> None:
 
 
 def _evaluate(study: Study, options: argparse.Namespace) -> None:
+    # lm-eval and datasets would draw several bars for every run; torch imports tqdm, which reads this when imported
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from megatron_kaiyuan import cpu_platform
     from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval would draw several bars for every run
     cpu_platform.install()
     with quiet_megatron_import():
         from megatron_kaiyuan.benchmark.evaluation import evaluate_runs

@@ -6,7 +6,10 @@ One process, one model after another in the same memory. Import this after `cpu_
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,13 +104,24 @@ def evaluate_runs(
         elif _is_current(study, run):
             outcome.up_to_date += 1
         else:
-            evaluator = evaluator or _Evaluator(study, sliced, run)
-            result = evaluator.measure(run, finished)
+            with _quiet_megatron():
+                evaluator = evaluator or _Evaluator(study, sliced, run)
+                result = evaluator.measure(run, finished)
             write_result(study, run, result)
             outcome.evaluated += 1
             outcome.not_evaluated |= result.not_evaluated
         progress()
     return outcome
+
+
+@contextmanager
+def _quiet_megatron() -> Iterator[None]:
+    """Without what torch and Megatron say at every model about how Megatron loads its checkpoints."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel is deprecated"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+        yield
 
 
 def _is_current(study: Study, run: Run) -> bool:
