@@ -11,6 +11,7 @@ from megatron_kaiyuan.reporting.run_activations import activation_figure
 from megatron_kaiyuan.reporting.run_curves import colour_of, curves_figure, format_count, source_loss_figure
 from megatron_kaiyuan.reporting.run_data_figures import bands_figure, sources_figure
 from megatron_kaiyuan.reporting.run_expected import phase_marks
+from megatron_kaiyuan.reporting.run_held_out import held_out_figure, read_evaluations
 from megatron_kaiyuan.reporting.run_metrics import Run
 from megatron_kaiyuan.reporting.run_summary import format_duration, format_optional, format_times
 
@@ -44,6 +45,10 @@ _PAGE = """<!doctype html>
 """
 _READ_DATA = "Tokens that counted, summed over the run."
 _READ_EXPECTED = " The dashed lines are where the plan puts the edges: areas that leave them were not fed as planned."
+_READ_HELD_OUT = (
+    "Loss on documents that no phase shows, the same ones at each evaluation. Right, by tenths of a source's documents "
+    "from the lowest scores to the highest: the last evaluation, and dotted the first one."
+)
 _READ_ACTIVATIONS = (
     "The largest absolute value in each layer when it was metered: red is near 65,504, where FP16 ends, crosses were "
     "not finite. Below, how many times larger the largest one could still grow; a trend matters more than the level."
@@ -100,6 +105,9 @@ def write_run_page(
 def _details(run: Run, description: Mapping[str, Any] | None, figures: _Figures, *, named: bool) -> list[str]:
     marks, prefix = phase_marks(description), f"{html.escape(run.name)}: " if named else ""
     parts: list[str] = []
+    if evaluations := read_evaluations(run):
+        parts.append(f'<h2>{prefix}Held-out documents</h2><p class="read">{_READ_HELD_OUT}</p>')
+        parts.append(figures.add(held_out_figure(run, evaluations, marks)))
     if any(line.activations for line in run.lines):
         parts.append(f'<h2>{prefix}Activations and FP16</h2><p class="read">{_READ_ACTIVATIONS}</p>')
         parts.append(figures.add(activation_figure(run, marks)))

@@ -8,12 +8,7 @@ from megatron_kaiyuan.data import band_name
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses, HeldOutSums
 from megatron_kaiyuan.training.metrics_file import append_metrics
 
-__all__ = ["HeldOutReport", "held_out_path"]
-
-
-def held_out_path(metrics: Path) -> Path:
-    """The file of evaluations that belongs to a metrics file: `metrics.held_out.jsonl` beside `metrics.jsonl`."""
-    return metrics.with_suffix(".held_out.jsonl")
+__all__ = ["HeldOutReport"]
 
 
 @dataclass(frozen=True)

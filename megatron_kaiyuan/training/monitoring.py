@@ -10,7 +10,8 @@ from megatron.training.utils import print_rank_last
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
-from megatron_kaiyuan.training.held_out_report import HeldOutReport, held_out_path
+from megatron_kaiyuan.training.held_out_report import HeldOutReport
+from megatron_kaiyuan.training.metrics_file import held_out_path
 from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
 from megatron_kaiyuan.training.source_counters import SourceCounters
 
