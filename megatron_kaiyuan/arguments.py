@@ -83,6 +83,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="divide that gain by sqrt(--num-layers)",
     )
     group.add_argument(
+        "--kaiyuan-branch-scale-bits",
+        type=int,
+        default=0,
+        metavar="K",
+        help="compute 2^-K of what attention and MLP output, which their output norm takes back: the same function, "
+        "with K bits more room in FP16; needs --kaiyuan-sandwich-norm; 0 (default) = off",
+    )
+    group.add_argument(
         "--kaiyuan-logit-softcap",
         type=float,
         default=0.0,

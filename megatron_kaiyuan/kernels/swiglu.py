@@ -1,6 +1,7 @@
 """SwiGLU of a packed matrix product: `silu(gate) * up`, both halves of one tensor, without splitting or joining it.
 
-Overflow: silu(gate) * up is computed in FP32 and rounded once; nothing bounds it (docs/model.md).
+Overflow: silu(gate) * up is computed in FP32 and rounded once; nothing bounds it (docs/model.md). A factor 2^-K before
+    that rounding moves the end of FP16 by K bits, for it and for the matrix product that follows.
 Cost: reads 2f and writes f values a token; backward reads 3f and writes 2f.
 Upstream instead: Megatron's `bias_swiglu_impl`, which torch.compile fuses, with a concatenation in its backward.
 
@@ -18,28 +19,41 @@ from megatron_kaiyuan.kernels.support import use_triton
 __all__ = ["swiglu"]
 
 
-def swiglu(packed: Tensor) -> Tensor:
-    """`silu(packed[..., :f]) * packed[..., f:]`, [..., 2f] -> [..., f]."""
+def swiglu(packed: Tensor, scale: float = 1.0) -> Tensor:
+    """`silu(packed[..., :f]) * packed[..., f:] * scale`, [..., 2f] -> [..., f], in packed's dtype.
+
+    Args:
+        packed: [..., 2f], FP16, BF16, FP32 or FP64.
+        scale: A power of two, applied in FP32 before the one rounding.
+    """
     if not use_triton(packed):
-        gate, up = torch.chunk(packed, 2, dim=-1)
-        return functional.silu(gate) * up
-    out: Tensor = _SwiGLU.apply(packed)  # type: ignore[no-untyped-call]
+        return _reference(packed, scale)
+    out: Tensor = _SwiGLU.apply(packed, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+def _reference(packed: Tensor, scale: float) -> Tensor:
+    gate, up = torch.chunk(packed, 2, dim=-1)
+    if scale == 1.0:
+        return functional.silu(gate) * up  # bit for bit what Megatron's MLP does
+    wide = torch.promote_types(packed.dtype, torch.float32)
+    return (functional.silu(gate.to(wide)) * up.to(wide) * scale).to(packed.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, scale: float) -> Tensor:
         from megatron_kaiyuan.kernels import swiglu_triton as kernels
 
         rows = packed.contiguous().view(-1, packed.shape[-1])
         ctx.save_for_backward(rows)
-        return kernels.forward(rows).view(*packed.shape[:-1], -1)
+        ctx.scale = scale
+        return kernels.forward(rows, scale).view(*packed.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         from megatron_kaiyuan.kernels import swiglu_triton as kernels
 
         (rows,) = ctx.saved_tensors
-        of_packed = kernels.backward(grads[0].contiguous().view(len(rows), -1), rows)
-        return of_packed.view(*grads[0].shape[:-1], -1)
+        of_packed = kernels.backward(grads[0].contiguous().view(len(rows), -1), rows, ctx.scale)
+        return of_packed.view(*grads[0].shape[:-1], -1), None

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
+from torch.nn import functional
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.kernels.support import cuda_kernels_available
@@ -29,6 +30,10 @@ ARGUMENT_PREFIX = "kaiyuan_"
 AttentionKernel = Literal["auto", "sdpa", "unfused"]
 FUSIONS = ("norm", "rotary", "swiglu", "loss")
 """What `fusions` can name."""
+MAX_BRANCH_SCALE_BITS = 8
+"""Values of size 1 keep 6 bits of range below them: 2^-8 / 2^-14, the smallest normal FP16 number."""
+_ADDED_LATER = frozenset({"branch_scale_bits"})
+"""Options that arguments saved by an earlier version lack: off in those runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,9 @@ class KaiyuanModelOptions:
     """Initial gain of those output norms (no unit). 1.0 as in Gemma 2; the Kaiyuan report does not give it."""
     post_norm_depth_scaled: bool = False
     """Divide that gain by sqrt(num_layers): the depth-scaled sandwich norm of Pangu Ultra (arXiv 2504.07866)."""
+    branch_scale_bits: int = 0
+    """K: attention and MLP compute 2^-K of their output, which their output norm takes back; 0 = off. The function is
+    the same, and FP16 holds products 2^K times as large (`model/layers.py`). Needs `sandwich_norm`."""
     logit_softcap: float = 0.0
     """c of `c * tanh(logits / c)`, in logit units (nats); 0 = off. Gemma 2 uses 30; Kaiyuan's own c is unpublished."""
     z_loss: float = 0.0
@@ -69,11 +77,30 @@ class KaiyuanModelOptions:
                 f"{_flag('fusions')} {self.fusions}: {', '.join(unknown)} is unknown; use auto, none, or names of "
                 f"{', '.join(FUSIONS)} joined by commas"
             )
+        self._check_branch_scale()
         if not self.sandwich_norm and (self.post_norm_depth_scaled or self.post_norm_gain_init != 1.0):
             raise ConfigError(
                 f"{_flag('post_norm_gain_init')} and {_flag('post_norm_depth_scaled')} set the gain of the output "
                 f"norms, but there are none: add {_flag('sandwich_norm')} or remove them"
             )
+
+    def _check_branch_scale(self) -> None:
+        flag, bits = _flag("branch_scale_bits"), self.branch_scale_bits
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= MAX_BRANCH_SCALE_BITS:
+            raise ConfigError(
+                f"{flag} must be a whole number from 0 to {MAX_BRANCH_SCALE_BITS}, got {bits}; 0 switches it off, and "
+                "more bits would push ordinary values below the smallest normal FP16 number"
+            )
+        if bits and not self.sandwich_norm:
+            raise ConfigError(
+                f"{flag} {bits} scales what attention and MLP compute, and only an output norm takes that back: add "
+                f"{_flag('sandwich_norm')} or remove it"
+            )
+
+    @property
+    def branch_scale(self) -> float:
+        """2^-K, what attention and MLP multiply their output by."""
+        return 2.0**-self.branch_scale_bits
 
     def fuses(self, what: str) -> bool:
         """Whether the fusion of that name is on in this process."""
@@ -113,6 +140,7 @@ class KaiyuanTransformerConfig(TransformerConfig):
         super().__post_init__()
         self._check_output_head()
         self._check_sandwich_norm()
+        self._check_scaled_branches()
         self._check_attention()
 
     @property
@@ -167,6 +195,25 @@ class KaiyuanTransformerConfig(TransformerConfig):
                 "add --normalization RMSNorm"
             )
 
+    def _check_scaled_branches(self) -> None:
+        """The scale is applied by our SwiGLU and to the values of our attention, and to nothing else."""
+        if not self.kaiyuan.branch_scale_bits:
+            return
+        flag = _flag("branch_scale_bits")
+        if not self.gated_linear_unit or self.activation_func is not functional.silu:
+            raise ConfigError(f"{flag} scales the output of SwiGLU; add --swiglu or remove it")
+        if self.add_bias_linear:
+            raise ConfigError(f"{flag} does not scale the biases of the linear layers; add --disable-bias-linear")
+        unsupported = {
+            "--activation-func-clamp-value": self.activation_func_clamp_value is not None,
+            "--glu-linear-offset": self.glu_linear_offset,
+            "--use-te-activation-func": self.use_te_activation_func,
+            "--fused-single-qkv-rope": self.fused_single_qkv_rope,
+        }
+        present = [name for name, value in unsupported.items() if value]
+        if present:
+            raise ConfigError(f"{flag} does not support {', '.join(present)}; remove one of the two")
+
     def _check_attention(self) -> None:
         if self.transformer_impl != "local":
             if self.kaiyuan.attention != "auto":
@@ -195,6 +242,8 @@ def model_options_from_args(args: argparse.Namespace) -> KaiyuanModelOptions:
     for option in fields(KaiyuanModelOptions):
         name = ARGUMENT_PREFIX + option.name
         if not hasattr(args, name):
+            if option.name in _ADDED_LATER:
+                continue
             raise ConfigError(
                 f"the arguments have no {name}; parse them with the argument group of megatron_kaiyuan.arguments"
             )

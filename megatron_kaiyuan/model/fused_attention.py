@@ -1,8 +1,9 @@
-"""Megatron's self-attention with QK-norm and rotary positions as one kernel (`kernels/qk_norm_rope.py`).
+"""Megatron's self-attention with scaled values, and with QK-norm and rotary positions as one kernel.
 
-Everything else is Megatron's: the packed product, the core attention, the output product, the names in checkpoints. A
-call that the kernel does not cover (inference with a cache, packed sequences, gates, interleaved or partial rotation,
-fewer key/value groups than tensor-parallel ranks) takes Megatron's own way.
+The kernel is `kernels/qk_norm_rope.py`. Everything else is Megatron's: the packed product, the core attention, the
+output product, the names in checkpoints. A call that the kernel does not cover (inference with a cache, packed
+sequences, gates, interleaved or partial rotation, fewer key/value groups than tensor-parallel ranks) takes Megatron's
+own way.
 
 Shapes: s = sequence, b = batch, g = key/value groups and n = query heads of this rank, d = head size.
 """
@@ -16,11 +17,28 @@ from torch import Tensor
 from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
 from megatron_kaiyuan.model.hooks import weight_for_kernel
 
-__all__ = ["FusedRotarySelfAttention"]
+__all__ = ["FusedRotarySelfAttention", "ScaledValueSelfAttention"]
 
 
-class FusedRotarySelfAttention(SelfAttention):
-    """Drop-in for `SelfAttention`."""
+class ScaledValueSelfAttention(SelfAttention):
+    """Drop-in for `SelfAttention` that computes 2^-K of its output, K being `branch_scale_bits`.
+
+    The values are scaled: attention is linear in them, so its output and `linear_proj` of it come out scaled, in any
+    kernel and under any parallelism. Values are the smallest tensor to scale (g heads where the output has n).
+    """
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, the values [s, b, g, d] times 2^-K."""
+        query, key, value, *gate = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        return query, key, self._scaled(value), *gate
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        scale = self.config.kaiyuan.branch_scale
+        return value if scale == 1.0 else value * scale
+
+
+class FusedRotarySelfAttention(ScaledValueSelfAttention):
+    """Drop-in for `ScaledValueSelfAttention`."""
 
     _angles: Tensor | None = None
     """Rotary angles of the call in progress, [s, 1, 1, d], when the kernel does the rotation."""
@@ -52,7 +70,7 @@ class FusedRotarySelfAttention(SelfAttention):
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         packed, _bias = self.linear_qkv(hidden_states)
         groups = self.num_query_groups_per_partition
-        return qk_norm_rope(
+        query, key, value = qk_norm_rope(
             packed.view(*packed.shape[:2], groups, -1),
             self._angles.flatten(1),
             _gain(self.q_layernorm),
@@ -61,6 +79,7 @@ class FusedRotarySelfAttention(SelfAttention):
             head_size=self.hidden_size_per_attention_head,
             eps=self.config.layernorm_epsilon,
         )
+        return query, key, self._scaled(value)
 
     def _covers(self, angles: Any, call: dict[str, Any]) -> bool:
         """Whether this call is ordinary training or evaluation of the ordinary layout."""

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.attention import SdpaCoreAttention
 from megatron_kaiyuan.model.config import FUSIONS, KaiyuanTransformerConfig
-from megatron_kaiyuan.model.fused_attention import FusedRotarySelfAttention
+from megatron_kaiyuan.model.fused_attention import FusedRotarySelfAttention, ScaledValueSelfAttention
 from megatron_kaiyuan.model.layers import (
     FusedSwiGLUMLP,
     KaiyuanLayerSubmodules,
@@ -45,6 +45,7 @@ def get_kaiyuan_layer_local_spec(
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm",
     attention: Literal["sdpa", "unfused"] = "sdpa",
     fusions: Collection[str] = (),
+    scaled_branches: bool = False,
 ) -> ModuleSpec:
     """A layer of Megatron-Core's own modules; needs neither Transformer Engine nor Apex.
 
@@ -54,6 +55,7 @@ def get_kaiyuan_layer_local_spec(
         normalization: RMSNorm uses `StableRMSNorm` everywhere; LayerNorm uses Megatron's, without sandwich norm.
         attention: The core attention.
         fusions: Of `FUSIONS`: norm, rotary and swiglu change modules; the fused norm with residual is chosen by config.
+        scaled_branches: Attention and MLP that obey the config's `branch_scale_bits`.
     """
     submodules = get_gpt_layer_local_submodules(qk_layernorm=qk_layernorm, normalization=normalization)
     attention_submodules = submodules.self_attention.submodules
@@ -65,12 +67,16 @@ def get_kaiyuan_layer_local_spec(
             attention_submodules.k_layernorm = StableRMSNorm
     if attention == "sdpa":
         attention_submodules.core_attention = SdpaCoreAttention
-    _fuse_modules(submodules, fusions)
+    _replace_modules(submodules, fusions, scaled_branches=scaled_branches)
     return _layer_spec(submodules, StableRMSNorm if sandwich_norm else None)
 
 
 def get_kaiyuan_layer_with_transformer_engine_spec(
-    *, sandwich_norm: bool = True, qk_layernorm: bool = True, fusions: Collection[str] = ()
+    *,
+    sandwich_norm: bool = True,
+    qk_layernorm: bool = True,
+    fusions: Collection[str] = (),
+    scaled_branches: bool = False,
 ) -> ModuleSpec:
     """A layer of Transformer Engine's modules; the output norms are Transformer Engine's too.
 
@@ -80,7 +86,7 @@ def get_kaiyuan_layer_with_transformer_engine_spec(
     _require_transformer_engine()
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
     submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=qk_layernorm)
-    _fuse_modules(submodules, fusions)
+    _replace_modules(submodules, fusions, scaled_branches=scaled_branches)
     return _layer_spec(submodules, extension.TENorm if sandwich_norm else None)
 
 
@@ -94,9 +100,13 @@ def get_kaiyuan_decoder_spec(
     """
     options = config.kaiyuan
     fusions = _layer_fusions(config)
+    scaled_branches = options.branch_scale_bits > 0
     if config.transformer_impl == "transformer_engine":
         return get_kaiyuan_layer_with_transformer_engine_spec(
-            sandwich_norm=options.sandwich_norm, qk_layernorm=config.qk_layernorm, fusions=fusions
+            sandwich_norm=options.sandwich_norm,
+            qk_layernorm=config.qk_layernorm,
+            fusions=fusions,
+            scaled_branches=scaled_branches,
         )
     if config.transformer_impl != "local":
         raise ConfigError(
@@ -108,6 +118,7 @@ def get_kaiyuan_decoder_spec(
         normalization=config.normalization,
         attention=config.local_attention_kernel,
         fusions=fusions,
+        scaled_branches=scaled_branches,
     )
     if config.normalization != "RMSNorm":
         return layer
@@ -126,11 +137,15 @@ def _layer_fusions(config: KaiyuanTransformerConfig) -> set[str]:
     return fusions
 
 
-def _fuse_modules(submodules: TransformerLayerSubmodules, fusions: Collection[str]) -> None:
-    """Put our attention and MLP where they fuse something; their submodules stay."""
+def _replace_modules(
+    submodules: TransformerLayerSubmodules, fusions: Collection[str], *, scaled_branches: bool
+) -> None:
+    """Put our attention and MLP where they fuse or scale something; their submodules stay."""
     if "rotary" in fusions:
         submodules.self_attention.module = FusedRotarySelfAttention
-    if "swiglu" in fusions:
+    elif scaled_branches:
+        submodules.self_attention.module = ScaledValueSelfAttention
+    if "swiglu" in fusions or scaled_branches:
         # Megatron gives the MLP as a partial of its class's own builder; its submodules are the keyword.
         submodules.mlp = partial(FusedSwiGLUMLP.as_mlp_submodule, **submodules.mlp.keywords)
 

@@ -5,10 +5,19 @@ Overflow: FP16 ends at 65 504. The square of any value above 255.9 is beyond tha
     residual stream: attention's `linear_proj` and the MLP's `linear_fc2` grow with training, and it sums 2L of them.
 Bound: after the output norm each element of a branch is at most sqrt(h) * |gain|, its RMS at most |gain|. The stream's
     RMS is thus at most RMS(embedding) + 2 L max|gain|: 57 for 28 layers at gain 1, and about sqrt(2L) = 7.5 when the
-    branches are uncorrelated. What is left unbounded are the matrix products before the norm (`linear_fc2` of
-    silu(gate) * up, `linear_proj`), whose inputs are normed: |out| <= sqrt(h) |row|_2 * RMS(in).
+    branches are uncorrelated. What is left unbounded are the products y before the norm (`linear_fc2` of
+    silu(gate) * up, `linear_proj`). The norm makes their scale free: a gradient never holds it back, each step adds
+    a part orthogonal to the weights, and so it grows, the faster the higher the learning rate.
 Remedy: normalise `f(norm(x))` before it enters the stream, with squares, mean, reciprocal root and gain in FP32 and one
-    rounding at the end.
+    rounding at the end. For y, `branch_scale_bits` K: RMSNorm(2^-K y; 4^-K eps) = RMSNorm(y; eps) exactly, so y can
+    be computed 2^-K as large. The factor enters at the inputs of the two last products: inside SwiGLU, in FP32 before
+    its rounding, where it costs nothing and holds silu(gate) * up too; and on attention's values. The products, their
+    reduction over tensor-parallel ranks and their weight gradients then need nothing of their own, with any linear
+    layer (Megatron's, Transformer Engine's). Weights stay as they are: K may change between two runs of a checkpoint.
+    The gradients of y, of SwiGLU's output and of the values are 2^K as large, all others unchanged: while these are
+    the largest ones, the loss scale settles up to K bits lower. They shrink again as y grows, being proportional to
+    1 / |y|. Values below 2^(K - 14) become subnormal, with an error of at most 2^(K - 25): nothing beside the rounding
+    of values near 1.
 Cost: two more RMSNorms a layer, 2 h parameters a layer (114 688 for Kaiyuan-2B), read + write of 2 [s, b, h] a layer.
 Upstream instead: Megatron-Core 0.19 has no output norms, and its `WrappedTorchNorm` refuses sequence parallelism.
 Source: PCMind-2.1-Kaiyuan-2B (arXiv 2512.07612); Gemma 2 (arXiv 2408.00118); Pangu Ultra (arXiv 2504.07866).
@@ -30,8 +39,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
 from megatron_kaiyuan.kernels.swiglu import swiglu
+from megatron_kaiyuan.model.fused_attention import ScaledValueSelfAttention
 from megatron_kaiyuan.model.hooks import weight_for_kernel
 
 __all__ = ["FusedSwiGLUMLP", "KaiyuanLayerSubmodules", "KaiyuanTransformerLayer", "ResidualRMSNorm", "StableRMSNorm"]
@@ -75,7 +86,7 @@ class ResidualRMSNorm(StableRMSNorm):
 
 
 class FusedSwiGLUMLP(MLP):
-    """Megatron's dense MLP with SwiGLU as one kernel each way."""
+    """Megatron's dense MLP with SwiGLU as one kernel each way; 2^-K of its output with `branch_scale_bits`."""
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -90,7 +101,7 @@ class FusedSwiGLUMLP(MLP):
             unfused: tuple[Tensor, Tensor | None] = super().forward(hidden_states, per_token_scale, **kwargs)
             return unfused
         packed, _bias = self.linear_fc1(hidden_states)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(packed))
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(packed, config.kaiyuan.branch_scale))
         return output
 
 
@@ -120,7 +131,12 @@ class KaiyuanTransformerLayer(TransformerLayer):
         self, config: TransformerConfig, submodules: KaiyuanLayerSubmodules, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
-        size_and_eps = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        _require_scaled_branches(config, self.self_attention, self.mlp)
+        # RMSNorm(2^-K y; 4^-K eps) = RMSNorm(y; eps), exactly: every factor is a power of two.
+        size_and_eps = {
+            "hidden_size": config.hidden_size,
+            "eps": config.layernorm_epsilon * config.kaiyuan.branch_scale**2,
+        }
         self.post_self_attn_layernorm = submodules.post_self_attn_layernorm(config=config, **size_and_eps)
         self.post_mlp_layernorm = submodules.post_mlp_layernorm(config=config, **size_and_eps)
         gain = config.kaiyuan.post_norm_gain(config.num_layers)
@@ -144,6 +160,16 @@ class KaiyuanTransformerLayer(TransformerLayer):
 
     def _norm_mlp_output(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, None]:
         return _normed_branch(self.post_mlp_layernorm, output)
+
+
+def _require_scaled_branches(config: TransformerConfig, attention: torch.nn.Module, mlp: torch.nn.Module) -> None:
+    """Refuse a spec whose attention or MLP ignores the scale that the output norms are about to take back."""
+    scaled = isinstance(attention, ScaledValueSelfAttention) and isinstance(mlp, FusedSwiGLUMLP)
+    if config.kaiyuan.branch_scale_bits and not scaled:
+        raise ConfigError(
+            f"--kaiyuan-branch-scale-bits {config.kaiyuan.branch_scale_bits} with a layer spec whose modules do not "
+            "scale; make the spec with scaled_branches=True, or by get_kaiyuan_decoder_spec"
+        )
 
 
 def _normed_branch(norm: torch.nn.Module, output_with_bias: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:

@@ -4,6 +4,7 @@ Overflow: an FP16 value beyond 65 504 becomes infinite, and NaN a few operations
 Bound: headroom = 65 504 / max|activation| of each matrix product's output and of the residual stream; below 1 it
     overflows. (In a BF16 or FP32 run the same number says whether FP16 would have.)
 Remedy: none here; the meter names the first tensor, in the order of computation, that is not finite.
+    With `branch_scale_bits` the values of the branches are the scaled ones, which are what FP16 has to hold.
 Cost: one max-abs reduction of each metered output, on the device; the host waits only in `read`. Off between readings.
 Upstream instead: Megatron logs norms of whole gradients and skips a step after the fact.
 Source: IEEE 754 binary16.
@@ -21,6 +22,9 @@ __all__ = ["FP16_MAX", "ActivationMeter", "ActivationPeak", "first_non_finite"]
 
 FP16_MAX = 65504.0
 """Largest finite FP16 number."""
+
+_ACTIVATION = ".mlp.activation"
+"""silu(gate) * up, what `linear_fc2` reads: no module's output, and it can overflow before that product does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ def first_non_finite(peaks: list[ActivationPeak]) -> str | None:
 
 
 class ActivationMeter:
-    """Records max |activation| of every linear layer, layer output and the raw logits of one model stage.
+    """Records max |activation| of every linear layer, MLP activation, layer output and raw logits of one model stage.
 
     Use as a context manager around the steps to be measured, or call `start` and `stop`. Recomputed activations are
     seen twice, which a maximum does not mind. Values are of this rank's shard and stage only.
@@ -68,9 +72,12 @@ class ActivationMeter:
     def start(self) -> None:
         """Begin recording; peaks of earlier recordings are kept until `reset`."""
         self.stop()
-        for index, (_name, module) in enumerate(self._targets):
-            # First among the hooks: before the output norm or the soft-cap hides what came out of the matrix product.
-            self._handles.append(module.register_forward_hook(self._recorder(index), prepend=True))
+        for index, (name, module) in enumerate(self._targets):
+            if name.endswith(_ACTIVATION):
+                self._handles.append(module.register_forward_pre_hook(self._input_recorder(index)))
+            else:
+                # First among the hooks: before the output norm or the soft-cap hides what came out of the product.
+                self._handles.append(module.register_forward_hook(self._recorder(index), prepend=True))
 
     def stop(self) -> None:
         """Stop recording and remove the hooks."""
@@ -91,12 +98,20 @@ class ActivationMeter:
 
     def _recorder(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
         def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            peak = torch.linalg.vector_norm(tensor.detach(), ord=math.inf).float()
-            earlier = self._peaks[index]
-            self._peaks[index] = peak if earlier is None else torch.maximum(earlier, peak)
+            self._note(index, output[0] if isinstance(output, tuple) else output)
 
         return record
+
+    def _input_recorder(self, index: int) -> Callable[[nn.Module, Any], None]:
+        def record(_module: nn.Module, inputs: Any) -> None:
+            self._note(index, inputs[0])
+
+        return record
+
+    def _note(self, index: int, tensor: Tensor) -> None:
+        peak = torch.linalg.vector_norm(tensor.detach(), ord=math.inf).float()
+        earlier = self._peaks[index]
+        self._peaks[index] = peak if earlier is None else torch.maximum(earlier, peak)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -106,7 +121,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _metered_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules in the order of computation."""
+    """Names and modules in the order of computation; a name that ends on `_ACTIVATION` means the module's input."""
     if hasattr(model, "embedding"):
         yield "embedding", model.embedding
     for layer in model.decoder.layers:
@@ -114,6 +129,7 @@ def _metered_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
         yield f"{prefix}.self_attention.linear_qkv", layer.self_attention.linear_qkv
         yield f"{prefix}.self_attention.linear_proj", layer.self_attention.linear_proj
         yield f"{prefix}.mlp.linear_fc1", layer.mlp.linear_fc1
+        yield prefix + _ACTIVATION, layer.mlp.linear_fc2
         yield f"{prefix}.mlp.linear_fc2", layer.mlp.linear_fc2
         yield prefix, layer
     if hasattr(model, "output_layer"):

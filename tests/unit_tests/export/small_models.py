@@ -1,6 +1,7 @@
 """Small models for the tests of the export: weights of the model oracle, as a training checkpoint."""
 
-from dataclasses import dataclass, field
+import io
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ class SmallModel:
     features: Features = field(default_factory=Features)
     shape: Shape = field(default_factory=Shape)
     tied: bool = False
+    branch_scale_bits: int = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -56,12 +58,14 @@ class SmallModel:
 
 
 KAIYUAN = SmallModel("kaiyuan", Features(sandwich=True, qk_norm=True, softcap=30.0))
+SCALED = replace(KAIYUAN, name="scaled branches", branch_scale_bits=8)
 VARIANTS = [
     KAIYUAN,
     SmallModel("stock"),
     SmallModel("qk norm alone", Features(qk_norm=True)),
     SmallModel("tied", Features(sandwich=True, softcap=5.0), tied=True),
     SmallModel("a group for each head", Features(softcap=30.0), Shape(heads=3, groups=3, rotary_base=500_000)),
+    SCALED,
     SmallModel("one group", Features(sandwich=True, qk_norm=True), Shape(heads=4, groups=1, layers=3)),
 ]
 
@@ -70,9 +74,25 @@ def save_model(model: SmallModel, directory: Path, dtype: torch.dtype) -> Checkp
     """Write the model as training does: layers stacked, the norms before a matrix named after it."""
     tensors = stacked_weights(model, dtype)
     state = untrained_state(model.architecture, 3, dtype)
+    if model.branch_scale_bits:
+        state = {
+            name: _with_argument(value, "kaiyuan_branch_scale_bits", model.branch_scale_bits)
+            for name, value in state.items()
+        }
     write_checkpoint(iteration_folder(directory, 3), tensors, state, {})
     (directory / "latest_checkpointed_iteration.txt").write_text("3")
     return open_checkpoint(directory)
+
+
+def _with_argument(stored: io.BytesIO, name: str, value: object) -> io.BytesIO:
+    """A stored object, with one of its arguments set if it holds arguments."""
+    [content] = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
+    if not isinstance(content, dict) or "args" not in content:
+        return stored
+    setattr(content["args"], name, value)
+    changed = io.BytesIO()
+    torch.save([content], changed)
+    return changed
 
 
 def stacked_weights(model: SmallModel, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
 from megatron_kaiyuan.export.modeling_kaiyuan import KaiyuanForCausalLM
 from megatron_kaiyuan.export.tensor_files import TensorFolder
 from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
+from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
 from tests.helpers import run_distributed
-from tests.unit_tests.export.small_models import KAIYUAN, VARIANTS, SmallModel, save_model
+from tests.unit_tests.export.small_models import KAIYUAN, SCALED, VARIANTS, SmallModel, save_model
 from tests.unit_tests.model.reference import random_batch, reference_logits
 
 
@@ -102,6 +103,16 @@ def test_the_logits_are_those_of_megatron(
     np.testing.assert_allclose(
         logits_of(models[model.name][1], tokens), of_megatron[model.name], rtol=0, atol=tolerance
     )
+
+
+def test_scaled_branches_leave_no_trace_in_the_export(models: dict[str, tuple[Path, Any]]) -> None:
+    """The test above shows that Megatron, which does scale, computes what the export does."""
+    assert open_checkpoint(models[SCALED.name][0]).arguments.kaiyuan_branch_scale_bits == 8
+    usual, scaled = (models[model.name][0].parent / "hf" for model in (KAIYUAN, SCALED))
+    names = sorted(path.name for path in usual.iterdir())
+    assert names == sorted(path.name for path in scaled.iterdir())
+    different = {name for name in names if (usual / name).read_bytes() != (scaled / name).read_bytes()}
+    assert different <= {"conversion.json"}  # where the checkpoint was
 
 
 def test_a_model_without_the_cap_would_be_seen_though_its_best_tokens_are_the_same(

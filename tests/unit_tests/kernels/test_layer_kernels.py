@@ -162,3 +162,22 @@ def test_swiglu_matches_float64(rows: int, half: int, dtype: torch.dtype, scale:
         return (gate * torch.sigmoid(gate) * up,)
 
     assert_close(lambda packed: (swiglu(packed),), exact, leaf(rows, 2, 2 * half, dtype=dtype, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_power_of_two_enters_swiglu_before_its_rounding(dtype: torch.dtype) -> None:
+    def exact(packed: Tensor) -> tuple[Tensor, ...]:
+        gate, up = packed.chunk(2, dim=-1)
+        return (gate * torch.sigmoid(gate) * up / 256,)
+
+    torch.manual_seed(1)
+    packed = leaf(3, 2, 90, dtype=dtype, scale=900.0)
+    largest = (exact(packed.detach().double())[0] * 256).abs().max()
+    assert largest > 65504  # beyond FP16 without the factor
+    assert_close(lambda packed: (swiglu(packed, 2.0**-8),), exact, packed)
+
+
+def test_without_underflow_the_power_of_two_changes_no_other_bit() -> None:
+    torch.manual_seed(2)
+    packed = leaf(5, 140, dtype=torch.float32)
+    assert torch.equal(swiglu(packed, 2.0**-8) * 256, swiglu(packed))

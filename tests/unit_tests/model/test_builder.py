@@ -15,7 +15,8 @@ COMMAND = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-que
 --position-embedding-type rope --seq-length 16 --max-position-embeddings 16 --untie-embeddings-and-output-weights
 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3 --fp16 --mock-data --tokenizer-type NullTokenizer
 --vocab-size 63 --make-vocab-size-divisible-by 64 --attention-dropout 0 --hidden-dropout 0 --transformer-impl local
---kaiyuan-sandwich-norm --kaiyuan-post-norm-depth-scaled --kaiyuan-logit-softcap 30 --kaiyuan-z-loss 1e-4"""
+--kaiyuan-sandwich-norm --kaiyuan-post-norm-depth-scaled --kaiyuan-branch-scale-bits 4 --kaiyuan-logit-softcap 30
+--kaiyuan-z-loss 1e-4"""
 
 
 def observe(_rank: int) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def test_a_command_line_becomes_the_config_it_asks_for(observations: dict[str, A
         "sandwich_norm": True,
         "post_norm_gain_init": 1.0,
         "post_norm_depth_scaled": True,
+        "branch_scale_bits": 4,
         "logit_softcap": 30.0,
         "z_loss": 1e-4,
         "attention": "auto",

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from torch.nn import functional
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.config import KaiyuanModelOptions, KaiyuanTransformerConfig, model_options_from_args
@@ -19,6 +20,10 @@ BASE: dict[str, Any] = {
     "use_cpu_initialization": True,
     "cuda_graph_modules": [],  # its default is deprecated
 }
+
+
+SCALED = {"sandwich_norm": True, "branch_scale_bits": 4}
+SWIGLU = {"gated_linear_unit": True, "activation_func": functional.silu, "add_bias_linear": False}
 
 
 def config(**values: Any) -> KaiyuanTransformerConfig:
@@ -38,6 +43,12 @@ def config(**values: Any) -> KaiyuanTransformerConfig:
         ),
         ({"post_norm_gain_init": 0.5}, "add --kaiyuan-sandwich-norm or remove them"),
         ({"post_norm_depth_scaled": True}, "add --kaiyuan-sandwich-norm or remove them"),
+        (
+            {"sandwich_norm": True, "branch_scale_bits": 9},
+            "--kaiyuan-branch-scale-bits must be a whole number from 0 to 8",
+        ),
+        ({"sandwich_norm": True, "branch_scale_bits": -1}, "got -1; 0 switches it off"),
+        ({"branch_scale_bits": 4}, "add --kaiyuan-sandwich-norm or remove it"),
         ({"attention": "flash"}, "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, unfused"),
     ],
 )
@@ -60,6 +71,10 @@ def test_an_option_out_of_range_is_refused_with_its_flag(values: dict[str, Any],
         ({"sandwich_norm": True}, {"normalization": "LayerNorm"}, "add --normalization RMSNorm"),
         ({"sandwich_norm": True}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 64}, "--num-experts"),
         ({"sandwich_norm": True}, {"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p"),
+        (SCALED, {"gated_linear_unit": False}, "scales the output of SwiGLU; add --swiglu"),
+        (SCALED, SWIGLU | {"activation_func": functional.gelu}, "add --swiglu"),
+        (SCALED, SWIGLU | {"add_bias_linear": True}, "add --disable-bias-linear"),
+        (SCALED, SWIGLU | {"activation_func_clamp_value": 7.0}, "--activation-func-clamp-value; remove one"),
         ({"attention": "sdpa"}, {"transformer_impl": "transformer_engine"}, "use --attention-backend there"),
         ({}, {"context_parallel_size": 2}, "--context-parallel-size 2 needs --transformer-impl transformer_engine"),
         ({}, {"window_size": (128, 0)}, "use --kaiyuan-attention unfused"),
@@ -84,6 +99,7 @@ def test_by_default_nothing_of_the_model_changes() -> None:
     assert config(kaiyuan=KaiyuanModelOptions(attention="unfused")).has_stock_layers
     defaults = KaiyuanModelOptions()
     assert (defaults.sandwich_norm, defaults.logit_softcap, defaults.z_loss) == (False, 0.0, 0.0)
+    assert (defaults.branch_scale_bits, defaults.branch_scale) == (0, 1.0)
 
 
 def test_depth_scaling_divides_the_gain_by_the_square_root_of_the_depth() -> None:
@@ -96,6 +112,8 @@ def test_options_are_read_from_the_arguments_of_the_same_name() -> None:
     options = KaiyuanModelOptions(sandwich_norm=True, logit_softcap=20.0, z_loss=1e-5, attention="unfused")
     arguments = {f"kaiyuan_{name}": value for name, value in dataclasses.asdict(options).items()}
     assert model_options_from_args(argparse.Namespace(**arguments, lr=1.0)) == options
+    del arguments["kaiyuan_branch_scale_bits"]  # as in checkpoints of before it existed
+    assert model_options_from_args(argparse.Namespace(**arguments)) == options
     del arguments["kaiyuan_z_loss"]
     with pytest.raises(ConfigError, match="no kaiyuan_z_loss"):
         model_options_from_args(argparse.Namespace(**arguments))

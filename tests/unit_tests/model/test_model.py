@@ -88,7 +88,7 @@ def assert_matches_reference(case: Case, outcome: Outcome) -> None:
     unit_roundoff = 2.0**-11 if case.half else 2.0**-24
     tolerance = roundings(case.shape) * unit_roundoff
     tokens, labels = random_batch(case.shape)
-    weights = random_weights(case.shape, case.features)
+    weights = case.weights()
     loss, gradients = reference_step(weights, tokens, labels, case.shape, case.features)
     if outcome.loss is not None:
         assert (outcome.loss - loss).abs().max() <= tolerance * loss.abs().max()
@@ -127,8 +127,8 @@ def observe(_rank: int) -> dict[str, Any]:
             "ours": _seeded_step(tiny.build_stage, Features(qk_norm=True)),
             "our modules": _seeded_step(_build_with_our_modules, Features(qk_norm=True)),
         },
-        "huge logits": _step_with_scaled(Case(name="", features=KAIYUAN, half=True), {"output_layer": 65504.0}),
-        "huge logits, stock": _step_with_scaled(Case(name="", half=True), {"output_layer": 65504.0}),
+        "huge logits": _step(Case(name="", features=KAIYUAN, half=True, factors={"output_layer": 65504.0})),
+        "huge logits, stock": _step(Case(name="", half=True, factors={"output_layer": 65504.0})),
         "huge branches": _step_with_huge_branches(KAIYUAN),
         "huge branches, stock": _step_with_huge_branches(Features()),
         "logit peak": _metered_logit_peak(),
@@ -193,19 +193,13 @@ def _build_with_our_modules(case: Case) -> Any:
     )
 
 
-def _step_with_scaled(case: Case, factors: dict[str, float]) -> list[Tensor]:
-    """A step with some weights multiplied, as far as FP16 can hold them."""
-    return _pass(_build_scaled(case, factors), case.shape)
+def _step(case: Case) -> list[Tensor]:
+    return _pass(_build_loaded(case), case.shape)
 
 
-def _build_scaled(case: Case, factors: dict[str, float]) -> Any:
-    weights = random_weights(case.shape, case.features)
-    for name, value in weights.items():
-        for part, factor in factors.items():
-            if part in name:
-                weights[name] = (value * factor).clamp(-65504, 65504)
+def _build_loaded(case: Case) -> Any:
     model = tiny.build_stage(case)
-    tiny.load_weights(model, weights)
+    tiny.load_weights(model, case.weights())
     return model
 
 
@@ -213,8 +207,9 @@ def _step_with_huge_branches(features: Features) -> tuple[list[Tensor], list[Any
     """A step of a deep model whose branches stay below 65 504 each while their sum does not, and the meter's peaks."""
     from megatron_kaiyuan.model.numerics import ActivationMeter
 
-    case = Case(name="", features=features, half=True, shape=Shape(layers=12))
-    model = _build_scaled(case, {"linear_proj": 16384.0, "linear_fc2": 8192.0})
+    factors = {"linear_proj": 16384.0, "linear_fc2": 8192.0}
+    case = Case(name="", features=features, half=True, shape=Shape(layers=12), factors=factors)
+    model = _build_loaded(case)
     with ActivationMeter(model) as meter:
         step = _pass(model, case.shape)
     return step, meter.read()
@@ -224,8 +219,8 @@ def _metered_logit_peak() -> float:
     """What a meter says of the output layer when the logits are far above the cap."""
     from megatron_kaiyuan.model.numerics import ActivationMeter
 
-    case = Case(name="", features=KAIYUAN)
-    model = _build_scaled(case, {"output_layer": 100.0})
+    case = Case(name="", features=KAIYUAN, factors={"output_layer": 100.0})
+    model = _build_loaded(case)
     with ActivationMeter(model) as meter:
         _pass(model, case.shape)
     peaks = {entry.name: entry.peak for entry in meter.read()}
@@ -248,8 +243,7 @@ def _layer_without_output_gains() -> bool:
 def _evaluation_loss() -> tuple[Tensor, Tensor]:
     """Losses in training and in evaluation mode of a model with z-loss."""
     case = Case(name="", features=Features(z_loss=0.1))
-    model = tiny.build_stage(case)
-    tiny.load_weights(model, random_weights(case.shape, case.features))
+    model = _build_loaded(case)
     tokens, labels = random_batch(case.shape)
     positions = torch.arange(case.shape.sequence).expand_as(tokens)
     training = model(tokens, positions, None, labels=labels)

@@ -29,8 +29,20 @@ class Case:
     half: bool = False
     attention: str = "auto"
     fusions: str = "none"
+    branch_scale_bits: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
     """More fields of the transformer config."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """Factors on the weights whose names contain the key, as far as FP16 can hold them."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The full weights, float64."""
+        weights = random_weights(self.shape, self.features)
+        for name, value in weights.items():
+            for part, factor in self.factors.items():
+                if part in name:
+                    weights[name] = (value * factor).clamp(-65504, 65504).half().double()
+        return weights
 
 
 @dataclass
@@ -107,6 +119,7 @@ def build_config(case: Case) -> Any:
         "pipeline_dtype": torch.float16 if case.half else torch.float32,
         "kaiyuan": KaiyuanModelOptions(
             sandwich_norm=features.sandwich,
+            branch_scale_bits=case.branch_scale_bits,
             logit_softcap=features.softcap,
             z_loss=features.z_loss,
             attention=case.attention,
@@ -193,7 +206,7 @@ def train_step(case: Case) -> Outcome:
 
     fuse_weight_gradients_without_apex()
     model = build_stage(case)
-    load_weights(model, random_weights(case.shape, case.features))
+    load_weights(model, case.weights())
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     wrapped.config.grad_scale_func = lambda loss: loss * LOSS_SCALE
     wrapped.config.finalize_model_grads_func = finalize_model_grads
