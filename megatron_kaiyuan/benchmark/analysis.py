@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.benchmark.results import RunResult, bits_per_byte
 from megatron_kaiyuan.benchmark.runs import Run, SlicedStudy
-from megatron_kaiyuan.benchmark.statistics import Composite, Estimate, Measure, Score, contrast, holm
+from megatron_kaiyuan.benchmark.statistics import (
+    Composite,
+    Estimate,
+    Measure,
+    Score,
+    contrast,
+    holm,
+    variance_ratio,
+    variance_ratio_bound,
+)
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.errors import StudyError
 
@@ -108,6 +117,15 @@ class Analysis:
     def _by_cells(self) -> dict[tuple[str, int, int], Pair]:
         return {(pair.score, pair.first, pair.second): pair for pair in self.pairs}
 
+    @property
+    def unit(self) -> str:
+        """Of all scores."""
+        return "seed spreads" if max(self.seeds) > 1 else "spreads between slices"
+
+    def pair(self, score: str, first: int, second: int) -> Pair:
+        """The comparison of two cells, in whichever order it was made."""
+        return self._by_cells.get((score, first, second)) or self._by_cells[(score, second, first)]
+
     def probability(self, score: str, first: int, second: int) -> float:
         """Probability that one cell is better than another."""
         if first == second:
@@ -116,19 +134,16 @@ class Analysis:
 
     def difference(self, score: str, first: int, second: int) -> Estimate:
         """Estimate of the first cell less the second."""
-        pair = self._by_cells.get((score, first, second))
-        if pair is not None:
-            return pair.estimate
-        reverse = self._by_cells[(score, second, first)].estimate
-        return Estimate(-reverse.value, reverse.error, reverse.freedom)
+        pair = self.pair(score, first, second)
+        sign = 1.0 if pair.first == first else -1.0
+        return Estimate(sign * pair.estimate.value, pair.estimate.error, pair.estimate.freedom)
 
     def claimed_better(self, score: str, first: int, second: int) -> bool:
         """Whether one cell is claimed to be better than another."""
-        pair = self._by_cells.get((score, first, second))
-        if pair is not None:
-            return pair.claim == "first"
-        pair = self._by_cells.get((score, second, first))
-        return pair is not None and pair.claim == "second"
+        if first == second:
+            return False
+        pair = self.pair(score, first, second)
+        return pair.claim == ("first" if pair.first == first else "second")
 
     def ranking(self, score: str) -> list[int]:
         """Cells from best to worst mean."""
@@ -184,8 +199,20 @@ def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult])
     conclude = min(seeds) >= 2
     trends = _trends(study, cells, scores) if conclude and study.slices.documents == "own" else ()
     pairs = _pairs(cells, scores, study.level / 2 if conclude else 0.0)
-    warnings = _warnings(study, sliced, seeds, results)
+    warnings = (*_warnings(study, sliced, seeds, results), *_uneven_spreads(scores, seeds))
     return Analysis(cells, seeds, metrics, scores, trends, pairs, refusals, warnings, study.level)
+
+
+def _uneven_spreads(scores: Mapping[str, Score], seeds: Sequence[int]) -> list[str]:
+    """Scores whose spread between seeds differs between slices by more than chance."""
+    bound = variance_ratio_bound(seeds)
+    return [
+        f"{name}: the variance between seeds differs {ratio:.3g}-fold between slices, by chance at most "
+        f"{bound:.3g}-fold in 95 % of studies; the claims pool it, so those about the slices that spread most are made "
+        "too easily."
+        for name, score in scores.items()
+        if (ratio := variance_ratio(score)) > bound
+    ]
 
 
 def _group(runs: Sequence[Run], results: Mapping[str, RunResult]) -> dict[Cell, list[Run]]:

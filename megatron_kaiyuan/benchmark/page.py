@@ -1,17 +1,26 @@
 """A study as one self-contained HTML page."""
 
 import html
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.benchmark.analysis import OVERALL, Analysis, Metric
 from megatron_kaiyuan.benchmark.cost import format_share
-from megatron_kaiyuan.benchmark.figures import curve_figure, heat_figure, matrix_figure
+from megatron_kaiyuan.benchmark.figures import (
+    curve_figure,
+    heat_figure,
+    matrix_figure,
+    overall_figure,
+    ranking_figure,
+    trend_figure,
+)
 from megatron_kaiyuan.benchmark.proposal import Proposal, format_p
 from megatron_kaiyuan.benchmark.results import RunResult
 from megatron_kaiyuan.benchmark.runs import SlicedStudy
-from megatron_kaiyuan.benchmark.statistics import variance_ratio
+from megatron_kaiyuan.benchmark.statistics import variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.plan_table import format_tokens
@@ -36,12 +45,16 @@ ul.findings{padding-left:1.2rem;margin:.4rem 0}ul.findings li{margin:.25rem 0}
 .rises{background:#e6f4ea;color:#22683a}.falls{background:#fde8e8;color:#9b1c1c}.none{background:#eef1f4;color:#52606d}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0 1rem}
 th,td{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eef1f4}
-th{font-weight:600;color:#52606d}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th{font-weight:600;color:#52606d}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n,th.n,td.one{white-space:nowrap}
 .plots{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:.4rem 1rem}.plots>div{min-width:0}
 @media(max-width:860px){.plots{grid-template-columns:minmax(0,1fr)}}
+code{background:#f1f4f7;border-radius:4px;padding:0 .3em}
 pre{white-space:pre-wrap;background:#f8fafc;border:1px solid #e4e7eb;border-radius:8px;padding:.7rem .9rem;
 font-size:.82rem;line-height:1.45}details{margin:.6rem 0}summary{cursor:pointer;color:#2b6cb0;font-weight:600}
 """
+_MOST_OPEN = 6
+"""Further curves that are shown without being asked for."""
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Quantile benchmark</title><style>{style}</style></head><body>{body}</body></html>
@@ -81,10 +94,11 @@ def write_page(
         _cards(analysis),
         "<h2>What the results show</h2>",
         _list([line for line in told if line not in analysis.refusals]),
+        *_overview(analysis, figures),
         _trends(analysis),
         *_curves(analysis, figures),
         *_maps(analysis, figures),
-        *_ranking(analysis),
+        *_ranking(analysis, figures),
         *_reversals(analysis),
         *_proposal(proposal),
         *_methods(study, analysis),
@@ -99,8 +113,15 @@ def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
         f"{len(study.sources)} sources, {len(study.slices.tops)} quantiles, {len(study.training.seeds)} seeds: "
         f"{len(results)} models of {format_tokens(cost['parameters'])} parameters, each trained on "
         f"{format_tokens(study.budget)} tokens of one slice ({format_tokens(study.slices.tokens)} unique). "
-        f"{cost['flops']:.2g} FLOPs in all, {format_share(cost['share_of_main_run'])} of the main run."
+        f"{_power_of_ten(cost['flops'])} FLOPs in all, {format_share(cost['share_of_main_run'])} of the main run; "
+        f"{cost['gpu_hours']:,.2g} GPU hours as estimated."
     )
+
+
+def _power_of_ten(value: float) -> str:
+    """`2.6 × 10¹²`."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits} × 10{str(int(exponent)).translate(str.maketrans('0123456789-', '⁰¹²³⁴⁵⁶⁷⁸⁹⁻'))}"
 
 
 def _cards(analysis: Analysis) -> str:
@@ -111,7 +132,7 @@ def _cards(analysis: Analysis) -> str:
     rising = [trend.source for trend in analysis.trends if trend.score == OVERALL and trend.claim == "rises"]
     reversed_ = sum(sure for *_, sure in analysis.reversals(OVERALL))
     cards = [
-        (analysis.cells[leader].name, f"highest mean; {_ranks(low, high)} of {len(analysis.cells)} for sure"),
+        (analysis.cells[leader].name, f"highest mean; {_ranks(low, high)} of {len(analysis.cells)} by the claims"),
         (f"{claimed} of {len(pairs)}", "pairs of slices told apart"),
         (", ".join(rising) or "none", "sources whose score orders quality"),
         (str(reversed_), "reversals that are not chance"),
@@ -127,6 +148,23 @@ def _ranks(low: int, high: int) -> str:
 
 def _card(value: str, label: str) -> str:
     return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+
+
+def _overview(analysis: Analysis, figures: _Figures) -> list[str]:
+    """The two figures that answer the question: what rises towards the best documents, and by how much."""
+    parts = [
+        '<p class="read">Overall, every measure taken together: a difference of 1 is the standard deviation between '
+        "models that differ in their seed alone. <b>top 0%</b> are a source&#39;s very best documents by its score, "
+        "<b>top 80%</b> lie where four fifths are better. A score that works rises to the right.</p>"
+        if max(analysis.seeds) > 1
+        else '<p class="read">Overall, every measure taken together, in standard deviations between the slices; with '
+        "one seed nobody can say how much of it is chance.</p>",
+        '<div class="plots">',
+        f"<div><h3>Overall against quantile</h3>{figures.add(overall_figure(analysis))}</div>",
+    ]
+    if analysis.trends:
+        parts.append(f"<div><h3>Does the score order quality?</h3>{figures.add(trend_figure(analysis))}</div>")
+    return [*parts, "</div>"]
 
 
 def _trends(analysis: Analysis) -> str:
@@ -145,51 +183,68 @@ def _trends(analysis: Analysis) -> str:
     if not rows:
         return ""
     header = ["source", "measured on", "its score", "worst to best quantile", "standard error", "p, corrected"]
-    head = (
-        "<h3>Does the score order quality?</h3>"
+    table = _table(header, rows, numbers={3, 4, 5}, raw={2})
+    return (
+        "<details><summary>The trends in numbers</summary>"
         '<p class="read">Rise of the straight line through the quantiles, in spreads between seeds.</p>'
+        f"{table}</details>"
     )
-    return head + _table(header, rows, numbers={3, 4, 5}, raw={2})
 
 
 def _curves(analysis: Analysis, figures: _Figures) -> list[str]:
     main = [metric for metric in analysis.metrics if metric.decides]
     more = [metric for metric in analysis.metrics if not metric.decides]
-    parts = [
+    return [
         "<h2>Score against quantile</h2>",
         '<p class="read">Rings are single seeds, the line their mean, the band its 95 % confidence interval (spread '
-        "between seeds, pooled over all slices). A score that works falls towards the right.</p>",
-        '<div class="plots">',
-        *(
-            f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
-            for metric in main
-        ),
-        "</div>",
+        "between seeds, pooled over all slices). A triangle marks a slice that did better than its neighbour with the "
+        "higher score: filled where that is claimed, open where it is not. Bits per byte fall towards the right "
+        "where a score works.</p>",
+        *_plots(analysis, main, figures),
+        *_further_curves(analysis, more, figures),
     ]
-    if more:
-        parts += [
-            "<details open><summary>Accuracy and margin (shown, not used for decisions: they move late in small models)"
-            '</summary><div class="plots">',
-            *(_curve(analysis, metric, figures) for metric in more),
-            "</div></details>",
-        ]
-    return parts
 
 
-def _curve(analysis: Analysis, metric: Metric, figures: _Figures) -> str:
-    return f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
+def _further_curves(analysis: Analysis, metrics: Sequence[Metric], figures: _Figures) -> list[str]:
+    if not metrics:
+        return []
+    return [
+        f"<details{' open' if len(metrics) <= _MOST_OPEN else ''}><summary>Accuracy and margin (shown, not used for "
+        "decisions: they move late in small models)</summary>",
+        '<p class="read">Accuracy: the likeliest answer is the right one; per byte: with likelihoods divided by the '
+        "answer&#39;s length. Share of probability: what the right answer has of all answers together; margin: how far "
+        "it is ahead of the best wrong one; both with likelihoods per character. A model that guesses has one over the "
+        "number of answers in all but the margin.</p>",
+        *_plots(analysis, metrics, figures),
+        "</details>",
+    ]
+
+
+def _plots(analysis: Analysis, metrics: Sequence[Metric], figures: _Figures) -> list[str]:
+    plots = [
+        f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
+        for metric in metrics
+    ]
+    return ['<div class="plots">', *plots, "</div>"]
 
 
 def _maps(analysis: Analysis, figures: _Figures) -> list[str]:
     parts = [
         "<h2>Sources by quantiles</h2>",
-        '<p class="read">How far each slice lies above (blue) or below (red) the mean of all slices, in units of the '
-        "spread between two seeds of one slice. Scores of different sources do not compare; these numbers do.</p>",
-        figures.add(heat_figure(analysis)),
+        '<p class="read">How far each slice lies above (blue) or below (red) the mean of all slices, in '
+        f"{analysis.unit}; all maps have one scale. "
+        "Scores of different sources do not compare; these numbers do. A triangle marks a "
+        "slice that did better than one with a higher score: ▲ claimed, △ not claimed.</p>",
+        '<div class="plots">',
+        *(
+            f"<div><h3>{html.escape(name)}</h3>{figures.add(heat_figure(analysis, name))}</div>"
+            for name in analysis.scores
+        ),
+        "</div>",
         "<h2>Which of two slices is better</h2>",
         '<p class="read">Probability, in percent, that the slice of the row is better than that of the column; both '
         "are in order of their means. A star marks what is claimed: the differences that stay significant after "
-        "correction for all comparisons.</p>",
+        "correction for all comparisons. Point at a field for the difference and its p-value.</p>",
     ]
     for name in analysis.scores:
         figure = figures.add(matrix_figure(analysis, name))
@@ -199,11 +254,13 @@ def _maps(analysis: Analysis, figures: _Figures) -> list[str]:
     return parts
 
 
-def _ranking(analysis: Analysis) -> list[str]:
+def _ranking(analysis: Analysis, figures: _Figures) -> list[str]:
     parts = [
         "<h2>Ranking</h2>",
-        '<p class="read">By capability. The range is what the claims leave open: all ranges hold together with '
+        '<p class="read">Overall in the figure, with 95 % intervals of the means; by capability in the table. The '
+        "ranges of ranks are what the claims leave open: all hold together with "
         f"{1 - analysis.level:.0%} confidence.</p>",
+        figures.add(ranking_figure(analysis)),
         '<div class="wide"><table><tr><th class="n">place</th>',
         *(f"<th>{html.escape(name)}</th>" for name in analysis.scores),
         "</tr>",
@@ -212,10 +269,9 @@ def _ranking(analysis: Analysis) -> list[str]:
     for place in range(len(analysis.cells)):
         cells = []
         for name, ranking in rankings.items():
-            low, high = analysis.rank_range(name, ranking[place])
-            cells.append(
-                f"<td>{html.escape(analysis.cells[ranking[place]].name)} <small>({_ranks(low, high)})</small></td>"
-            )
+            ranks = _ranks(*analysis.rank_range(name, ranking[place]))
+            slice_name = html.escape(analysis.cells[ranking[place]].name)
+            cells.append(f'<td class="one">{slice_name} <small>({ranks})</small></td>')
         parts.append(f'<tr><td class="n">{place + 1}</td>{"".join(cells)}</tr>')
     return [*parts, "</table></div>"]
 
@@ -252,7 +308,8 @@ def _proposal(proposal: Proposal) -> list[str]:
 
 
 def _methods(study: Study, analysis: Analysis) -> list[str]:
-    ratios = [f"{name}: {variance_ratio(score):.3g}" for name, score in analysis.scores.items()]
+    ratios = [f"{name} {variance_ratio(score):.3g}" for name, score in analysis.scores.items()]
+    bound = variance_ratio_bound(analysis.seeds)
     own = study.slices.documents == "own"
     lines = [
         "The unit of replication is a run. "
@@ -268,7 +325,12 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
         f"at half of {analysis.level:g}, so the chance of any false claim here is at most {analysis.level:.0%}.",
         "A capability is the mean of its measures, each in units of its spread between seeds; overall is the mean of "
         "the capabilities.",
-        f"Largest over smallest variance between seeds of a slice, which pooling takes as equal: {', '.join(ratios)}.",
+        f"Pooling takes the variance between seeds as equal in all slices. Largest over smallest: {', '.join(ratios)}; "
+        + (
+            "no bound is known."
+            if math.isnan(bound)
+            else f"with equal ones it stays below {bound:.3g} in 95 % of studies."
+        ),
     ]
     return ["<h2>How it was tested</h2>", _list(lines)]
 
@@ -291,7 +353,12 @@ def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
 
 
 def _list(lines: Sequence[str]) -> str:
-    return '<ul class="findings">' + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+    return '<ul class="findings">' + "".join(f"<li>{_marked_up(line)}</li>" for line in lines) + "</ul>"
+
+
+def _marked_up(line: str) -> str:
+    """HTML of a sentence; words between backticks become code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line))
 
 
 def _table(

@@ -123,7 +123,7 @@ def _selection(
 def _loss(analysis: Analysis, cell: int, against: int) -> str:
     """A slice's quantile and how far it is behind another slice, in seed spreads."""
     estimate = analysis.difference(OVERALL, cell, against)
-    return f"{_percent(analysis.cells[cell].top)} ({estimate.value:+.1f} +- {estimate.error:.1f})"
+    return f"{_percent(analysis.cells[cell].top)} ({estimate.value:+.1f} ± {estimate.error:.1f})"
 
 
 def _edge(analysis: Analysis, cells: Sequence[int], last: int) -> Fraction:

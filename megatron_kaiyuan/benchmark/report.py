@@ -12,7 +12,7 @@ from megatron_kaiyuan.benchmark.page import write_page
 from megatron_kaiyuan.benchmark.proposal import Proposal, format_p, propose
 from megatron_kaiyuan.benchmark.results import RunResult, read_results
 from megatron_kaiyuan.benchmark.runs import SlicedStudy
-from megatron_kaiyuan.benchmark.statistics import mean_estimate, variance_ratio
+from megatron_kaiyuan.benchmark.statistics import mean_estimate, variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.data.atomic import write_text_atomically
 
@@ -62,7 +62,7 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
         if trend is None:
             continue
         numbers = (
-            f"{trend.estimate.value:+.2f} +- {trend.estimate.error:.2f} seed spreads from the worst quantile to the "
+            f"{trend.estimate.value:+.2f} ± {trend.estimate.error:.2f} seed spreads from the worst quantile to the "
             f"best, p {format_p(trend.adjusted)}"
         )
         words = {
@@ -78,14 +78,22 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
         leader = analysis.ranking(OVERALL)[0]
         low, high = analysis.rank_range(OVERALL, leader)
         ranks = f"rank {low}" if low == high else f"rank {low} to {high}"
-        lines.append(f"Highest mean: {analysis.cells[leader].name} ({ranks} of {len(analysis.cells)} for sure).")
-        for upper, lower, sure in analysis.reversals(OVERALL):
-            if sure:
-                lines.append(
-                    f"Not monotonic: {analysis.cells[lower].name} is better than {analysis.cells[upper].name}, which "
-                    "has the higher score."
-                )
+        lines.append(f"Highest mean: {analysis.cells[leader].name} ({ranks} of {len(analysis.cells)} by the claims).")
+        lines += _reversals(analysis)
     return lines
+
+
+def _reversals(analysis: Analysis) -> list[str]:
+    """A line for each slice that others of its source, with lower scores, are claimed to be better than."""
+    beaten: dict[int, list[str]] = {}
+    for upper, lower, sure in analysis.reversals(OVERALL):
+        if sure:
+            beaten.setdefault(upper, []).append(f"top {float(analysis.cells[lower].top * 100):g}%")
+    return [
+        f"Not monotonic: {analysis.cells[upper].name} is worse than documents of its source with lower scores "
+        f"({', '.join(names)})."
+        for upper, names in beaten.items()
+    ]
 
 
 def report_data(
@@ -147,6 +155,7 @@ def _score(analysis: Analysis, name: str) -> dict[str, Any]:
         "means": [mean_estimate(score, cell).value for cell in range(len(analysis.cells))],
         "errors": [mean_estimate(score, cell).error for cell in range(len(analysis.cells))],
         "variance_ratio": variance_ratio(score),
+        "variance_ratio_bound": variance_ratio_bound(analysis.seeds),
         "ranking": [analysis.cells[cell].name for cell in analysis.ranking(name)],
         "rank_ranges": [list(analysis.rank_range(name, cell)) for cell in range(len(analysis.cells))],
         "reversals": [

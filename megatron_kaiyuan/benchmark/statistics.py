@@ -38,6 +38,7 @@ __all__ = [
     "student_t_cdf",
     "student_t_quantile",
     "variance_ratio",
+    "variance_ratio_bound",
 ]
 
 
@@ -120,14 +121,20 @@ class Measure:
 
 @dataclass(frozen=True)
 class Composite:
-    """The mean of several scores, each in units of its own spread between seeds."""
+    """The mean of several scores, each in units of its own spread between seeds.
+
+    Where no cell has two runs there is no such spread, and the unit is the spread between the cells: enough for a look.
+    """
 
     name: str
     parts: Sequence[Score]
 
     @cached_property
     def _scales(self) -> list[float]:
-        spreads = [math.sqrt(pooled_variance(part.run_means)[0]) for part in self.parts]
+        if any(len(cell) > 1 for cell in self.parts[0].run_means):
+            spreads = [math.sqrt(pooled_variance(part.run_means)[0]) for part in self.parts]
+        else:
+            spreads = [float(np.std([cell.mean() for cell in part.run_means])) for part in self.parts]
         return [1.0 / spread / len(self.parts) if spread > 0 else 0.0 for spread in spreads]
 
     @cached_property
@@ -175,6 +182,21 @@ def variance_ratio(score: Score) -> float:
     """Largest over smallest variance between the runs of a cell; NaN when a cell has one run or no variance."""
     variances = [float(cell.var(ddof=1)) for cell in score.run_means if len(cell) > 1]
     return max(variances) / min(variances) if variances and min(variances) > 0 else math.nan
+
+
+def variance_ratio_bound(counts: Sequence[int], confidence: float = 0.95, draws: int = 20_000) -> float:
+    """What `variance_ratio` stays below with this confidence when all cells have one variance (Hartley), simulated.
+
+    Args:
+        counts: Runs of each cell; a cell of one run has no variance.
+        confidence: As a share.
+        draws: Simulated studies; the generator's seed is fixed, so the bound repeats exactly.
+    """
+    freedoms = np.array([count - 1 for count in counts if count > 1])
+    if len(freedoms) < 2:
+        return math.nan
+    variances = np.random.default_rng(0).chisquare(freedoms, size=(draws, len(freedoms))) / freedoms
+    return float(np.quantile(variances.max(axis=1) / variances.min(axis=1), confidence))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,47 +1,12 @@
 """The page of a run in a real browser: it draws every figure, offline and without an error of its scripts."""
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
-
-import pytest
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.reporting.run_report import report_runs
+from tests.browser import drawn, needs_browser, opened
 from tests.functional_tests.training_run import train_well, write_corpus
 from tests.unit_tests.reporting.run_files import entry, write_run
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium (apt-get install chromium)")
-
-WATCH = """<script>window.failures = [];
-addEventListener("error", event => failures.push(event.message || event.target.src));
-addEventListener("load", () => setTimeout(() => {
-  document.body.dataset.failures = failures.join("; ") || "none";
-  document.body.dataset.drawn = [...document.querySelectorAll(".plotly-graph-div")]
-      .map(plot => plot.querySelectorAll(".scatterlayer .trace, .heatmaplayer .hm").length).join(",");
-}, 500));</script>"""
-
-
-def opened(page: Path, profile: Path) -> str:
-    """The document after its scripts ran, in a browser that reaches nothing."""
-    watched = page.with_name("watched.html")
-    watched.write_text(page.read_text().replace("<head>", f"<head>{WATCH}", 1))
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    command += ["--proxy-server=127.0.0.1:9", "--window-size=1240,2000", "--virtual-time-budget=8000", "--dump-dom"]
-    finished = subprocess.run([*command, watched.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    return finished.stdout
-
-
-def drawn(document: str) -> list[int]:
-    """Traces of each figure; none may have failed."""
-    failures = re.search(r'data-failures="([^"]*)"', document)
-    assert failures is not None, "the page did not finish loading"
-    assert failures[1] == "none"
-    counts = re.search(r'data-drawn="([^"]*)"', document)
-    assert counts is not None
-    return [int(count) for count in counts[1].split(",")]
 
 
 @needs_browser
@@ -56,9 +21,10 @@ def test_a_real_run_is_drawn_with_its_plan(tmp_path: Path) -> None:
     assert told["skipped_steps"] > 0
     for name, source in told["sources"].items():
         assert source["tokens"] == description["sources"][name]["tokens_seen"] == source["expected_tokens"]
-    curves, activations, sources, bands = drawn(opened(page, tmp_path / "profile"))
+    curves, held_out, activations, sources, bands = drawn(opened(page, tmp_path / "profile"))
     # two lines for each source and all of them, four quantities, the skipped steps
     assert curves == 2 * 3 + 4 + 1
+    assert held_out > 0
     assert activations == 2
     assert sources == 2 * 2
     assert bands == 2 * 10

@@ -103,6 +103,24 @@ def test_one_seed_gives_no_conclusion_at_all(tmp_path: Path) -> None:
     assert "one seed" in proposal.summary
 
 
+def test_one_seed_still_shows_which_mean_is_best(tmp_path: Path) -> None:
+    training = study_content(tmp_path)["training"] | {"seeds": 1}
+    study, one = sliced_study(tmp_path, training=training)
+    analysis = analyse(study, one, invent_results(one, lambda source, top: 5 - top if source == "odd" else 9 + top))
+    names = [analysis.cells[cell].name for cell in analysis.ranking(OVERALL)]
+    assert names == [*(f"odd top {top}%" for top in (80, 40, 0)), *(f"good top {top}%" for top in (0, 40, 80))]
+    assert analysis.unit == "spreads between slices"
+
+
+def test_slices_that_spread_more_than_others_are_marked(sliced: tuple[Study, SlicedStudy, Path]) -> None:
+    results = invent_results(sliced[1], nothing, seed_spread=0.02)
+    assert not any("fold" in line for line in analyse(sliced[0], sliced[1], results).warnings)
+    wild = replace(results["odd-top0-seed1"].held_out["clean"], nats=(9000.0,) * 60)
+    results["odd-top0-seed1"] = replace(results["odd-top0-seed1"], held_out={"clean": wild})
+    warnings = analyse(sliced[0], sliced[1], results).warnings
+    assert any(line.startswith("overall: the variance between seeds differs") for line in warnings)
+
+
 def test_shared_documents_allow_no_statement_about_scores(tmp_path: Path) -> None:
     slices = study_content(tmp_path)["slices"] | {"documents": "shared"}
     study, shared = sliced_study(tmp_path, slices=slices)

@@ -2,23 +2,27 @@
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_kaiyuan.benchmark.analysis import analyse
+from megatron_kaiyuan.benchmark.figures import curve_figure, heat_figure, matrix_figure, overall_figure, ranking_figure
 from megatron_kaiyuan.benchmark.report import write_report
 from megatron_kaiyuan.benchmark.results import read_result, result_path
 from megatron_kaiyuan.benchmark.runs import SlicedStudy
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.data.plan_schema import parse_plan_spec
 from megatron_kaiyuan.errors import StudyError
-from tests.unit_tests.benchmark.tiny_study import informative, nothing, sliced_study, study_content, write_results
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+from tests.browser import drawn, needs_browser, opened
+from tests.unit_tests.benchmark.tiny_study import (
+    informative,
+    invent_results,
+    nothing,
+    sliced_study,
+    study_content,
+    write_results,
 )
 
 
@@ -94,21 +98,33 @@ def test_a_report_on_one_seed_says_that_it_concludes_nothing(tmp_path: Path) -> 
     assert not (study.folder / "proposed_plan.yaml").exists()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_slices_that_go_against_the_score_are_marked_in_the_figures(tmp_path: Path) -> None:
+    study, sliced = sliced_study(tmp_path)
+
+    def dip(source: str, top: float) -> float:
+        return 0.4 * (top == 0.4) if source == "good" else -0.001 * top
+
+    analysis = analyse(study, sliced, invent_results(sliced, dip, seed_spread=0.005, item_spread=0.005))
+    claimed, open_ = "against the score, claimed", "against the score, not claimed"
+    for figure in (overall_figure(analysis), curve_figure(analysis, analysis.metrics[0])):
+        spots = {trace.name: list(trace.x) for trace in figure.data if trace.name in (claimed, open_)}
+        assert spots[claimed] == [pytest.approx(0.2)]  # `good` at top 80 % beat its top 40 %
+        assert pytest.approx(0.2) in spots[open_]  # `odd` falls by less than its noise
+    (good, odd) = heat_figure(analysis, "overall").data[0].text
+    assert [text[-1] for text in good] == ["▲", good[1][-1], good[2][-1]]
+    assert "▲" not in "".join(odd) + good[1] + good[2]
+    stars = sum(text.count("★") for row in matrix_figure(analysis, "overall").data[0].text for text in row)
+    assert stars == 2 * sum(pair.claim != "none" for pair in analysis.pairs)
+    best = analysis.cells[analysis.ranking("overall")[0]].name
+    assert ranking_figure(analysis).layout.yaxis.categoryarray[-1] == best
+
+
+@needs_browser
 def test_a_real_browser_draws_every_figure(reported: tuple[Study, SlicedStudy], tmp_path: Path) -> None:
-    page = write_report(*reported).page.resolve()
-    assert CHROMIUM is not None
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=6000",
-    ]
-    command = [CHROMIUM, *flags, "--dump-dom", page.as_uri()]
-    drawn = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
-    # three curves, the map, and a matrix for overall and both capabilities; each has plotly's main drawing
-    assert drawn.count('class="main-svg"') >= 7
-    assert drawn.count("js-plotly-plot") >= 7
+    document = opened(write_report(*reported).page, tmp_path)
+    counts = drawn(document)
+    # overall, trends, three curves, the ranking; maps and matrices of overall and both capabilities
+    assert len(counts) == 6 + 2 * 3
+    assert all(counts)
     for word in ("top 40%", "good", "odd", "claimed"):
-        assert word in drawn
+        assert word in document

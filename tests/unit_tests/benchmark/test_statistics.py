@@ -17,6 +17,7 @@ from megatron_kaiyuan.benchmark.statistics import (
     student_t_cdf,
     student_t_quantile,
     variance_ratio,
+    variance_ratio_bound,
 )
 
 
@@ -128,6 +129,13 @@ def test_a_composite_of_equal_parts_is_the_part_in_seed_spreads() -> None:
 def test_the_variance_ratio_compares_the_calmest_cell_with_the_wildest() -> None:
     one = Measure("x", [np.array([[0.0], [2.0]]), np.array([[0.0], [6.0]])], np.ones(1))
     assert variance_ratio(one) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize(("runs", "cells", "bound"), [(3, 2, 39.0), (3, 6, 266.0), (5, 2, 9.6), (5, 6, 29.5)])
+def test_the_bound_of_the_variance_ratio_is_that_of_hartleys_table(runs: int, cells: int, bound: float) -> None:
+    # upper 5 % points of F_max for 2 and 4 degrees of freedom, as tabulated for Hartley's test (Biometrika 37, 1950)
+    assert variance_ratio_bound([runs] * cells) == pytest.approx(bound, rel=0.07)
+    assert math.isnan(variance_ratio_bound([1, 1, 3]))
 
 
 @settings(max_examples=30)
