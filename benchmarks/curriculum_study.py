@@ -25,14 +25,26 @@ from typing import Any
 import torch
 
 from benchmarks.curriculum_study_data import ROOT, SEEDS, StudyData, build, collect
-from benchmarks.curriculum_study_runs import ARMS, AVERAGED, SIZES, Clock, Run, Study, conduct, finished, measure_rate
+from benchmarks.curriculum_study_runs import (
+    ARMS,
+    AVERAGED,
+    SIZES,
+    Clock,
+    Run,
+    Study,
+    conduct,
+    finished,
+    measure_rate,
+    plan_of,
+)
 from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import StudyError
 
 MEGABYTES = {"code": 1000.0, "prose": 1000.0}
 """Of text, at most: all there is."""
-TINY_MEGABYTES = {"code": 1.2, "prose": 0.8}
+TINY_MEGABYTES = {"code": 4.0, "prose": 1.5}
 ONE_PASS = 0.95
 """Share of the tokens that a run takes at most, so that no phase asks for more than its band holds."""
 AFTER_TRAINING = 40.0
@@ -109,6 +121,8 @@ def train(args: argparse.Namespace, clock: Clock) -> list[str]:
     results = args.output / "results"
     waiting = [run for run in runs if finished(study, run, results) is None]
     print(f"{len(runs)} runs of {study.tokens:,} tokens, {study.steps:,} steps; {len(waiting)} to train", flush=True)
+    for run in waiting:  # a plan that cannot be met is refused before anything is trained
+        Plan.from_spec(plan_of(study, run, data))
     durations: list[float] = []
 
     def one(run: Run) -> str | None:
@@ -118,6 +132,7 @@ def train(args: argparse.Namespace, clock: Clock) -> list[str]:
         try:
             result = conduct(study, run, data, args.output, clock)
         except StudyError as error:
+            print(error, file=sys.stderr, flush=True)
             return str(error)
         durations.append(result["seconds"])
         print(f"{run.name}: {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s", flush=True)

@@ -23,7 +23,7 @@ from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.training.metrics_file import read_metrics
 
-__all__ = ["ARMS", "SIZES", "Arm", "Clock", "Probe", "Run", "Study", "conduct", "finished", "measure_rate"]
+__all__ = ["ARMS", "SIZES", "Arm", "Clock", "Probe", "Run", "Study", "conduct", "finished", "measure_rate", "plan_of"]
 
 WARM_UP, DECAY = 0.02, 0.20
 """Shares of the steps; all arms have the same three phases."""
