@@ -22,6 +22,7 @@ __all__ = ["DocumentBatch", "Fault", "FieldKeys", "Reason", "RowError", "parse_b
 
 _MISSING = object()
 _LARGEST_SCORE = float(np.finfo(np.float32).max)
+_STRETCH = 64  # rows that are not tried as plain ones after one that was not
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -121,7 +122,7 @@ def parse_block(block: Block, keys: FieldKeys) -> DocumentBatch:
         return batch
     found = lines_of(payload)
     if found.first_byte is not None:
-        sizes = np.fromiter((len(line) + 1 for line in found.lines), dtype=np.int64, count=len(found.lines))
+        sizes = np.array(list(map(len, found.lines)), dtype=np.int64) + 1
         batch.offsets = found.first_byte + np.cumsum(sizes) - sizes
     if found.last_is_cut:
         found.lines.pop()
@@ -129,7 +130,7 @@ def parse_block(block: Block, keys: FieldKeys) -> DocumentBatch:
     if loads is None:
         _read_rows(found.lines, keys, batch, _parse_line, checked=False)
     else:
-        _read_rows(found.lines, keys, batch, _line_parser(loads), checked=True)
+        _read_lines(found.lines, keys, batch, loads)
     if found.last_is_cut:
         batch.faults.append(_line_too_long(batch.rows))
         batch.rows += 1
@@ -144,6 +145,54 @@ def _line_too_long(row: int) -> Fault:
     return Fault(row, Reason.LINE_TOO_LONG, detail)
 
 
+def _read_lines(lines: Sequence[bytes], keys: FieldKeys, batch: DocumentBatch, loads: Callable[[bytes], Any]) -> None:
+    """Fill the batch by a parser that gives valid Unicode: rows without any peculiarity here, the others as they come.
+
+    A peculiar row, faulty or not, goes through `_read_rows`, and some rows after it too; most files have none, and then
+    nothing is called for a row but the parser.
+    """
+    parse = _line_parser(loads)
+    first = 0
+    while first < len(lines):
+        plain = _read_plain_rows(lines, first, keys, batch, loads)
+        stop = min(plain + _STRETCH, len(lines))
+        _read_rows(lines[plain:stop], keys, batch, parse, checked=True, first=plain)
+        first = stop
+    batch.rows = len(lines)
+
+
+def _read_plain_rows(
+    lines: Sequence[bytes], first: int, keys: FieldKeys, batch: DocumentBatch, loads: Callable[[bytes], Any]
+) -> int:
+    """Read rows from number `first` on until one is not plain; the number of that row.
+
+    Plain is a row with texts as `str`, scores as `float` in range and the name as `str`, all under their very names.
+    """
+    numbers, texts, scores, names = batch.row_numbers, batch.texts, batch.scores, batch.ids
+    for number in range(first, len(lines)):
+        try:
+            record = loads(lines[number])
+            found = tuple([record[key] for key in keys.text])
+            values = tuple([record[key] for key in keys.scores])
+            name = record[keys.id] if keys.id is not None else ""
+        except (ValueError, KeyError, TypeError):
+            return number
+        if type(name) is not str:
+            return number
+        for text in found:
+            if type(text) is not str:
+                return number
+        for value in values:
+            if type(value) is not float or not -_LARGEST_SCORE <= value <= _LARGEST_SCORE:
+                return number
+        numbers.append(number)
+        texts.append(found)
+        scores.append(values)
+        if keys.id is not None:
+            names.append(name)
+    return len(lines)
+
+
 def _read_rows[Row](
     rows: Sequence[Row],
     keys: FieldKeys,
@@ -151,10 +200,11 @@ def _read_rows[Row](
     parse: Callable[[Row], Mapping[str, Any]],
     *,
     checked: bool,
+    first: int = 0,
 ) -> None:
     """Fill the batch; `checked` says that a `str` of `parse` is known to be valid Unicode."""
     batch.rows = len(rows)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=first):
         try:
             record = parse(row)
             texts = tuple([_text(record, key, checked) for key in keys.text])

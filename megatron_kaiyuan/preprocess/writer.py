@@ -141,7 +141,9 @@ class ShardWriter:
         files = {"bin": self._bin.sync(), "idx": self._compose_index()}
         summaries = {}
         for key, spool in self._scores.items():
-            files[f"scores.{key}"], summaries[key] = self._compose_scores(key, spool)
+            files[f"scores.{key}"], summary = self._compose_scores(key, spool)
+            if spool.count:  # nothing has no range, and JSON has no infinity
+                summaries[key] = summary
         table = self._table.finish()
         self._composed.append(table)
         files["documents"] = table.sync()

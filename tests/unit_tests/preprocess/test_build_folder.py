@@ -261,3 +261,22 @@ def test_shards_cover_every_byte_of_the_input_once_and_in_order(sizes: list[int]
     assert order == sorted(order)
     assert set(order) == set(range(len(files)))
     assert all(covered[file.name] == list(range(file.bytes)) for file in files)
+
+
+def test_a_shard_whose_rows_were_all_skipped_is_whole(tmp_path: Path) -> None:
+    """Its manifest has no range of scores, and it can be checked, opened with the others, and left as it is."""
+    path = write_jsonl(tmp_path / "a.jsonl", [*ROWS[:40], *([{**ROWS[0], "text": ""}] * 40)])
+    settings: dict[str, Any] = {**SETTINGS, "on_error": "skip"}
+    build_folder([path], tmp_path / "out", **settings)
+    manifests = [load_manifest(str(file).removesuffix(".manifest.json")) for file in manifest_files(tmp_path / "out")]
+    assert manifests[-1].documents == 0
+    assert manifests[-1].scores == {}
+    assert manifests[0].scores.keys() == {"score", "metadata.quality"}
+    assert verify_shards(str(tmp_path / "out")).findings == []
+    assert open_source("numbers", str(tmp_path / "out")).num_documents == 40
+    summary = build_folder([path], tmp_path / "out", **settings)
+    assert (summary.shards_built, summary.shards_kept) == (0, len(manifests))
+
+
+def manifest_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.manifest.json"))
