@@ -61,6 +61,8 @@ class SdpaCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        options = getattr(config, "kaiyuan", None)
+        self.torch_order = options is not None and options.attention == "sdpa-torch-order"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -97,7 +99,8 @@ class SdpaCoreAttention(MegatronModule):
                 "use --transformer-impl transformer_engine"
             )
         mask, is_causal = self._mask(query.size(0), key.size(0), attention_mask, attn_mask_type, query.device)
-        with self._dropout_rng(), _fastest_kernel(query):
+        kernels = contextlib.nullcontext() if self.torch_order else _fastest_kernel(query)
+        with self._dropout_rng(), kernels:
             # [sq, b, n, d] -> [b, n, sq, d], views only
             context = functional.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),

@@ -27,7 +27,8 @@ __all__ = [
 ARGUMENT_PREFIX = "kaiyuan_"
 """An option `x` is the attribute `kaiyuan_x` of Megatron's argument namespace, and the flag `--kaiyuan-x`."""
 
-AttentionKernel = Literal["auto", "sdpa", "unfused"]
+LocalAttention = Literal["sdpa", "sdpa-torch-order", "unfused"]
+AttentionKernel = Literal["auto", "sdpa", "sdpa-torch-order", "unfused"]
 FUSIONS = ("norm", "rotary", "swiglu", "loss")
 """What `fusions` can name."""
 MAX_BRANCH_SCALE_BITS = 8
@@ -58,7 +59,8 @@ class KaiyuanModelOptions:
     z_loss: float = 0.0
     """Weight of `logsumexp(logits)^2` in the loss of each training token; 0 = off. PaLM (arXiv 2204.02311): 1e-4."""
     attention: AttentionKernel = "auto"
-    """Core attention of the local spec: torch SDPA or Megatron's unfused one. `auto` = SDPA; with TE, TE's own."""
+    """Core attention of the local spec: torch SDPA, the same with torch's own order of kernels (flash before cuDNN), or
+    Megatron's unfused one. `auto` = SDPA; with TE, TE's own."""
     fusions: str = "auto"
     """Kernels of `megatron_kaiyuan.kernels`, for the same mathematics: names of `FUSIONS` joined by commas, `none`, or
     `auto`: all of them where CUDA and Triton are present, none elsewhere."""
@@ -144,9 +146,9 @@ class KaiyuanTransformerConfig(TransformerConfig):
         self._check_attention()
 
     @property
-    def local_attention_kernel(self) -> Literal["sdpa", "unfused"]:
+    def local_attention_kernel(self) -> LocalAttention:
         """The kernel that the local spec uses, `auto` resolved."""
-        return "unfused" if self.kaiyuan.attention == "unfused" else "sdpa"
+        return "sdpa" if self.kaiyuan.attention == "auto" else self.kaiyuan.attention
 
     @property
     def has_stock_layers(self) -> bool:
@@ -228,7 +230,7 @@ class KaiyuanTransformerConfig(TransformerConfig):
             )
         unsupported = {"--window-size": self.window_size, "--softmax-type": self.softmax_type != "vanilla"}
         present = [flag for flag, value in unsupported.items() if value]
-        if present and self.local_attention_kernel == "sdpa":
+        if present and self.local_attention_kernel != "unfused":
             raise ConfigError(f"{', '.join(present)} is not supported by SDPA; use {_flag('attention')} unfused")
 
 

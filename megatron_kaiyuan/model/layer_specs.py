@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.attention import SdpaCoreAttention
-from megatron_kaiyuan.model.config import FUSIONS, KaiyuanTransformerConfig
+from megatron_kaiyuan.model.config import FUSIONS, KaiyuanTransformerConfig, LocalAttention
 from megatron_kaiyuan.model.fused_attention import FusedRotarySelfAttention, ScaledValueSelfAttention
 from megatron_kaiyuan.model.layers import (
     FusedSwiGLUMLP,
@@ -43,7 +43,7 @@ def get_kaiyuan_layer_local_spec(
     sandwich_norm: bool = True,
     qk_layernorm: bool = True,
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm",
-    attention: Literal["sdpa", "unfused"] = "sdpa",
+    attention: LocalAttention = "sdpa",
     fusions: Collection[str] = (),
     scaled_branches: bool = False,
 ) -> ModuleSpec:
@@ -65,7 +65,7 @@ def get_kaiyuan_layer_local_spec(
         if qk_layernorm:
             attention_submodules.q_layernorm = StableRMSNorm
             attention_submodules.k_layernorm = StableRMSNorm
-    if attention == "sdpa":
+    if attention != "unfused":
         attention_submodules.core_attention = SdpaCoreAttention
     _replace_modules(submodules, fusions, scaled_branches=scaled_branches)
     return _layer_spec(submodules, StableRMSNorm if sandwich_norm else None)

@@ -1,5 +1,6 @@
 """SDPA core attention against softmax attention in float64."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,13 +10,13 @@ from torch import Tensor
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.attention import SdpaCoreAttention
-from megatron_kaiyuan.model.config import KaiyuanTransformerConfig
+from megatron_kaiyuan.model.config import KaiyuanModelOptions, KaiyuanTransformerConfig
 from tests.unit_tests.model.reference import reference_attention
 
 HEADS, GROUPS, SIZE, BATCH = 4, 2, 16, 2
 
 
-def build_attention() -> SdpaCoreAttention:
+def build_attention(options: KaiyuanModelOptions | None = None) -> SdpaCoreAttention:
     config = KaiyuanTransformerConfig(
         num_layers=1,
         hidden_size=HEADS * SIZE,
@@ -25,6 +26,7 @@ def build_attention() -> SdpaCoreAttention:
         transformer_impl="local",
         use_cpu_initialization=True,
         cuda_graph_modules=[],  # its default is deprecated
+        kaiyuan=options or KaiyuanModelOptions(),
     )
     return SdpaCoreAttention(config, 1, AttnMaskType.causal, "self")
 
@@ -75,6 +77,20 @@ def test_scores_beyond_65504_stay_finite_in_fp16() -> None:
     exact = expected_context(query.double(), key.double(), value.double(), torch.ones(17, 17, dtype=torch.bool).tril())
     assert (output.double() - exact).abs().max() <= 4 * 2.0**-11 * value.abs().max()
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in (query, key, value))
+
+
+@pytest.mark.parametrize(("attention", "orders"), [("auto", 1), ("sdpa", 1), ("sdpa-torch-order", 0)])
+def test_torchs_own_order_of_kernels_can_be_kept(attention: Any, orders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA `_fastest_kernel` puts cuDNN first; here it is only seen to be asked, or not."""
+    asked: list[Tensor] = []
+
+    def order(query: Tensor) -> contextlib.AbstractContextManager[None]:
+        asked.append(query)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("megatron_kaiyuan.model.attention._fastest_kernel", order)
+    build_attention(KaiyuanModelOptions(attention=attention))(*random_inputs(5, 5, torch.float32), None)
+    assert len(asked) == orders
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -49,7 +49,10 @@ def config(**values: Any) -> KaiyuanTransformerConfig:
         ),
         ({"sandwich_norm": True, "branch_scale_bits": -1}, "got -1; 0 switches it off"),
         ({"branch_scale_bits": 4}, "add --kaiyuan-sandwich-norm or remove it"),
-        ({"attention": "flash"}, "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, unfused"),
+        (
+            {"attention": "flash"},
+            "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, sdpa-torch-order, unfused",
+        ),
     ],
 )
 def test_an_option_out_of_range_is_refused_with_its_flag(values: dict[str, Any], complaint: str) -> None:
