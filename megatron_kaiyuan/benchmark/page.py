@@ -2,10 +2,8 @@
 
 import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_kaiyuan.benchmark.analysis import OVERALL, Analysis, Metric
 from megatron_kaiyuan.benchmark.cost import format_share
@@ -23,56 +21,13 @@ from megatron_kaiyuan.benchmark.runs import SlicedStudy
 from megatron_kaiyuan.benchmark.statistics import variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_list, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 
 __all__ = ["write_page"]
 
-_STYLE = """
-:root{color-scheme:light}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;max-width:1120px;margin:2rem auto;padding:0 1.2rem;
-color:#1f2933;background:#fff}
-h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.2rem;margin:2.4rem 0 .5rem;padding-top:1rem;
-border-top:1px solid #e4e7eb}h3{font-size:1rem;margin:1.4rem 0 .2rem}
-p.lead{color:#52606d;margin:.2rem 0 1.2rem}p.read{color:#52606d;margin:.1rem 0 .6rem;max-width:92ch}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:.7rem;margin:.8rem 0 1.2rem}
-.card{border:1px solid #e4e7eb;border-radius:8px;padding:.6rem .9rem;background:#f8fafc}
-.card b{display:block;font-size:1.25rem;line-height:1.3;overflow-wrap:anywhere}
-.card span{color:#52606d;font-size:.85rem}
-.note{border-left:4px solid #dd8a1d;background:#fffaf0;padding:.5rem .9rem;margin:.5rem 0;border-radius:0 6px 6px 0}
-.refusal{border-left-color:#c53030;background:#fff5f5}
-ul.findings{padding-left:1.2rem;margin:.4rem 0}ul.findings li{margin:.25rem 0}
-.verdict{display:inline-block;border-radius:10px;padding:0 .6rem;font-size:.85rem;font-weight:600}
-.rises{background:#e6f4ea;color:#22683a}.falls{background:#fde8e8;color:#9b1c1c}.none{background:#eef1f4;color:#52606d}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0 1rem}
-th,td{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eef1f4}
-th{font-weight:600;color:#52606d}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n,th.n,td.one{white-space:nowrap}
-.plots{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:.4rem 1rem}.plots>div{min-width:0}
-@media(max-width:860px){.plots{grid-template-columns:minmax(0,1fr)}}
-code{background:#f1f4f7;border-radius:4px;padding:0 .3em}
-pre{white-space:pre-wrap;background:#f8fafc;border:1px solid #e4e7eb;border-radius:8px;padding:.7rem .9rem;
-font-size:.82rem;line-height:1.45}details{margin:.6rem 0}summary{cursor:pointer;color:#2b6cb0;font-weight:600}
-"""
 _MOST_OPEN = 6
 """Further curves that are shown without being asked for."""
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Quantile benchmark</title><style>{style}</style></head><body>{body}</body></html>
-"""
-
-
-class _Figures:
-    """Figures as HTML; the first one brings the library, which is most of the page's 5 MB."""
-
-    def __init__(self) -> None:
-        self._first = True
-
-    def add(self, figure: Any) -> str:
-        text = figure.to_html(
-            full_html=False, include_plotlyjs=self._first, config={"displayModeBar": False, "responsive": True}
-        )
-        self._first = False
-        return f"<div>{text}</div>"
 
 
 def write_page(
@@ -85,7 +40,7 @@ def write_page(
     path: Path,
 ) -> None:
     """Write the page atomically; it loads nothing from elsewhere."""
-    figures = _Figures()
+    figures = Figures()
     parts = [
         "<h1>Which slices are worth training on</h1>",
         f'<p class="lead">{html.escape(_lead(study, sliced, results))}</p>',
@@ -93,7 +48,7 @@ def write_page(
         *(f'<p class="note">{html.escape(line)}</p>' for line in analysis.warnings),
         _cards(analysis),
         "<h2>What the results show</h2>",
-        _list([line for line in told if line not in analysis.refusals]),
+        html_list([line for line in told if line not in analysis.refusals]),
         *_overview(analysis, figures),
         _trends(analysis),
         *_curves(analysis, figures),
@@ -104,7 +59,7 @@ def write_page(
         *_methods(study, analysis),
         *_runs(study, sliced, results),
     ]
-    write_text_atomically(path, _PAGE.format(style=_STYLE, body="\n".join(part for part in parts if part)))
+    write_text_atomically(path, html_page("Quantile benchmark", parts))
 
 
 def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> str:
@@ -139,18 +94,14 @@ def _cards(analysis: Analysis) -> str:
     ]
     if min(analysis.seeds) < 2:
         cards = [(analysis.cells[leader].name, "highest mean, of one seed: not a finding")]
-    return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+    return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
 
 
 def _ranks(low: int, high: int) -> str:
     return f"rank {low}" if low == high else f"rank {low} to {high}"
 
 
-def _card(value: str, label: str) -> str:
-    return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
-
-
-def _overview(analysis: Analysis, figures: _Figures) -> list[str]:
+def _overview(analysis: Analysis, figures: Figures) -> list[str]:
     """The two figures that answer the question: what rises towards the best documents, and by how much."""
     parts = [
         '<p class="read">Overall, every measure taken together: a difference of 1 is the standard deviation between '
@@ -183,7 +134,7 @@ def _trends(analysis: Analysis) -> str:
     if not rows:
         return ""
     header = ["source", "measured on", "its score", "worst to best quantile", "standard error", "p, corrected"]
-    table = _table(header, rows, numbers={3, 4, 5}, raw={2})
+    table = html_table(header, rows, numbers={3, 4, 5}, raw={2})
     return (
         "<details><summary>The trends in numbers</summary>"
         '<p class="read">Rise of the straight line through the quantiles, in spreads between seeds.</p>'
@@ -191,7 +142,7 @@ def _trends(analysis: Analysis) -> str:
     )
 
 
-def _curves(analysis: Analysis, figures: _Figures) -> list[str]:
+def _curves(analysis: Analysis, figures: Figures) -> list[str]:
     main = [metric for metric in analysis.metrics if metric.decides]
     more = [metric for metric in analysis.metrics if not metric.decides]
     return [
@@ -205,7 +156,7 @@ def _curves(analysis: Analysis, figures: _Figures) -> list[str]:
     ]
 
 
-def _further_curves(analysis: Analysis, metrics: Sequence[Metric], figures: _Figures) -> list[str]:
+def _further_curves(analysis: Analysis, metrics: Sequence[Metric], figures: Figures) -> list[str]:
     if not metrics:
         return []
     return [
@@ -220,7 +171,7 @@ def _further_curves(analysis: Analysis, metrics: Sequence[Metric], figures: _Fig
     ]
 
 
-def _plots(analysis: Analysis, metrics: Sequence[Metric], figures: _Figures) -> list[str]:
+def _plots(analysis: Analysis, metrics: Sequence[Metric], figures: Figures) -> list[str]:
     plots = [
         f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
         for metric in metrics
@@ -228,7 +179,7 @@ def _plots(analysis: Analysis, metrics: Sequence[Metric], figures: _Figures) -> 
     return ['<div class="plots">', *plots, "</div>"]
 
 
-def _maps(analysis: Analysis, figures: _Figures) -> list[str]:
+def _maps(analysis: Analysis, figures: Figures) -> list[str]:
     parts = [
         "<h2>Sources by quantiles</h2>",
         '<p class="read">How far each slice lies above (blue) or below (red) the mean of all slices, in '
@@ -254,7 +205,7 @@ def _maps(analysis: Analysis, figures: _Figures) -> list[str]:
     return parts
 
 
-def _ranking(analysis: Analysis, figures: _Figures) -> list[str]:
+def _ranking(analysis: Analysis, figures: Figures) -> list[str]:
     parts = [
         "<h2>Ranking</h2>",
         '<p class="read">Overall in the figure, with 95 % intervals of the means; by capability in the table. The '
@@ -291,13 +242,13 @@ def _reversals(analysis: Analysis) -> list[str]:
     if not rows:
         return [head, '<p class="read">Nowhere: all means are in order.</p>']
     header = ["measured on", "did better", "although this has the higher score", ""]
-    return [head, _table(header, rows, raw={3})]
+    return [head, html_table(header, rows, raw={3})]
 
 
 def _proposal(proposal: Proposal) -> list[str]:
     parts = ["<h2>Proposed plan</h2>", f'<p class="read">{html.escape(proposal.summary)}</p>']
     for one in proposal.advice:
-        parts += [f"<h3>{html.escape(one.source)}</h3>", _list(one.reasons)]
+        parts += [f"<h3>{html.escape(one.source)}</h3>", html_list(one.reasons)]
     if proposal.plan is not None:
         parts += [
             '<p class="read">A fragment in the plan&#39;s grammar, as proposed_plan.yaml; token budgets and learning '
@@ -332,7 +283,7 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
             else f"with equal ones it stays below {bound:.3g} in 95 % of studies."
         ),
     ]
-    return ["<h2>How it was tested</h2>", _list(lines)]
+    return ["<h2>How it was tested</h2>", html_list(lines)]
 
 
 def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> list[str]:
@@ -348,30 +299,5 @@ def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
         for run in sliced.runs
     ]
     header = ["slice", "seed", "documents", "tokens", "scores", "tokens/s in training"]
-    table = _table(header, rows, numbers={1, 2, 3, 5})
+    table = html_table(header, rows, numbers={1, 2, 3, 5})
     return [f"<h2>Runs</h2><details><summary>{len(rows)} runs of {study.steps:,} steps</summary>{table}</details>"]
-
-
-def _list(lines: Sequence[str]) -> str:
-    return '<ul class="findings">' + "".join(f"<li>{_marked_up(line)}</li>" for line in lines) + "</ul>"
-
-
-def _marked_up(line: str) -> str:
-    """HTML of a sentence; words between backticks become code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line))
-
-
-def _table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int] | None = None, raw: set[int] | None = None
-) -> str:
-    """A table; columns in `numbers` are aligned to the right, those in `raw` are HTML already."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        texts = (
-            value if tag == "td" and column in (raw or ()) else html.escape(value) for column, value in enumerate(row)
-        )
-        right = (' class="n"' if column in (numbers or ()) else "" for column in range(len(row)))
-        return "".join(f"<{tag}{style}>{text}</{tag}>" for style, text in zip(right, texts, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells("th", header)}</tr>{body}</table></div>'

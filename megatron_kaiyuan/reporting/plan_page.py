@@ -9,25 +9,22 @@ from plotly.subplots import make_subplots
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
+from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.quality_strip import quality_over_run
+from megatron_kaiyuan.reporting.run_curves import colour_of
 
 __all__ = ["write_plan_page"]
 
 _QUALITY_COLUMNS = 240
 
 
-def _colour(number: int) -> str:
-    """Hues a golden angle apart, in three shades: any few neighbours differ clearly, however many sources there are."""
-    return f"hsl({number * 137.508 % 360:.0f},{(62, 48, 70)[number % 3]}%,{(52, 66, 40)[number % 3]}%)"
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Plan {fingerprint}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}}
-h1{{font-size:1.4rem}}p.facts{{color:#555}}p.warning{{border-left:4px solid #d90;padding-left:.8rem}}</style></head>
-<body><h1>What this plan shows</h1><p class="facts">{facts}</p>{warnings}{mix}{bands}</body></html>
-"""
+_READ_MIX = (
+    "What the run sees, from its first token to its last. The strips tell the quality of each scored source: the "
+    "darker, the better the documents by its score; white where it is not shown. Below, its share of the tokens. Point "
+    "at an area for its phase, selection and repetition; click a name to hide it."
+)
+_READ_BANDS = "Tenths of each source's documents by score, the best on the right, over all phases together."
 
 
 def write_plan_page(description: dict[str, Any], path: Path) -> None:
@@ -37,20 +34,56 @@ def write_plan_page(description: dict[str, Any], path: Path) -> None:
         description: what `Plan.describe` returned.
         path: the HTML file; it loads nothing from elsewhere.
     """
-    facts = (
-        f"{description['samples']:,} samples of {description['seq_length']:,} tokens, "
-        f"{format_tokens(description['tokens'])} tokens in {len(description['phases'])} phases; seed "
-        f"{description['seed']}, "
-        f"fingerprint {description['fingerprint']}."
-    )
-    mix = _mix_figure(description).to_html(full_html=False, include_plotlyjs=True)
+    figures = Figures()
+    lead = f"Seed {description['seed']}, fingerprint {description['fingerprint']}."
+    parts = [
+        f'<h1>What this plan shows</h1><p class="lead">{html.escape(lead)}</p>',
+        *(f'<p class="note">{html.escape(line)}</p>' for line in rate_warnings(description)),
+        _cards(description),
+        f'<h2>Over the run</h2><p class="read">{_READ_MIX}</p>',
+        figures.add(_mix_figure(description)),
+    ]
     scored = [name for name, source in description["sources"].items() if source["bands"]]
-    bands = _bands_figure(description, scored).to_html(full_html=False, include_plotlyjs=False) if scored else ""
-    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in rate_warnings(description))
-    page = _TEMPLATE.format(
-        fingerprint=description["fingerprint"], facts=html.escape(facts), warnings=warnings, mix=mix, bands=bands
-    )
-    write_text_atomically(path, page)
+    if scored:
+        parts += [f'<h2>How often each quality band is seen</h2><p class="read">{_READ_BANDS}</p>']
+        parts += [figures.add(_bands_figure(description, scored))]
+    parts += ["<h2>Phases</h2>", *_phases(description)]
+    write_text_atomically(path, html_page(f"Plan {description['fingerprint']}", parts))
+
+
+def _cards(description: dict[str, Any]) -> str:
+    sources = description["sources"].values()
+    scored = sum(bool(source["bands"]) for source in sources)
+    cards = [
+        (format_tokens(description["tokens"]), "tokens in all"),
+        (f"{description['samples']:,}", f"samples of {description['seq_length']:,} tokens"),
+        (f"{len(description['phases'])}", "phases"),
+        (f"{len(sources)}", f"sources, {scored} of them scored"),
+    ]
+    return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
+
+
+def _phases(description: dict[str, Any]) -> list[str]:
+    """A table for each phase: what is kept of each source, how often, and which share of the phase it is."""
+    parts = []
+    header = ["source", "keep", "order", "unique tokens", "tokens shown", "repeat", "share"]
+    for phase in description["phases"]:
+        rows = [
+            [
+                name,
+                row["keep"],
+                row["order"],
+                format_tokens(row["unique_tokens"]),
+                format_tokens(row["tokens"]),
+                f"x{row['repeat']:.3g}",
+                f"{row['share']:.1%}",
+            ]
+            for name, row in phase["sources"].items()
+        ]
+        told = f"{phase['name']}: {phase['order']}, {format_tokens(phase['tokens'])} tokens"
+        table = html_table(header, rows, numbers={3, 4, 5, 6})
+        parts.append(f"<details><summary>{html.escape(told)}</summary>{table}</details>")
+    return parts
 
 
 def _mix_figure(description: dict[str, Any]) -> go.Figure:
@@ -74,7 +107,8 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
                 y=shares,
                 width=widths,
                 name=name,
-                marker_color=_colour(number),
+                marker_color=colour_of(number),
+                marker_line={"width": 0.5, "color": "white"},
                 customdata=texts,
                 hovertemplate="%{customdata}<extra></extra>",
                 row=row,
@@ -96,7 +130,11 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
     )
     figure.update_xaxes(title_text="tokens of the run", row=row, col=1)
     height = sum(heights) + 60 * len(heights)
-    figure.update_layout(barmode="stack", height=height, margin={"t": 90, "r": 20}, plot_bgcolor="white", bargap=0)
+    figure.update_layout(barmode="stack", height=height, margin={"t": 90, "r": 20}, bargap=0)
+    _style(figure)
+    if scored:
+        figure.update_xaxes(showgrid=False, row=row - 1, col=1)
+        figure.update_yaxes(showgrid=False, row=row - 1, col=1)
     return figure
 
 
@@ -186,15 +224,24 @@ def _bands_figure(description: dict[str, Any], scored: list[str]) -> go.Figure:
             colorscale="Blues",
             zmin=0,
             texttemplate="%{z:.2f}",
-            colorbar={"title": "times seen"},
+            xgap=2,
+            ygap=2,
+            showscale=False,
             hovertemplate="%{y}, score quantiles %{x}: seen %{z:.2f} times<extra></extra>",
         )
     )
     figure.update_layout(
-        title="How often each quality band is seen over the whole run",
         xaxis_title="score quantile of the source's documents (0 = worst)",
-        height=200 + 42 * len(scored),
-        margin={"l": 140, "r": 20},
+        height=110 + 38 * len(scored),
+        margin={"t": 10, "l": 140, "r": 20, "b": 60},
     )
-    figure.update_yaxes(autorange="reversed")
+    _style(figure)
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    figure.update_xaxes(showgrid=False)
     return figure
+
+
+def _style(figure: go.Figure) -> None:
+    figure.update_layout(plot_bgcolor="white", font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"})
+    figure.update_xaxes(title_font_size=13, linecolor="#9aa5b1", gridcolor="#e4e7eb")
+    figure.update_yaxes(title_font_size=13, gridcolor="#e4e7eb")

@@ -56,8 +56,10 @@ class _Curve:
 
 
 def colour_of(number: int) -> str:
-    """Well-chosen colours first; beyond them hues a golden angle apart."""
-    return _COLOURS[number] if number < len(_COLOURS) else f"hsl({number * 137.508 % 360:.0f},55%,45%)"
+    """Well-chosen colours first; beyond them hues a golden angle apart in three shades, so that neighbours differ."""
+    if number < len(_COLOURS):
+        return _COLOURS[number]
+    return f"hsl({number * 137.508 % 360:.0f},{(52, 42, 60)[number % 3]}%,{(50, 66, 38)[number % 3]}%)"
 
 
 def half_life(lines: int) -> float:

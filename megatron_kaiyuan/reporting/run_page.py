@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_activations import activation_figure
 from megatron_kaiyuan.reporting.run_curves import colour_of, curves_figure, format_count, source_loss_figure
@@ -17,32 +18,6 @@ from megatron_kaiyuan.reporting.run_summary import format_duration, format_optio
 
 __all__ = ["write_run_page"]
 
-_STYLE = """
-:root{color-scheme:light}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;max-width:1160px;margin:2rem auto;padding:0 1.2rem;
-color:#1f2933;background:#fff}
-h1{font-size:1.5rem;margin:0 0 .2rem;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;padding-top:1rem;
-border-top:1px solid #e4e7eb;overflow-wrap:anywhere}
-p.lead{color:#52606d;margin:.2rem 0 1rem;overflow-wrap:anywhere}
-p.read{color:#52606d;margin:.1rem 0 .4rem;max-width:96ch}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:.7rem;margin:.8rem 0 1rem}
-.card{border:1px solid #e4e7eb;border-radius:8px;padding:.6rem .9rem;background:#f8fafc}
-.card b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums;line-height:1.3}
-.card span{color:#52606d;font-size:.85rem}.good{border-left:4px solid #2f855a}.bad{border-left:4px solid #c53030}
-.bar{height:6px;border-radius:3px;background:#e4e7eb;margin:.4rem 0 0;overflow:hidden}.bar i{display:block;height:100%;
-background:#2b6cb0}
-.note{border-left:4px solid #dd8a1d;background:#fffaf0;padding:.4rem .9rem;margin:.4rem 0;border-radius:0 6px 6px 0}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0 1rem}
-th,td{padding:.3rem 1rem .3rem 0;text-align:left;border-bottom:1px solid #eef1f4}
-th{font-weight:600;color:#52606d}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-i.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.5em}
-.plots{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:.4rem}.plots>div{min-width:0}
-@media(max-width:860px){.plots{grid-template-columns:minmax(0,1fr)}}
-"""
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{style}</style></head><body>{body}</body></html>
-"""
 _READ_DATA = "Tokens that counted, summed over the run."
 _READ_EXPECTED = " The dashed lines are where the plan puts the edges: areas that leave them were not fed as planned."
 _READ_HELD_OUT = (
@@ -53,20 +28,6 @@ _READ_ACTIVATIONS = (
     "The largest absolute value in each layer when it was metered: red is near 65,504, where FP16 ends, crosses were "
     "not finite. Below, how many times larger the largest one could still grow; a trend matters more than the level."
 )
-
-
-class _Figures:
-    """Figures as HTML; the first one brings the library, which is most of the page's 5 MB."""
-
-    def __init__(self) -> None:
-        self._first = True
-
-    def add(self, figure: Any) -> str:
-        text = figure.to_html(
-            full_html=False, include_plotlyjs=self._first, config={"displayModeBar": False, "responsive": True}
-        )
-        self._first = False
-        return f"<div>{text}</div>"
 
 
 def write_run_page(
@@ -80,7 +41,7 @@ def write_run_page(
         description: What `Plan.describe` returned of their plan; None without one.
         path: The HTML file.
     """
-    figures, marks = _Figures(), phase_marks(description)
+    figures, marks = Figures(), phase_marks(description)
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += _head_of_one(runs[0], summaries[0]) if len(runs) == 1 else [_comparison(summaries)]
@@ -99,10 +60,10 @@ def write_run_page(
         parts.append(f'<h2>Loss by source</h2><div class="plots">{plots}</div>')
     for run in runs:
         parts += _details(run, description, figures, named=len(runs) > 1)
-    write_text_atomically(path, _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(parts)))
+    write_text_atomically(path, html_page(title, parts))
 
 
-def _details(run: Run, description: Mapping[str, Any] | None, figures: _Figures, *, named: bool) -> list[str]:
+def _details(run: Run, description: Mapping[str, Any] | None, figures: Figures, *, named: bool) -> list[str]:
     marks, prefix = phase_marks(description), f"{html.escape(run.name)}: " if named else ""
     parts: list[str] = []
     if evaluations := read_evaluations(run):
@@ -126,44 +87,39 @@ def _head_of_one(run: Run, told: Mapping[str, Any]) -> list[str]:
         lead += f"; learning rate now {told['learning_rate']:.3g}"
     if told["loss_scale"] is not None:
         lead += f", loss scale {format_count(told['loss_scale'])}"
-    cards = "".join([_card(f"{told['steps']:,}", "steps"), _tokens_card(told), *_other_cards(told)])
+    cards = "".join([html_card(f"{told['steps']:,}", "steps"), _tokens_card(told), *_other_cards(told)])
     return [f'<p class="lead">{html.escape(lead)}</p>', f'<div class="cards">{cards}</div>']
 
 
 def _tokens_card(told: Mapping[str, Any]) -> str:
     planned, tokens = told["planned_tokens"], told["tokens"]
     if not planned or tokens is None:
-        return _card(format_optional(tokens, format_tokens), "tokens")
+        return html_card(format_optional(tokens, format_tokens), "tokens")
     share = min(1.0, tokens / planned)
-    return _card(format_tokens(tokens), f"tokens, {share:.1%} of {format_tokens(planned)}", bar=share)
+    return html_card(format_tokens(tokens), f"tokens, {share:.1%} of {format_tokens(planned)}", bar=share)
 
 
 def _other_cards(told: Mapping[str, Any]) -> list[str]:
     headroom, skipped, lost = told["smallest_headroom"], told["skipped_steps"], told["lines_without_finite_loss"]
     cards = [
-        _card(
+        html_card(
             format_optional(told["smoothed_loss"], "{:.4f}".format),
             f"loss, smoothed; last {format_optional(told['loss'], '{:.4f}'.format)}",
             "bad" if lost else "",
         ),
-        _card(
+        html_card(
             format_optional(told["tokens_per_second"], format_tokens),
             f"tokens/s, median; {format_duration(told['seconds'])} in all",
         ),
-        _card(f"{skipped:,}", f"skipped steps, {skipped / max(told['steps'], 1):.2%} of all"),
+        html_card(f"{skipped:,}", f"skipped steps, {skipped / max(told['steps'], 1):.2%} of all"),
     ]
     if told["smallest_headroom_step"] is not None:
         kind = "good" if headroom is not None and headroom >= 8 else "bad"
         value = format_optional(headroom, format_times)
-        cards.append(_card(value, f"smallest FP16 headroom, step {told['smallest_headroom_step']:,}", kind))
+        cards.append(html_card(value, f"smallest FP16 headroom, step {told['smallest_headroom_step']:,}", kind))
     if told["seconds_left"]:
-        cards.append(_card(format_duration(told["seconds_left"]), "left of the plan at this rate"))
+        cards.append(html_card(format_duration(told["seconds_left"]), "left of the plan at this rate"))
     return cards
-
-
-def _card(value: str, label: str, kind: str = "", *, bar: float | None = None) -> str:
-    progress = "" if bar is None else f'<div class="bar"><i style="width:{bar:.1%}"></i></div>'
-    return f'<div class="card {kind}"><b>{html.escape(value)}</b><span>{html.escape(label)}</span>{progress}</div>'
 
 
 def _comparison(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -6,59 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.shards_figures import band_figure, length_figure, score_figure, sources_figure
 from megatron_kaiyuan.reporting.shards_table import format_number, source_facts
 
 __all__ = ["write_shards_page"]
 
-_STYLE = """
-:root{color-scheme:light}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;max-width:1120px;margin:2rem auto;padding:0 1.2rem;
-color:#1f2933;background:#fff}
-h1{font-size:1.5rem;margin:0 0 .2rem}h2{font-size:1.2rem;margin:2.6rem 0 .8rem;padding-top:1rem;
-border-top:1px solid #e4e7eb;overflow-wrap:anywhere}h3{font-size:1rem;margin:1.6rem 0 .3rem}
-p.lead{color:#52606d;margin:.2rem 0 1.2rem}p.read{color:#52606d;margin:.1rem 0 .4rem;max-width:92ch}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.7rem;margin:.8rem 0 1.2rem}
-.card{border:1px solid #e4e7eb;border-radius:8px;padding:.6rem .9rem;background:#f8fafc}
-.card b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums;line-height:1.3}
-.card span{color:#52606d;font-size:.85rem}.good{border-left:4px solid #2f855a}.bad{border-left:4px solid #c53030}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0 1rem}
-th,td{padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eef1f4}
-th{font-weight:600;color:#52606d}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.file{font-family:ui-monospace,Menlo,monospace;font-size:.82rem;overflow-wrap:anywhere;min-width:16rem}
-td.kind{color:#c53030;font-weight:600;white-space:nowrap}
-.plots{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:.4rem}
-@media(max-width:860px){.plots{grid-template-columns:minmax(0,1fr)}}
-.plots>div{min-width:0}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f8fafc;border:1px solid #e4e7eb;border-radius:8px;
-padding:.7rem .9rem;font-size:.82rem;line-height:1.45;margin:.3rem 0 1rem}
-.place{font-size:.85rem;color:#52606d;margin:0}
-"""
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{style}</style></head><body>{body}</body></html>
-"""
-
-
 _READ_BANDS = (
     '<p class="read">Right: the tokens in each tenth of the documents by score. Bars off the dashed line mean that '
     "quality and length go together, so that a top 30 % of the documents is not 30 % of the tokens.</p>"
 )
-
-
-class _Figures:
-    """Figures as HTML; the first one brings the library, which is most of the page's 5 MB."""
-
-    def __init__(self) -> None:
-        self._first = True
-
-    def add(self, figure: Any) -> str:
-        text = figure.to_html(
-            full_html=False, include_plotlyjs=self._first, config={"displayModeBar": False, "responsive": True}
-        )
-        self._first = False
-        return f"<div>{text}</div>"
 
 
 def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -68,7 +26,7 @@ def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
         sources: what `describe_source` returned of each, with `document_samples` and `unchecked` where there are any.
         path: the HTML file.
     """
-    figures = _Figures()
+    figures = Figures()
     documents, tokens = (sum(source[field] for source in sources) for field in ("documents", "tokens"))
     shards = sum(source["shards"] for source in sources)
     what = "What these shards hold" if len(sources) == 1 else f"What {len(sources)} sources hold"
@@ -77,7 +35,7 @@ def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
     if len(sources) > 1:
         parts += [figures.add(sources_figure(sources)), _overview(sources)]
     parts += [_source_section(source, figures) for source in sources]
-    write_text_atomically(path, _PAGE.format(title=what, style=_STYLE, body="\n".join(parts)))
+    write_text_atomically(path, html_page(what, parts))
 
 
 def _overview(sources: Sequence[Mapping[str, Any]]) -> str:
@@ -94,21 +52,21 @@ def _overview(sources: Sequence[Mapping[str, Any]]) -> str:
         for source in sources
     ]
     header = ["source", "documents", "tokens", "tokens a document", "scores", "manifests", "findings"]
-    return _table(header, rows, numbers={1, 2, 3, 5, 6})
+    return html_table(header, rows, numbers={1, 2, 3, 5, 6})
 
 
-def _source_section(source: Mapping[str, Any], figures: _Figures) -> str:
+def _source_section(source: Mapping[str, Any], figures: Figures) -> str:
     parts = [f"<h2>{html.escape(source['name'])}</h2>", _cards(source)]
     if source["findings"]:
         parts += ["<h3>Findings</h3>", _findings(source["findings"])]
     parts += _plots(source, figures)
-    parts += ["<h3>Facts</h3>", _table([], [list(fact) for fact in source_facts(source)])]
+    parts += ["<h3>Facts</h3>", html_table([], [list(fact) for fact in source_facts(source)])]
     if source["lengths"]["count"]:
         parts += ["<h3>Quantiles</h3>", _quantiles(source)]
     skipped = source["manifests"]["skipped"]
     if skipped:
         rows = [[reason, f"{count:,}"] for reason, count in skipped.items()]
-        parts += ["<h3>Rows that gave no document</h3>", _table(["reason", "rows"], rows, numbers={1})]
+        parts += ["<h3>Rows that gave no document</h3>", html_table(["reason", "rows"], rows, numbers={1})]
     for line in source.get("unchecked", ()):
         parts.append(f'<p class="read">Not checked: {html.escape(line)}</p>')
     if "document_samples" in source:
@@ -129,14 +87,10 @@ def _cards(source: Mapping[str, Any]) -> str:
     if lengths["count"]:
         median = format_number(lengths["quantiles"]["0.5"])
         cards.insert(2, (median, f"tokens in the median document, mean {format_number(lengths['mean'])}", ""))
-    return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+    return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
 
 
-def _card(value: str, label: str, kind: str) -> str:
-    return f'<div class="card {kind}"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
-
-
-def _plots(source: Mapping[str, Any], figures: _Figures) -> list[str]:
+def _plots(source: Mapping[str, Any], figures: Figures) -> list[str]:
     if not source["lengths"]["count"]:
         return []
     parts = [
@@ -164,7 +118,7 @@ def _quantiles(source: Mapping[str, Any]) -> str:
         [name, *(format_number(value) for value in told["quantiles"].values()), format_number(told["mean"])]
         for name, told in columns.items()
     ]
-    return _table(header, rows, numbers=set(range(1, len(header))))
+    return html_table(header, rows, numbers=set(range(1, len(header))))
 
 
 def _findings(findings: Sequence[Mapping[str, str]]) -> str:
@@ -187,15 +141,3 @@ def _documents(source: Mapping[str, Any]) -> str:
         text = f"{row['text']} ..." if row["cut"] else row["text"]
         parts.append(f'<p class="place">{html.escape(place)}</p><pre>{html.escape(text)}</pre>')
     return "\n".join(parts)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int] | None = None) -> str:
-    """A table; columns in `numbers` are aligned to the right."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        right = (' class="n"' if column in (numbers or ()) else "" for column in range(len(row)))
-        return "".join(f"<{tag}{style}>{html.escape(value)}</{tag}>" for style, value in zip(right, row, strict=True))
-
-    top = f"<tr>{cells('th', header)}</tr>" if header else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table>{top}{body}</table></div>'

@@ -55,5 +55,5 @@ def test_the_page_shows_rate_strips_and_warning(plan: Plan, tmp_path: Path) -> N
     page = (tmp_path / "plan.html").read_text()
     assert "learning rate" in page
     assert "darker = better" in page
-    assert 'class="warning"' in page
+    assert '<p class="note">' in page
     assert "its best data, the last fifth of the curriculum" in page
