@@ -13,7 +13,13 @@ from megatron_kaiyuan.numpy_dispatch import prefer_fast_sort
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="prefix, directory or glob of .bin/.idx shards")
+    parser.add_argument("shards", nargs="*", metavar="SHARDS", help="prefix, directory or glob of .bin/.idx shards")
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="PLAN",
+        help="instead of SHARDS: all scored sources of a plan; an index that is there and up to date stays",
+    )
     parser.add_argument("--score", default="score", help="name of the score sidecar (default: score)")
     parser.add_argument(
         "--scores",
@@ -28,12 +34,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Rank one source."""
+    """Rank one source, or those of a plan."""
     parser = build_parser()
     args = parser.parse_args()
+    if bool(args.shards) == (args.plan is not None):
+        parser.error("give the SHARDS of one source, or --plan PLAN")
+    if args.plan and (args.verify or args.scores or args.output):
+        parser.error("--plan takes scores and places from the plan; leave out --verify, --scores and --output")
     if args.verify and args.scores:
         parser.error("--verify compares with the stored scores; leave out --scores, or rank first and verify then")
     prefer_fast_sort()
+    rank_plan(args) if args.plan else rank_one(args)
+
+
+def rank_plan(args: argparse.Namespace) -> None:
+    """Rank what is missing of a plan."""
+    from megatron_kaiyuan.data.rank_plan import rank_plan_sources
+    from megatron_kaiyuan.reporting.progress import ConsoleMeter
+
+    with ConsoleMeter() as meter:
+        for ranked in rank_plan_sources(args.plan, args.seed, meter):
+            state = "ranked" if ranked.built else "up to date"
+            print(f"{ranked.name}: {state}, {ranked.source.num_documents:,} documents, {ranked.path}", flush=True)
+
+
+def rank_one(args: argparse.Namespace) -> None:
+    """Rank or verify one source."""
     from megatron_kaiyuan.data import open_source
     from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
     from megatron_kaiyuan.data.score_import import import_scores

@@ -80,10 +80,36 @@ def test_ranking_and_verifying_a_source(folder):
 
 def test_wrong_usage_of_rank_data_is_told(folder, tmp_path):
     assert_told_without_traceback(run("rank_data"), 2, "SHARDS")
+    assert_told_without_traceback(run("rank_data", folder, "--plan", "plan.yaml"), 2, "SHARDS")
+    assert_told_without_traceback(run("rank_data", "--plan", "plan.yaml", "--verify"), 2, "--verify")
     assert_told_without_traceback(run("rank_data", folder, "--seed", "many"), 2, "--seed")
     assert_told_without_traceback(run("rank_data", tmp_path / "nowhere"), 1, "error: shard", "does not exist")
     assert_told_without_traceback(run("rank_data", folder, "--score", "fun"), 1, "no such score sidecar")
     assert_told_without_traceback(run("rank_data", folder, "--verify"), 1, "no rank index", "python tools/rank_data.py")
+
+
+def test_ranking_a_plan_builds_what_is_missing_or_old(folder, tmp_path):
+    write_source(tmp_path / "code", numbered_documents([8] * 30), [float(n) for n in range(30)])
+    write_source(tmp_path / "plain", numbered_documents([8] * 30))
+    sources = {name: {"shards": str(tmp_path / name), "score": "score"} for name in ("web", "code")}
+    sources["code"]["rank_index"] = str(tmp_path / "code.index")
+    sources["plain"] = {"shards": str(tmp_path / "plain")}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan_of(sources, phase_of("shuffled", {"web": "all"})), sort_keys=False))
+
+    def states():
+        done = run("rank_data", "--plan", path)
+        assert done.returncode == 0, done.stderr
+        return [line.split(",")[0] for line in done.stdout.splitlines()]
+
+    assert states() == ["web: ranked", "code: ranked"]
+    assert (tmp_path / "code.index").is_file()
+    assert states() == ["web: up to date", "code: up to date"]
+    (tmp_path / "code.index").unlink()
+    assert states() == ["web: up to date", "code: ranked"]
+    scores = next(folder.glob("*.scores.score.npy"))
+    os.utime(scores, ns=(time.time_ns() + 10**9,) * 2)
+    assert states() == ["web: ranked", "code: up to date"]
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
