@@ -22,8 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.curriculum_study_data import ROOT, SEEDS, StudyData, build, collect
 from benchmarks.curriculum_study_runs import (
     ARMS,
@@ -49,6 +47,8 @@ ONE_PASS = 0.95
 """Share of the tokens that a run takes at most, so that no phase asks for more than its band holds."""
 AFTER_TRAINING = 40.0
 """Seconds to average and evaluate, where the budget is derived from the time."""
+RESERVE = 0.9
+"""Share of the time that the budget counts on: a run that does not end in its call is lost."""
 CLAIM = ",".join(arm.key for arm in ARMS[:4])
 
 
@@ -150,7 +150,8 @@ def settled(args: argparse.Namespace, data: StudyData, clock: Clock, began: floa
     """
     path = args.output / "results" / "study.json"
     rate = args.lr or SIZES[args.size].learning_rate
-    precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    device = device_name()
+    precision = args.precision or ("fp32" if device.endswith("CPU cores") else "bf16")
     study = Study(args.size, 0, rate, precision, data.digest)
     if path.is_file():
         steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
@@ -165,7 +166,7 @@ def settled(args: argparse.Namespace, data: StudyData, clock: Clock, began: floa
     study = Study(args.size, steps, rate, precision, data.digest)
     content = {"size": study.size, "steps": steps, "tokens": study.tokens, "learning_rate": rate,
                "precision": precision, "data": data.digest, "digest": study.digest, "unique_tokens": data.tokens,
-               "rank_correlation": data.rank_correlation, "device": device_name(), "note": ""}  # fmt: skip
+               "rank_correlation": data.rank_correlation, "device": device, "note": ""}  # fmt: skip
     if not path.is_file():
         write_text_atomically(path, json.dumps(content, indent=1) + "\n")
     return study
@@ -173,6 +174,8 @@ def settled(args: argparse.Namespace, data: StudyData, clock: Clock, began: floa
 
 def device_name() -> str:
     """What trains."""
+    import torch  # not before: the processes that damage the text import this module too
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
 
 
@@ -195,7 +198,7 @@ def budget(args: argparse.Namespace, study: Study, data: StudyData, clock: Clock
         speed, start = probe.tokens_per_second, probe.start_seconds
     waves = -(-runs // args.concurrent)
     spent = time.monotonic() - began
-    seconds = args.calls * 60 * args.minutes - spent - waves * (start + AFTER_TRAINING)
+    seconds = RESERVE * (args.calls * 60 * args.minutes - spent - waves * (start + AFTER_TRAINING))
     tokens = int(speed * seconds / runs)
     print(f"{speed:,.0f} tokens/s, {start:.0f} s to start, {spent:.0f} s spent: {tokens:,} tokens a run", flush=True)
     if tokens > most:
@@ -222,7 +225,11 @@ def report(args: argparse.Namespace) -> None:
     told["note"] = "" if "CPU" not in told["device"] else ", smoke test on a CPU: no evidence"
     numbers = print_report(found, told)
     write_text_atomically(args.output / "report.json", json.dumps(numbers, indent=1) + "\n")
-    figure = draw(found, told)
+    try:
+        figure = draw(found, told)
+    except ModuleNotFoundError as error:
+        print(f"no page: {error}; --report-only makes it where plotly is installed, from the results of --tar")
+        return
     write_page(figure, args.output / "report.html")
     print(args.output / "report.html")
     if args.plot:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from rich.console import Console
 from rich.table import Table
 
@@ -191,8 +189,15 @@ def _print_gains(
     console.print(table)
 
 
-def draw(results: Results, told: Mapping[str, Any]) -> go.Figure:
-    """Gains with their intervals, the final loss of every run, the training loss and the learning rate."""
+def draw(results: Results, told: Mapping[str, Any]) -> Any:
+    """A plotly figure: gains with their intervals, final loss of every run, training loss and learning rate.
+
+    Raises:
+        ModuleNotFoundError: plotly is not installed; machines that only train need not have it.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
     titles = ("Gain over (a), held-out, nats/token, 95 %", "Held-out loss of each run, all domains",
               "Training loss (of what the order shows then)", "Learning rate")  # fmt: skip
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.14, horizontal_spacing=0.09)
@@ -218,14 +223,16 @@ def draw(results: Results, told: Mapping[str, Any]) -> go.Figure:
 
 
 def _add_curve(
-    figure: go.Figure, curve: Sequence[Sequence[float | None]], entry: int, column: int, arm: Arm, color: str
+    figure: Any, curve: Sequence[Sequence[float | None]], entry: int, column: int, arm: Arm, color: str
 ) -> None:
     """The first seed's curve, over tokens."""
+    import plotly.graph_objects as go
+
     line = go.Scatter(x=[point[0] for point in curve], y=[point[entry] for point in curve], mode="lines")
     figure.add_trace(line.update(line_color=color, name=arm.name, showlegend=False), row=2, col=column)
 
 
-def write_page(figure: go.Figure, path: Path) -> None:
+def write_page(figure: Any, path: Path) -> None:
     """One file that a browser opens without a network."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)

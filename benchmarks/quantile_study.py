@@ -10,6 +10,7 @@ changes sizes alone: a tiny model, small slices, two seeds. docs/quantile-study.
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -64,6 +65,9 @@ def main() -> None:
         "report": [[]],
     }
     try:
+        if importlib.util.find_spec("plotly") is None:
+            print("no report: plotly is not installed; unpack --tar where it is, and run the tool's `report` there")
+            del stages["report"]
         for stage, commands in stages.items():
             began = time.monotonic()
             together(*(["tools/quantile_benchmark.py", stage, str(study), *more] for more in commands))

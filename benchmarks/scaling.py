@@ -47,6 +47,7 @@ from megatron_kaiyuan.errors import StudyError
 PEAK_FLOPS = 989e12
 """Of one H100 or H200, FP16 without sparsity, by the data sheet."""
 PARTS = ("throughput", "elastic", "lost")
+SHARES = ("communication_ms", "exposed_ms")
 NODES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP_STEPS = 3
 LARGE_MEMORY = 100 * 2**30
@@ -212,7 +213,9 @@ def asdict_communication(communication: Any) -> dict[str, float]:
 def print_rows(known: dict[str, Any]) -> None:
     """What docs/scaling.md shows; ratios are to one GPU with as many samples a GPU, or in all."""
     setting, rows = known["setting"], known["rows"]
+    on_cpu = setting["device"] == "CPU"
     title = f"{setting['shape']}, {setting['device']}, micro-batch {setting['micro_batch']}"
+    title += "; a smoke test, no measurement" if on_cpu else ""
     table = Table(title=title, title_justify="left")
     columns = ("row", "layout", "optimizer", "overlap", "samples", "tokens/s", "of ideal", "MFU", "GiB", "collectives",
                "exposed")  # fmt: skip
@@ -229,7 +232,7 @@ def print_rows(known: dict[str, Any]) -> None:
         table.add_row(
             key, row["name"], "distributed" if layout.distributed_optimizer else "replicated",
             "yes" if layout.overlap else "no", str(row["global_batch"]), f"{row['tokens_per_second']:,.0f}", ideal, mfu,
-            f"{row['peak_gib']:.1f}", f"{row['communication_ms'] / ms:.1%}", f"{row['exposed_ms'] / ms:.1%}",
+            f"{row['peak_gib']:.1f}", *("-" if on_cpu else f"{row[what] / ms:.1%}" for what in SHARES),
         )  # fmt: skip
     Console(width=150).print(table)
 

@@ -256,7 +256,7 @@ def _worker(process: subprocess.Popen[bytes], rank: int) -> psutil.Process:
     Raises:
         StudyError: there is none.
     """
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in psutil.Process(process.pid).children():  # a rank's own children carry its number too
         if child.environ().get("RANK") == str(rank):
             return child
     raise StudyError(f"no process of rank {rank} was found under torchrun ({os.getpid()})")

@@ -263,7 +263,7 @@ class Communication:
 def communication_of(trace: Path, steps: int) -> Communication:
     """Read a trace of torch's profiler: NCCL's kernels on a GPU, gloo's calls on a CPU.
 
-    On a CPU calls wait for their data, so all of it is exposed.
+    A call of gloo may wait while its rank computes: the numbers of a CPU show that the trace is read, and nothing more.
     """
     with gzip.open(trace, "rt") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("dur")]
