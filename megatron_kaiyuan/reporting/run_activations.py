@@ -186,5 +186,5 @@ def _style(figure: go.Figure, height: int) -> None:
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
     }
     figure.update_layout(**layout)
-    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", exponentformat="B")
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, row=2, col=1)
+    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", exponentformat="B", title_font_size=13)
+    figure.update_yaxes(gridcolor=_GRID, zeroline=False, title_font_size=13, row=2, col=1)

@@ -63,8 +63,8 @@ def colour_of(number: int) -> str:
 
 
 def half_life(lines: int) -> float:
-    """Of the smoothing of all losses, in log lines."""
-    return lines / 200
+    """Of the smoothing of all losses, in log lines; two where there are few, so that lines of one step still read."""
+    return max(2.0, lines / 200)
 
 
 def smoothed(values: Values, half_life: float) -> list[float | None]:
@@ -325,7 +325,7 @@ def _style_axes(figure: go.Figure, runs: Sequence[Run]) -> None:
         figure.update_yaxes(
             type="log",
             tickvals=[2.0**power for power in powers],
-            ticktext=[f"2^{power}" for power in powers],
+            ticktext=[f"2<sup>{power}</sup>" for power in powers],
             row=4,
             col=1,
         )
@@ -352,5 +352,7 @@ def _style(figure: go.Figure, height: int) -> None:
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
         legend={"x": 1.01, "y": 1, "yanchor": "top", "tracegroupgap": 0, "font": {"size": 12}},
     )
-    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", tickcolor="#9aa5b1", exponentformat="B")
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, exponentformat="B")
+    figure.update_xaxes(
+        showgrid=False, linecolor="#9aa5b1", tickcolor="#9aa5b1", exponentformat="B", title_font_size=13
+    )
+    figure.update_yaxes(gridcolor=_GRID, zeroline=False, exponentformat="B", title_font_size=13)

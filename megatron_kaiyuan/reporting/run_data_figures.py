@@ -158,5 +158,5 @@ def _style(figure: go.Figure, height: int) -> None:
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
         legend={"x": 1.01, "y": 1, "yanchor": "top", "traceorder": "reversed", "font": {"size": 12}},
     )
-    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", exponentformat="B")
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, exponentformat="B", rangemode="tozero")
+    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", exponentformat="B", title_font_size=13)
+    figure.update_yaxes(gridcolor=_GRID, zeroline=False, exponentformat="B", rangemode="tozero", title_font_size=13)

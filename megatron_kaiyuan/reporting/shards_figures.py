@@ -91,8 +91,8 @@ def _figure(height: int = 340) -> go.Figure:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         bargap=0.15,
     )
-    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", ticks="outside", tickcolor="#9aa5b1")
-    figure.update_yaxes(gridcolor=_GRID, zerolinecolor="#9aa5b1")
+    figure.update_xaxes(showgrid=False, linecolor="#9aa5b1", ticks="outside", tickcolor="#9aa5b1", title_font_size=13)
+    figure.update_yaxes(gridcolor=_GRID, zerolinecolor="#9aa5b1", title_font_size=13)
     return figure
 
 
