@@ -51,8 +51,8 @@ def write_run_page(
         for remark in told["remarks"]
     ]
     parts += [
-        '<p class="read">Strong lines are smoothed (half-life 0.5 % of the run, two log lines at least), faint ones as logged. Drag to zoom, '
-        "all rows follow; double-click to return; click a name to hide it.</p>",
+        '<p class="read">Strong lines are smoothed (half-life 0.5 % of the run, two log lines at least), faint ones as '
+        "logged. Drag to zoom, all rows follow; double-click to return; click a name to hide it.</p>",
         figures.add(curves_figure(runs, marks)),
     ]
     if len(runs) > 1 and (names := list(dict.fromkeys(name for run in runs for name in run.sources))):
