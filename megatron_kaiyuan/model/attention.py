@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.model.document_attention import attend_within_documents, holds_boundaries
 
 __all__ = ["SdpaCoreAttention"]
 
@@ -82,7 +83,8 @@ class SdpaCoreAttention(MegatronModule):
             key: [sk, b, g, d], g dividing n.
             value: [sk, b, g, d].
             attention_mask: Boolean, broadcastable to [b, n, sq, sk], True = hidden. It replaces the causal mask, as in
-                Megatron; None leaves the causal mask to the kernel, which is faster.
+                Megatron; None leaves the causal mask to the kernel, which is faster. Or the boundaries of documents,
+                int32 (`document_attention.py`): causal inside each.
             attn_mask_type: Overrides the module's own.
             attention_bias: Must be None.
             packed_seq_params: Must be None.
@@ -91,13 +93,17 @@ class SdpaCoreAttention(MegatronModule):
             [sq, b, n * d], in the dtype of `query`.
 
         Raises:
-            ConfigError: packed sequences, an attention bias, or a padding mask type without its mask.
+            ConfigError: packed sequences, an attention bias, a padding mask type without its mask, or dropout inside
+                documents.
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise ConfigError(
                 "SDPA attention takes neither packed sequences nor an attention bias; "
                 "use --transformer-impl transformer_engine"
             )
+        if attention_mask is not None and holds_boundaries(attention_mask):
+            self._check_documents(query, key)
+            return attend_within_documents(query, key, value, attention_mask, self.softmax_scale)
         mask, is_causal = self._mask(query.size(0), key.size(0), attention_mask, attn_mask_type, query.device)
         kernels = contextlib.nullcontext() if self.torch_order else _fastest_kernel(query)
         with self._dropout_rng(), kernels:
@@ -114,6 +120,11 @@ class SdpaCoreAttention(MegatronModule):
             )
         # [b, n, sq, d] -> [sq, b, n * d]
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _check_documents(self, query: Tensor, key: Tensor) -> None:
+        if self.dropout > 0 and self.training:
+            raise ConfigError("attention inside documents has no dropout; add --attention-dropout 0")
+        assert query.shape[:2] == key.shape[:2], "self-attention of whole windows"
 
     def _mask(
         self, sq: int, sk: int, attention_mask: Tensor | None, override: AttnMaskType | None, device: torch.device

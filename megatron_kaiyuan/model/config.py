@@ -275,4 +275,28 @@ def kaiyuan_config_from_args(args: argparse.Namespace) -> KaiyuanTransformerConf
         )
     with_options = argparse.Namespace(**vars(args), kaiyuan=options)
     config: KaiyuanTransformerConfig = core_transformer_config_from_args(with_options, KaiyuanTransformerConfig)
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        _check_document_attention(args, config)
     return config
+
+
+def _check_document_attention(args: argparse.Namespace, config: KaiyuanTransformerConfig) -> None:
+    """Without a mask from the loader, documents are kept apart by our core attention, from the positions."""
+    if config.transformer_impl != "local" or config.local_attention_kernel == "unfused":
+        kernel = "unfused" if config.transformer_impl == "local" else config.transformer_impl
+        raise ConfigError(
+            f"--reset-attention-mask without the loader's mask needs SDPA, not {kernel} attention: use "
+            f"--transformer-impl local and leave {_flag('attention')} out, or remove --reset-attention-mask"
+        )
+    if config.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--reset-attention-mask without the loader's mask, but only the first pipeline stage knows where documents "
+            f"start; use --pipeline-model-parallel-size 1, not {config.pipeline_model_parallel_size}"
+        )
+    if not args.reset_position_ids:
+        raise ConfigError(
+            "--reset-attention-mask without the loader's mask finds the documents by their positions; add "
+            "--reset-position-ids"
+        )
+    if config.attention_dropout > 0:
+        raise ConfigError("attention inside documents has no dropout; add --attention-dropout 0")

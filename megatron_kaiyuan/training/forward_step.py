@@ -16,6 +16,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_kaiyuan.model.document_attention import document_boundaries
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.monitor import RunMonitor
 
@@ -117,6 +118,8 @@ def _batch_on_this_rank(
     )
     cp_group = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        batch["attention_mask"] = document_boundaries(batch["position_ids"])
     return {key: batch[key] for key in _MODEL_KEYS} | _monitored(loaded)
 
 

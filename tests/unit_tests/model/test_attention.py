@@ -118,3 +118,22 @@ def test_an_explicit_mask_replaces_the_causal_one() -> None:
 def test_what_sdpa_cannot_do_is_refused(refused: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         build_attention()(*random_inputs(4, 4, torch.float32), None, **refused)
+
+
+def test_boundaries_of_documents_go_where_a_mask_goes() -> None:
+    query, key, value = random_inputs(6, 6, torch.float32)
+    documents = torch.tensor([0, 0, 1, 1, 1, 2])
+    visible = (documents[:, None] == documents) & torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = expected_context(query.double(), key.double(), value.double(), visible)
+    boundaries = torch.tensor([0, 2, 5, 6, 8, 11, 12], dtype=torch.int32)  # two samples, one behind the other
+    output = build_attention()(query, key, value, boundaries)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_dropout_inside_documents_is_refused() -> None:
+    attention = build_attention()
+    attention.dropout = 0.1
+    boundaries = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ConfigError, match="add --attention-dropout 0"):
+        attention(*random_inputs(4, 4, torch.float32), boundaries)
+    attention.eval()(*random_inputs(4, 4, torch.float32), boundaries)

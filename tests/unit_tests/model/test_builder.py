@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_kaiyuan.errors import ConfigError
 from tests.helpers import run_distributed
@@ -17,6 +18,23 @@ COMMAND = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-que
 --vocab-size 63 --make-vocab-size-divisible-by 64 --attention-dropout 0 --hidden-dropout 0 --transformer-impl local
 --kaiyuan-sandwich-norm --kaiyuan-post-norm-depth-scaled --kaiyuan-branch-scale-bits 4 --kaiyuan-logit-softcap 30
 --kaiyuan-z-loss 1e-4"""
+
+
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "create_attention_mask_in_dataloader": False}
+DOCUMENT_VARIATIONS: dict[str, dict[str, Any]] = {
+    "documents": {},
+    "documents, dense mask, TE": {
+        "create_attention_mask_in_dataloader": True,
+        "reset_position_ids": False,
+        "transformer_impl": "transformer_engine",
+    },
+    "documents, TE": {"transformer_impl": "transformer_engine"},
+    "documents, unfused": {"kaiyuan_attention": "unfused"},
+    "documents, PP": {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float16},
+    "documents, CP": {"context_parallel_size": 2},
+    "documents, positions": {"reset_position_ids": False},
+    "documents, dropout": {"attention_dropout": 0.1},
+}
 
 
 def observe(_rank: int) -> dict[str, Any]:
@@ -62,6 +80,10 @@ def observe(_rank: int) -> dict[str, Any]:
                 post_process=True,
             )
         ),
+        **{
+            name: complaint(lambda changes=changes: kaiyuan_config_from_args(parsed(**DOCUMENTS | changes)))
+            for name, changes in DOCUMENT_VARIATIONS.items()
+        },
         "implementation": complaint(
             lambda: kaiyuan_builder(parsed(transformer_impl="inference_optimized"), pre_process=True, post_process=True)
         ),
@@ -99,6 +121,14 @@ def test_a_command_line_becomes_the_config_it_asks_for(observations: dict[str, A
         ("positions", "--seq-length 16 is longer than --max-position-embeddings 8"),
         ("spec", "--spec a b replaces the Kaiyuan layers"),
         ("vocabulary", "63 is not divisible by --tensor-model-parallel-size 2; raise --make-vocab-size-divisible-by"),
+        ("documents", "accepted"),
+        ("documents, dense mask, TE", "accepted"),
+        ("documents, TE", "needs SDPA, not transformer_engine attention: use --transformer-impl local"),
+        ("documents, unfused", "needs SDPA, not unfused attention"),
+        ("documents, PP", "use --pipeline-model-parallel-size 1, not 2"),
+        ("documents, CP", "--context-parallel-size 2 needs --transformer-impl transformer_engine"),
+        ("documents, positions", "add --reset-position-ids"),
+        ("documents, dropout", "add --attention-dropout 0"),
         ("implementation", "use local or transformer_engine"),
     ],
 )
