@@ -14,7 +14,7 @@ from benchmarks.scaling_faults import elastic_proof, lost_rank_proof, undisturbe
 from benchmarks.scaling_jobs import SMOKE, Job, Layout, write_data
 
 REPOSITORY = Path(__file__).parents[2]
-LIMIT = 120.0
+LIMIT = 240.0
 STEPS = 12
 
 
