@@ -34,6 +34,12 @@ def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="delete older checkpoints of --save, but for the newest N and those that the plan averages (default: "
         "delete none)",
     )
+    group.add_argument(
+        "--kaiyuan-evaluate-average",
+        action="store_true",
+        help="after the last step, average the checkpoints that the plan names, into the folder of --save with "
+        "-averaged behind it, and evaluate the average on the held-out documents",
+    )
     return parser
 
 

@@ -23,6 +23,7 @@ from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME, iteration_fold
 __all__ = [
     "AVERAGING",
     "CheckpointKeeper",
+    "average_folder",
     "averaged_iterations",
     "keep_checkpoints",
     "plan_averaging",
@@ -31,6 +32,11 @@ __all__ = [
 
 AVERAGING = "kaiyuan_averaging"
 """Name of the argument that holds `plan_averaging()` in every checkpoint; `tools/average_checkpoints.py --planned`."""
+
+
+def average_folder(save: str) -> Path:
+    """Where the planned average of a run lies: beside the folder of `--save`."""
+    return Path(f"{save.rstrip('/')}-averaged")
 
 
 def averaged_iterations(last: int, every: int, final: int) -> tuple[int, ...]:
@@ -172,7 +178,9 @@ def say_how_to_average(args: argparse.Namespace) -> None:
     averaging = getattr(args, AVERAGING)
     if averaging is None or args.rank != 0:
         return
-    output = f"{args.save.rstrip('/')}-averaged"
+    output = average_folder(args.save)
+    if output.is_dir():
+        return
     print(
         f"> the plan averages iterations {', '.join(map(str, averaging['iterations']))} ({averaging['weights']}):\n"
         f">   python tools/average_checkpoints.py {args.save} --planned --output {output}\n"

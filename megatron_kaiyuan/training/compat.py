@@ -3,6 +3,7 @@
 import functools
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from megatron.training import checkpointing, get_signal_handler, training
 from megatron_kaiyuan.kernels import weight_gradient
 
 __all__ = [
+    "Evaluation",
     "Keeper",
     "exit_on_signal_too",
     "fuse_weight_gradients_without_apex",
@@ -75,8 +77,21 @@ def observe_steps(observer: Callable[..., None]) -> None:
     training.training_log = logged
 
 
-def observe_evaluations(observer: Callable[[int], None]) -> None:
-    """Call `observer` with the iteration after each evaluation of the loop, on all ranks.
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """An evaluation that the loop has made."""
+
+    iteration: int
+    model: list[Any]
+    """Chunks of this rank's model, wrapped as in training."""
+    is_last: bool
+    """After the last step, when its checkpoint is saved; nothing is trained afterwards."""
+    repeat: Callable[[str], None]
+    """Evaluates the model again, on the next samples of the loader, under another name; all ranks together."""
+
+
+def observe_evaluations(observer: Callable[[Evaluation], None]) -> None:
+    """Call `observer` after each evaluation of the loop, on all ranks.
 
     The loop reports the mean over all validation samples and has no hook after it. A later call replaces the observer.
     """
@@ -84,10 +99,14 @@ def observe_evaluations(observer: Callable[[int], None]) -> None:
 
     @functools.wraps(original)
     def evaluated(
-        prefix: Any, forward_step: Any, data_iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
+        prefix: str, forward_step: Any, data_iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
     ) -> Any:
+        def repeat(name: str) -> None:
+            silent = kwargs | {"write_to_tensorboard": False}  # it would be a second value of the same step
+            original(name, forward_step, data_iterator, model, iteration, *args, **silent)
+
         result = original(prefix, forward_step, data_iterator, model, iteration, *args, **kwargs)
-        observer(iteration)
+        observer(Evaluation(iteration, model, "on validation set" in prefix, repeat))
         return result
 
     training.evaluate_and_print_results = evaluated

@@ -23,13 +23,16 @@ class HeldOutReport:
     say: Callable[[str], None]
     """Prints on that rank."""
 
+    of: str = ""
+    """Whose loss it is where it is not that of the run's own weights, such as ` of the average`."""
+
     def after_evaluation(self, iteration: int, consumed_samples: int) -> None:
         """Add up the losses of all ranks and tell them."""
         sums = {name: found for name, found in self.losses.take().items() if found.loss is not None}
         if self.write_scalar is None or not sums:
             return
         told = "; ".join(_told(name, found) for name, found in sums.items())
-        self.say(f" held-out loss at step {iteration} by source (by quantile band): {told}")
+        self.say(f" held-out loss{self.of} at step {iteration} by source (by quantile band): {told}")
         for name, found in sums.items():
             self._write_source(name, found, iteration)
         if self.path is not None:
@@ -39,10 +42,10 @@ class HeldOutReport:
     def _write_source(self, name: str, found: HeldOutSums, iteration: int) -> None:
         assert self.write_scalar is not None
         if found.loss is not None:
-            self.write_scalar(f"held-out loss/{name}", found.loss, iteration)
+            self.write_scalar(f"held-out loss{self.of}/{name}", found.loss, iteration)
         for number, loss in enumerate(found.bands):
             if loss is not None:
-                self.write_scalar(f"held-out loss/{name} {band_name(number)}", loss, iteration)
+                self.write_scalar(f"held-out loss{self.of}/{name} {band_name(number)}", loss, iteration)
 
 
 def _told(name: str, found: HeldOutSums) -> str:

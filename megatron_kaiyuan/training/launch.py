@@ -17,6 +17,7 @@ from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.average_evaluation import check_average_arguments
 from megatron_kaiyuan.training.blend import check_data_arguments
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
@@ -50,6 +51,9 @@ def run_pretraining() -> None:
         print_rank_0(f"> --load {args.load}: the run is complete, nothing is left to train on")
         say_how_to_average(args)
         return
+    check_average_arguments(
+        args, planned=getattr(args, AVERAGING) is not None, held_out=plan is not None and bool(plan.validation)
+    )
     keep_checkpoints(args)
     if args.exit_signal_handler:
         for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -88,12 +88,14 @@ def build_untrained(arguments: argparse.Namespace) -> Any:
 
 
 def load_weights(model: Any, checkpoint: Checkpoint) -> None:
-    """Fill a model with the weights of a checkpoint.
+    """Fill a model, or one rank's part of it, with the weights of a checkpoint; all ranks together.
 
     Raises:
         ConfigError: the checkpoint is of another model.
     """
-    bare = model.module if isinstance(model, Float16Module) else model
+    bare = model
+    while hasattr(bare, "module"):  # half precision, data parallelism
+        bare = bare.module
     wanted = bare.sharded_state_dict()
     missing = sorted(
         {

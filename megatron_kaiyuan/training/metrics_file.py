@@ -12,12 +12,17 @@ from typing import Any
 
 from megatron_kaiyuan.errors import MetricsError
 
-__all__ = ["append_metrics", "held_out_path", "read_metrics"]
+__all__ = ["append_metrics", "average_path", "held_out_path", "read_metrics"]
 
 
 def held_out_path(metrics: Path) -> Path:
     """The file of evaluations that belongs to a metrics file: `metrics.held_out.jsonl` beside `metrics.jsonl`."""
     return metrics.with_suffix(".held_out.jsonl")
+
+
+def average_path(metrics: Path) -> Path:
+    """The file of the evaluation of the average: `metrics.held_out_average.jsonl` beside `metrics.jsonl`."""
+    return metrics.with_suffix(".held_out_average.jsonl")
 
 
 def append_metrics(path: Path, entry: Mapping[str, Any]) -> None:

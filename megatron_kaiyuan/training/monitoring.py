@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-from megatron.training.utils import print_rank_last
+from megatron.training.utils import print_rank_0, print_rank_last
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.held_out_report import HeldOutReport
-from megatron_kaiyuan.training.metrics_file import held_out_path
+from megatron_kaiyuan.training.metrics_file import average_path, held_out_path
 from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
 from megatron_kaiyuan.training.source_counters import SourceCounters
 
 __all__ = ["build_held_out", "build_monitor"]
+
+_OF_AVERAGE = " of the average"
 
 
 def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
@@ -48,11 +51,17 @@ def build_held_out(args: argparse.Namespace, plan: Plan | None) -> HeldOutLosses
         return None
     losses = HeldOutLosses(tuple(plan.sources))
     path = _metrics_path(args)
-    is_logging_rank = args.rank == args.world_size - 1
-    report = HeldOutReport(
-        losses, held_out_path(path) if path else None, _write_scalar if is_logging_rank else None, print_rank_last
-    )
-    compat.observe_evaluations(lambda iteration: report.after_evaluation(iteration, args.consumed_train_samples))
+    write_scalar = _write_scalar if args.rank == args.world_size - 1 else None
+    report = HeldOutReport(losses, held_out_path(path) if path else None, write_scalar, print_rank_last)
+    of_average = HeldOutReport(losses, average_path(path) if path else None, write_scalar, print_rank_last, _OF_AVERAGE)
+    average = AverageEvaluation(args.save, print_rank_0) if args.kaiyuan_evaluate_average else None
+
+    def observe(evaluation: compat.Evaluation) -> None:
+        report.after_evaluation(evaluation.iteration, args.consumed_train_samples)
+        if average is not None and evaluation.is_last and average(evaluation):
+            of_average.after_evaluation(evaluation.iteration, args.consumed_train_samples)
+
+    compat.observe_evaluations(observe)
     return losses
 
 

@@ -1,16 +1,22 @@
 """Runs of two processes that are killed, signalled and restarted end as if nothing had happened."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from megatron_kaiyuan.data import HeldOutDataset
 from megatron_kaiyuan.training.checkpoint_io import saved_iterations
+from megatron_kaiyuan.training.metrics_file import average_path, held_out_path, read_metrics
+from megatron_kaiyuan.training.provider import spread_evenly
 from tests.functional_tests.kill_and_resume import different_tensors, end, flags_of, lengthen, run_until, start
-from tests.functional_tests.training_run import write_corpus
+from tests.functional_tests.training_run import BATCH, REPOSITORY, write_corpus
 
 AVERAGING = "averaging: {last: 3, every: 2, weights: wma}\n"
 STEPS = 48
@@ -73,8 +79,34 @@ def test_a_run_killed_and_signalled_again_and_again_ends_bit_for_bit_alike(
     code, output = signal_at(tmp_path, f"iteration {second + 1:8d}/", signal.SIGTERM, *rarely, to_ranks=False)
     assert "exiting program after receiving SIGTERM" in output, output[-3000:]
     assert second < int(tracker.read_text()) < STEPS
-    run_until(tmp_path, "never printed", 0, *rarely)
+    output, _ = run_until(tmp_path, "never printed", 0, *rarely, "--kaiyuan-evaluate-average")
     assert different_tensors(undisturbed[0], tmp_path, STEPS) == []
+    assert "validation loss at the average of the checkpoints that the plan names, in saved-averaged/" in output
+    assert "held-out loss of the average at step 48 by source (by quantile band): scored " in output
+    assert_average_was_evaluated(tmp_path, plan)
+
+
+def assert_average_was_evaluated(folder: Path, plan: Path) -> None:
+    """The losses that the run told of the average are those of the average on disk, evaluated by itself."""
+    manifest = json.loads((folder / "saved-averaged" / "iter_0000048" / "average.json").read_text())
+    assert [part["iteration"] for part in manifest["checkpoints"]] == [44, 46, 48]
+    [told] = read_metrics(average_path(folder / "saved" / "metrics.jsonl"))
+    *_, last = read_metrics(held_out_path(folder / "saved" / "metrics.jsonl"))
+    windows = spread_evenly([len(HeldOutDataset(plan, name)) for name in told["sources"]])[:BATCH, 0].tolist()
+    for number, (name, found) in enumerate(told["sources"].items()):
+        alone = evaluated(folder, plan, windows.count(number))["sources"][name]["loss"]
+        assert found["loss"] == pytest.approx(alone, abs=1e-3)
+        assert found["loss"] != last["sources"][name]["loss"]
+
+
+def evaluated(folder: Path, plan: Path, windows: int) -> dict[str, Any]:
+    """What `tools/evaluate.py` finds of the average on the first windows of each source."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(folder / "saved-averaged")]
+    command += ["--plan", str(plan), "--windows", str(windows), "--json", str(folder / "evaluated.json")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=240)
+    result: dict[str, Any] = json.loads((folder / "evaluated.json").read_text())["results"][0]
+    return result
 
 
 def test_a_run_that_is_complete_says_so_and_succeeds(undisturbed: tuple[Path, str], plan: Path) -> None:

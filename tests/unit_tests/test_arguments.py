@@ -16,7 +16,7 @@ def parse(*words: str) -> argparse.Namespace:
 def test_there_is_one_flag_for_each_model_option_with_the_same_default() -> None:
     from megatron_kaiyuan.model.config import KaiyuanModelOptions, model_options_from_args
 
-    of_the_run = {"metrics", "activation_interval", "max_skipped_steps", "keep_checkpoints"}
+    of_the_run = {"metrics", "activation_interval", "max_skipped_steps", "keep_checkpoints", "evaluate_average"}
     flags = {name.removeprefix("kaiyuan_") for name in vars(parse()) if name.startswith("kaiyuan_")}
     assert flags - of_the_run == {field.name for field in dataclasses.fields(KaiyuanModelOptions)}
     assert model_options_from_args(parse()) == KaiyuanModelOptions()
