@@ -66,7 +66,7 @@ def _slice(study: Study, options: argparse.Namespace) -> None:
     sliced, cost = write_slices(study)
     columns = ["slice", "seed", "documents", "tokens", "scores"]
     rows = [
-        [f"{run.source} top {run.top:.4g}", str(run.seed), f"{run.documents:,}", f"{run.slice_tokens:,}",
+        [f"{run.source} top {run.top * 100:.4g}%", str(run.seed), f"{run.documents:,}", f"{run.slice_tokens:,}",
          f"{run.score_low:.4g} to {run.score_high:.4g}"]
         for run in sliced.runs
     ]  # fmt: skip

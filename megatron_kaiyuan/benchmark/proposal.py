@@ -1,11 +1,12 @@
 """From what a study shows to a plan: which top part of which source, in which phase, and why.
 
 A slice speaks for the quantiles nearest to it, so keeping the slices from the best down to the one at `top_k` keeps the
-documents down to the middle between `top_k` and the next quantile that was measured.
+documents down to the middle between `top_k` and the next quantile that was measured. Of a dataset that was measured by
+several scores, the plan follows one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -29,6 +30,8 @@ class SourceAdvice:
     """Selection in the last phase."""
     in_order: bool
     """Whether a curriculum may trust the score."""
+    followed: bool
+    """Whether the plan uses this score; False: it uses another one of the same data."""
     reasons: tuple[str, ...]
 
 
@@ -46,13 +49,16 @@ def propose(study: Study, analysis: Analysis) -> Proposal:
     """Turn claims into a plan; where nothing is claimed, everything is kept."""
     if min(analysis.seeds) < 2:
         return Proposal((), None, "No plan is proposed: with one seed a slice no difference can be told from chance.")
-    advice = tuple(_advise(study, analysis, source) for source in study.sources)
-    plan = _plan_text(study, advice)
-    claimed = sum(one.broad != "all" or one.best != "all" for one in advice)
+    advised = {source: _advise(study, analysis, source) for source in study.sources}
+    for names in study.datasets.values():
+        _follow_one(study, analysis, advised, names)
+    advice = tuple(advised.values())
+    plan = _plan_text(study, [one for one in advice if one.followed])
+    claimed = sum(one.followed and (one.broad != "all" or one.best != "all") for one in advice)
     summary = (
-        f"The claims narrow {claimed} of {len(advice)} sources; a source or phase that they do not narrow is kept "
-        "whole, because nothing was shown against any part of it. Differences are in spreads between seeds, with their "
-        "standard errors."
+        f"The claims narrow {claimed} of {len(study.datasets)} sources; a source or phase that they do not narrow is "
+        "kept whole, because nothing was shown against any part of it. Differences are in spreads between seeds, with "
+        "their standard errors."
     )
     return Proposal(advice, plan, summary)
 
@@ -72,7 +78,37 @@ def _advise(study: Study, analysis: Analysis, source: str) -> SourceAdvice:
     reasons.append(reason)
     broad, reason = _selection(analysis, cells, lost_to_middle, middle, "first", trust_score=in_order)
     reasons.append(reason)
-    return SourceAdvice(source, broad, best, in_order, tuple(reasons))
+    return SourceAdvice(source, broad, best, in_order, True, tuple(reasons))
+
+
+def _follow_one(study: Study, analysis: Analysis, advised: dict[str, SourceAdvice], names: Sequence[str]) -> None:
+    """Keep one score of a dataset: of those shown to order quality, or else of all, that with the best slice."""
+    if len(names) < 2:
+        return
+    ranking = analysis.ranking(OVERALL)
+    # places of their best slices; behind all for one that has no results yet
+    sources = [analysis.cells[cell].source for cell in ranking]
+    best = {name: sources.index(name) if name in sources else len(sources) for name in names}
+    chosen = min(names, key=lambda name: (not advised[name].in_order, best[name]))
+    word = study.sources[chosen].score
+    for name in names:
+        if name == chosen:
+            others = ", ".join(f"`{study.sources[other].score}`" for other in names if other != name)
+            reason = f"The plan follows `{word}` and not {others}, scores of the same data."
+        else:
+            both = best[name] < len(sources)
+            told = both and analysis.claimed_better(OVERALL, ranking[best[chosen]], ranking[best[name]])
+            reason = (
+                f"Not followed: the plan takes `{word}` of the same data, "
+                + (
+                    "which was shown to order quality"
+                    if advised[chosen].in_order
+                    else "which has the better best slice"
+                )
+                + f"; the best slices of the two were {'' if told else 'not '}told apart."
+            )
+        one = advised[name]
+        advised[name] = replace(one, followed=name == chosen, reasons=(reason, *one.reasons))
 
 
 def _trend_reason(study: Study, analysis: Analysis, source: str) -> str:
@@ -150,7 +186,7 @@ def _plan_text(study: Study, advice: Sequence[SourceAdvice]) -> str:
         chosen = {one.source: keep for one in advice if (keep := one.broad if name == "broad" else one.best)}
         unsorted = {one.source for one in advice if not one.in_order} if order == "curriculum" else set()
         parts = {
-            source: {"keep": keep, "sorted": False} if source in unsorted else {"keep": keep}
+            study.dataset_of(source): {"keep": keep, "sorted": False} if source in unsorted else {"keep": keep}
             for source, keep in chosen.items()
         }
         if parts:
@@ -159,7 +195,9 @@ def _plan_text(study: Study, advice: Sequence[SourceAdvice]) -> str:
     content: dict[str, Any] = {
         "seq_length": study.seq_length,
         "sources": {
-            name: source.model_dump(exclude_none=True) for name, source in study.sources.items() if name in used
+            dataset: study.sources[one.source].model_dump(exclude_none=True, exclude={"dataset"})
+            for one in advice
+            if (dataset := study.dataset_of(one.source)) in used
         },
         "phases": phases,
     }

@@ -190,14 +190,19 @@ def _plan_content(study: Study, piece: Slice, seed: int) -> dict[str, Any]:
     """The plan of one run. Its phase is named after the seed, which keys the order; what is held out stays the same."""
     passes = -(-Fraction(study.budget) // study.slices.tokens)
     part: dict[str, Any] = {"keep": piece.keep} | ({"max_repeat": int(passes)} if passes > 1 else {})
-    phase = {"name": f"seed {seed}", "order": "shuffled", "tokens": study.budget, "sources": {piece.source: part}}
+    trained = study.dataset_of(piece.source)
+    phase = {"name": f"seed {seed}", "order": "shuffled", "tokens": study.budget, "sources": {trained: part}}
+    scored = {dataset: names[0] for dataset, names in study.datasets.items()} | {trained: piece.source}
     tokenizer = {} if study.tokenizer is None else {"tokenizer": study.tokenizer.model_dump()}
     held_out = study.evaluation.held_out
     return {
         "seq_length": study.seq_length,
         "seed": study.seed,
         **tokenizer,
-        "sources": {name: source.model_dump(exclude_none=True) for name, source in study.sources.items()}
+        "sources": {
+            dataset: study.sources[name].model_dump(exclude_none=True, exclude={"dataset"})
+            for dataset, name in scored.items()
+        }
         | {name: {"shards": spec.shards} for name, spec in held_out.items() if spec.shards is not None},
         "phases": [phase],
         "validation": {name: {"documents": spec.documents} for name, spec in held_out.items()},

@@ -7,7 +7,7 @@ neighbouring slices, turned by one from quantile to quantile, so that no seed is
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations, pairwise
 from typing import NoReturn
@@ -66,22 +66,28 @@ def open_sources(study: Study) -> dict[str, OpenedSource]:
         StudyError: a shard is in two sources, or too few documents are held out.
     """
     held_out = study.evaluation.held_out
-    for name, spec in held_out.items():
-        if spec.documents < LEAST_HELD_OUT:
+    for name, told in held_out.items():
+        if told.documents < LEAST_HELD_OUT:
             raise StudyError(
-                f"evaluation.held_out.{name}.documents: {spec.documents} are too few to tell the spread between "
+                f"evaluation.held_out.{name}.documents: {told.documents} are too few to tell the spread between "
                 f"documents; hold out at least {LEAST_HELD_OUT}"
             )
     specs = {
         name: SourceSpec(shards=source.shards, score=source.score, domain=source.domain, rank_index=source.rank_index)
         for name, source in study.sources.items()
     }
-    specs |= {name: SourceSpec(shards=spec.shards) for name, spec in held_out.items() if spec.shards is not None}
-    _check_shared_shards({name: spec.shards for name, spec in specs.items()})
-    return {
-        name: open_plan_source(name, spec, held_out[name].documents if name in held_out else 0, study.seed)
-        for name, spec in specs.items()
-    }
+    datasets = {name: study.dataset_of(name) for name in study.sources}
+    evaluated = {name: SourceSpec(shards=told.shards) for name, told in held_out.items() if told.shards is not None}
+    _check_shared_shards(
+        {datasets[name]: spec.shards for name, spec in specs.items()}
+        | {name: spec.shards for name, spec in evaluated.items()}
+    )
+    opened = {}
+    for name, spec in (specs | evaluated).items():
+        dataset = datasets.get(name, name)  # which documents are held out depends on its name, not on the score
+        number = held_out[dataset].documents if dataset in held_out else 0
+        opened[name] = replace(open_plan_source(dataset, spec, number, study.seed), name=name)
+    return opened
 
 
 def _check_shared_shards(shards: Mapping[str, str | list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,11 +79,14 @@ class BenchmarkSource(_Strict):
     shards: str | list[str]
     """A prefix, a directory, a glob, or a list of these; relative to the working directory."""
     score: str
-    """Score sidecar that ranks the documents, higher is better."""
+    """Score sidecar that ranks the documents, higher is better. In a study file a list too, which stands for as many
+    sources, named `source-score`."""
     domain: str | None = None
     """Group in the report and in the proposed plan."""
     rank_index: str | None = None
     """Path of the rank index, when it is not beside the shards."""
+    dataset: str | None = None
+    """The source in the study file that this is one score of; None: it has one score, and is itself the dataset."""
 
 
 class HeldOutSpec(_Strict):
@@ -222,10 +226,14 @@ class Study(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _model_by_name(cls, value: object) -> object:
-        if isinstance(value, dict) and isinstance(value.get("model"), str):
-            return {**value, "model": preset_model(value["model"])}
-        return value
+    def _spell_out(cls, value: object) -> object:
+        """A model by its name, and a source with several scores."""
+        if not isinstance(value, dict):
+            return value
+        model, sources = value.get("model"), value.get("sources")
+        changes: dict[str, Any] = {"model": preset_model(model)} if isinstance(model, str) else {}
+        changes |= {"sources": _one_score_each(sources)} if isinstance(sources, dict) else {}
+        return {**value, **changes}
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Study":
@@ -238,11 +246,11 @@ class Study(_Strict):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"the name {name!r} becomes part of file names; use letters, digits, - and _")
         for name, held_out in self.evaluation.held_out.items():
-            if (name in self.sources) == (held_out.shards is not None):
-                remedy = "leave shards out" if name in self.sources else "give it shards, or name a source"
+            known = name in self.datasets
+            if known == (held_out.shards is not None):
+                remedy = "leave shards out" if known else "give it shards, or name a source"
                 raise ValueError(
-                    f"evaluation.held_out.{name}: {'is' if name in self.sources else 'is not'} one of the sources; "
-                    f"{remedy}"
+                    f"evaluation.held_out.{name}: {'is' if known else 'is not'} one of the sources; {remedy}"
                 )
         names = [task.name for task in self.evaluation.all_tasks()]
         for number, name in enumerate(names):
@@ -270,6 +278,18 @@ class Study(_Strict):
             raise ValueError("training: global_batch_size must be a multiple of micro_batch_size x processes")
 
     @property
+    def datasets(self) -> dict[str, list[str]]:
+        """The sources of each dataset: one for each of its scores."""
+        found: dict[str, list[str]] = {}
+        for name in self.sources:
+            found.setdefault(self.dataset_of(name), []).append(name)
+        return found
+
+    def dataset_of(self, source: str) -> str:
+        """The name that the study file gives to the data of a source."""
+        return self.sources[source].dataset or source
+
+    @property
     def budget(self) -> int:
         """Tokens of each run."""
         return self.training.tokens or self.slices.tokens
@@ -288,6 +308,9 @@ class Study(_Strict):
     def training_digest(self) -> str:
         """Identifies everything that the runs depend on. 16 hex digits."""
         content = self.model_dump(mode="json", exclude={"evaluation", "cost", "level", "output"})
+        content["sources"] = {
+            name: spec.model_dump(mode="json", exclude={"dataset"}) for name, spec in self.sources.items()
+        }
         content["held_out"] = {
             name: spec.model_dump(mode="json", exclude={"capability"})
             for name, spec in self.evaluation.held_out.items()
@@ -301,6 +324,29 @@ class Study(_Strict):
         content = self.evaluation.model_dump(mode="json", include=names)
         text = json.dumps([self.training_digest, content], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _one_score_each(sources: dict[str, Any]) -> dict[str, Any]:
+    """A source whose `score` is a list becomes one source for each of them."""
+    found: list[tuple[str, Any]] = []
+    for name, source in sources.items():
+        scores = source.get("score") if isinstance(source, dict) else None
+        if not isinstance(scores, list):
+            found.append((name, source))
+            continue
+        if len(set(map(str, scores))) < max(2, len(scores)):
+            raise ValueError(f"sources.{name}.score: {scores} is no list of different scores; name two or more")
+        if source.get("rank_index"):
+            raise ValueError(
+                f"sources.{name}.rank_index: is of one score; leave it out and build one beside the shards"
+            )
+        names = [f"{name}-{re.sub(r'[^A-Za-z0-9_-]', '_', str(score))}" for score in scores]
+        found += [(one, {**source, "score": score, "dataset": name}) for one, score in zip(names, scores, strict=True)]
+    if len(dict(found)) < len(found):
+        raise ValueError(
+            "sources: two of them are called alike once a source with several scores is named by each score"
+        )
+    return dict(found)
 
 
 def top_name(top: Fraction) -> str:
