@@ -87,9 +87,10 @@ def main() -> None:
         return
     clock = Clock(float("inf") if args.minutes is None else 60 * args.minutes)
     failures = [] if args.report_only else train(args, clock)
-    report(args)
-    if args.tar:
+    if args.tar:  # before the report, which is refused while there is nothing to compare
         pack(args.output / "results", args.tar)
+    if not failures or comparable(args.output / "results"):
+        report(args)
     if failures:
         raise StudyError(f"{len(failures)} runs are missing:\n" + "\n".join(failures))
 
@@ -204,6 +205,13 @@ def budget(args: argparse.Namespace, study: Study, data: StudyData, clock: Clock
     if tokens > most:
         print(f"one pass over the text is {most:,} tokens: that is the budget; a larger --size would use the time")
     return min(tokens, most)
+
+
+def comparable(results: Path) -> bool:
+    """Whether some seed has results of the first arm and of another."""
+    names = [path.stem.partition("-") for path in results.glob("*-seed*.json")]
+    first = {seed for arm, _, seed in names if arm == ARMS[0].key}
+    return any(seed in first for arm, _, seed in names if arm != ARMS[0].key)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -243,3 +243,12 @@ def test_arms_and_seeds_are_checked() -> None:
     too_many = len(curriculum_study_data.SEEDS) + 1
     with pytest.raises(StudyError, match="the shards have scores for"):
         curriculum_study.chosen_runs(argparse.Namespace(arms="all", seeds=too_many))
+
+
+def test_results_are_comparable_once_a_seed_has_two_arms(tmp_path: Path) -> None:
+    for name, expected in (
+        ("uniform_wsd-seed1", False), ("uniform_wsd-seed2", False), ("ascending_wsd-seed3", False),
+        ("ascending_constant-seed2", True),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.json").write_text("{}")
+        assert curriculum_study.comparable(tmp_path) is expected
