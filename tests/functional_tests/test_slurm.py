@@ -5,16 +5,22 @@ this machine. Slurm's own signal before the time limit comes at a moment of its 
 into the limit), so the test sends that same signal to the batch script at a step of ours.
 """
 
+import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 
+from megatron_kaiyuan.data.source import open_source
 from tests.functional_tests.local_slurm import NODES, LocalSlurm, local_slurm, missing_programs
 from tests.functional_tests.training_run import MODEL_FLAGS, REPOSITORY, TRAINING_FLAGS, Finished, write_corpus
+from tests.unit_tests.benchmark.tiny_study import study_content, write_sources
+from tests.unit_tests.preprocess.corpus import save_bpe
 
 pytestmark = [
     pytest.mark.distributed,
@@ -135,3 +141,45 @@ def test_nodes_that_see_other_data_stop_the_job(slurm: LocalSlurm, plan: Path, t
     output = (tmp_path / "run/out").read_text()
     assert "the nodes differ" in output
     assert "iteration" not in output
+
+
+def submit_array(slurm: LocalSlurm, folder: Path, script: str, *flags: str, **environment: str) -> list[str]:
+    """Run a script of one node a task as an array of two, to its end, and return what the tasks wrote."""
+    options = ["--array=0-1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0", f"--output={folder}/out-%a"]
+    environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    job = slurm.run("sbatch", "--parsable", *options, script, *flags, cwd=REPOSITORY, **environment)
+    outputs = []
+    for task in (0, 1):
+        fields = slurm.wait(f"{job}_{task}", *ENDED, timeout=240)
+        outputs.append((folder / f"out-{task}").read_text())
+        assert fields["JobState"] == "COMPLETED", outputs[-1][-3000:]
+    return outputs
+
+
+def test_a_quantile_study_is_trained_and_evaluated_by_an_array(slurm: LocalSlurm, tmp_path: Path) -> None:
+    write_sources(tmp_path, names=("good",))
+    content = study_content(tmp_path)
+    content["sources"] = {"good": content["sources"]["good"]}
+    content["slices"]["tops"] = ["0%", "80%"]
+    content["training"]["seeds"] = 1
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(content))
+    tool = ["tools/quantile_benchmark.py", "slice", str(study)]
+    subprocess.run([sys.executable, *tool], cwd=REPOSITORY, check=True, capture_output=True)
+    outputs = submit_array(slurm, tmp_path, "examples/quantile/train.sbatch", STUDY=str(study))
+    assert all("1 trained" in output and "1 runs evaluated" in output for output in outputs)
+    results = [json.loads(path.read_text()) for path in (tmp_path / "study" / "results").iterdir()]
+    assert sorted(result["run"] for result in results) == ["good-top0-seed1", "good-top80-seed1"]
+
+
+def test_files_are_tokenized_by_an_array(slurm: LocalSlurm, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(4):
+        rows = "".join(json.dumps({"text": f"{number} {row}"}) + "\n" for row in range(5))
+        (tmp_path / "text" / f"{number}.jsonl").write_text(rows)
+    save_bpe(tmp_path / "tokenizer")
+    folders = {"INPUT": "text", "OUT": "shards", "TOKENIZER": "tokenizer"}
+    variables = {name: str(tmp_path / folder) for name, folder in folders.items()} | {"NUM_TASKS": "2"}
+    submit_array(slurm, tmp_path, "examples/slurm/preprocess.sbatch", "--shard-size", "100", **variables)
+    assert len(list((tmp_path / "shards").glob("*.idx"))) > 1
+    assert open_source("shards", str(tmp_path / "shards")).num_documents == 20
