@@ -149,14 +149,13 @@ def draw(records: Sequence[RunRecord], page: Path, picture: Path | None) -> None
             figure.add_trace(line, row=row, col=rates.index(record.rate) + 1)
     for row in (2, 3):
         figure.update_yaxes(type="log", row=row)
-    figure.add_hline(y=65504, line_dash="dot", line_color="gray", row=2, col="all")
     figure.update_layout(height=900, width=700 * len(rates), template="plotly_white", title="FP16 stability")
     figure.update_xaxes(title_text="step", row=3)
     page.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(page, include_plotlyjs=True)
     print(page)
     if picture:
-        write_png(figure, picture, 700 * len(rates), 900)
+        write_png(figure, picture, 400 + 500 * len(rates), 900)
 
 
 def _curves(record: RunRecord) -> list[tuple[list[int], list[float | None]]]:

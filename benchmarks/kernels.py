@@ -26,6 +26,7 @@ from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
 from megatron_kaiyuan.kernels.swiglu import swiglu
 from megatron_kaiyuan.kernels.weight_gradient import wgrad_gemm_accum_fp32
+from megatron_kaiyuan.model.document_attention import attend_within_documents, document_boundaries
 
 SEQUENCE, BATCH, HIDDEN, FFN, GROUPS, PER_GROUP, HEAD, VOCABULARY, CAP = 4096, 4, 2048, 6144, 8, 2, 128, 151_936, 30.0
 EPS = 1e-6
@@ -161,6 +162,7 @@ def gates() -> list[Row]:
 
     return [
         measured("SwiGLU", "kernels", lambda: differentiate(swiglu(packed), [grad], [packed])),
+        measured("SwiGLU", "kernels, times 2^-4", lambda: differentiate(swiglu(packed, 2.0**-4), [grad], [packed])),
         measured("SwiGLU", "Megatron (torch.compile)", megatron),
     ]
 
@@ -192,10 +194,40 @@ def attention() -> list[Row]:
             )
         differentiate(out, [grad], [query, key, value])
 
+    packed = normal(SEQUENCE, BATCH, GROUPS, (PER_GROUP + 2) * HEAD)
+    of_value = torch.randn(SEQUENCE, BATCH, GROUPS, HEAD, device="cuda").half()
     return [
         measured("attention", "cuDNN", lambda: attend(SDPBackend.CUDNN_ATTENTION)),
         measured("attention", "flash", lambda: attend(SDPBackend.FLASH_ATTENTION)),
+        *documents(query, key, value),
+        measured(
+            "values times 2^-4", "torch", lambda: differentiate(packed[..., -HEAD:] * 2.0**-4, [of_value], [packed])
+        ),
     ]
+
+
+def documents(query: Tensor, key: Tensor, value: Tensor) -> list[Row]:
+    """Attention that stays inside documents of so many tokens, beside the dense mask that says the same."""
+    grad = torch.randn(SEQUENCE, BATCH, 16 * HEAD, device="cuda").half()
+    rows = []
+    for length in (SEQUENCE, 1024, 300):
+        positions = (torch.arange(SEQUENCE, device="cuda") % length).expand(BATCH, -1)
+        boundaries = document_boundaries(positions)
+        visible = (torch.arange(SEQUENCE, device="cuda") // length)[None, None]
+        visible = (visible.unsqueeze(-1) == visible.unsqueeze(-2)).tril().expand(BATCH, 1, -1, -1)
+
+        def by_lengths(boundaries: Tensor = boundaries) -> None:
+            out = attend_within_documents(query, key, value, boundaries, HEAD**-0.5)
+            differentiate(out, [grad], [query, key, value])
+
+        def by_mask(visible: Tensor = visible) -> None:
+            parts = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+            out = functional.scaled_dot_product_attention(*parts, attn_mask=visible, enable_gqa=True)
+            differentiate(out.permute(2, 0, 1, 3).flatten(2), [grad], [query, key, value])
+
+        what = f"attention, documents of {length}"
+        rows += [measured(what, "boundaries", by_lengths), measured(what, "dense mask, SDPA", by_mask)]
+    return rows
 
 
 def heads() -> list[Row]:
