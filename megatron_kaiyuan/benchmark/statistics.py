@@ -105,18 +105,20 @@ class Measure:
         return [cell @ share for cell in self.values]
 
     @cached_property
-    def _item_means(self) -> NDArray[np.float64]:
-        return np.stack([cell.mean(axis=0) for cell in self.values])
+    def _item_covariance(self) -> NDArray[np.float64]:
+        """Covariance of the cells' weighted means over the choice of items, `[cells, cells]`; one for all contrasts."""
+        items = len(self.weights)
+        share = self.weights / self.weights.sum()
+        means = np.stack([cell.mean(axis=0) for cell in self.values])
+        centred = share * (means - (means @ share)[:, None])
+        return np.asarray(items / max(1, items - 1) * (centred @ centred.T), dtype=np.float64)
 
     def item_variance(self, coefficients: NDArray[np.float64]) -> float:
         """Variance of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977)."""
-        items = len(self.weights)
-        if items < 2:
+        if len(self.weights) < 2:
             return 0.0
-        share = self.weights / self.weights.sum()
-        differences = coefficients @ self._item_means
-        centred = share * (differences - share @ differences)
-        return float(items / (items - 1) * (centred**2).sum())
+        # the square form of a contrast without variance may come out a rounding error below zero
+        return max(0.0, float(coefficients @ self._item_covariance @ coefficients))
 
 
 @dataclass(frozen=True)
