@@ -65,12 +65,17 @@ def write_page(
 def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> str:
     cost = sliced.cost
     return (
-        f"{len(study.sources)} sources, {len(study.slices.tops)} quantiles, {len(study.training.seeds)} seeds: "
+        f"{len(study.sources)} sources, {len(study.slices.tops)} quantiles, {_seeds(study)}: "
         f"{len(results)} models of {format_tokens(cost['parameters'])} parameters, each trained on "
         f"{format_tokens(study.budget)} tokens of one slice ({format_tokens(study.slices.tokens)} unique). "
         f"{_power_of_ten(cost['flops'])} FLOPs in all, {format_share(cost['share_of_main_run'])} of the main run; "
         f"{cost['gpu_hours']:,.2g} GPU hours as estimated."
     )
+
+
+def _seeds(study: Study) -> str:
+    count = len(study.training.seeds)
+    return f"{count} seeds" if count > 1 else "one seed"
 
 
 def _power_of_ten(value: float) -> str:
@@ -192,6 +197,13 @@ def _maps(analysis: Analysis, figures: Figures) -> list[str]:
             for name in analysis.scores
         ),
         "</div>",
+    ]
+    return [*parts, *_matrices(analysis, figures)] if max(analysis.seeds) > 1 else parts
+
+
+def _matrices(analysis: Analysis, figures: Figures) -> list[str]:
+    """The decisions; with one seed a slice there are none."""
+    parts = [
         "<h2>Which of two slices is better</h2>",
         '<p class="read">Probability, in percent, that the slice of the row is better than that of the column; both '
         "are in order of their means. A star marks what is claimed: the differences that stay significant after "
@@ -259,6 +271,9 @@ def _proposal(proposal: Proposal) -> list[str]:
 
 
 def _methods(study: Study, analysis: Analysis) -> list[str]:
+    head = "<h2>How it was tested</h2>"
+    if min(analysis.seeds) < 2:
+        return [head, html_list(["Nothing was tested: the unit of replication is a run, and some slice has only one."])]
     ratios = [f"{name} {variance_ratio(score):.3g}" for name, score in analysis.scores.items()]
     bound = variance_ratio_bound(analysis.seeds)
     own = study.slices.documents == "own"
@@ -283,7 +298,7 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
             else f"with equal ones it stays below {bound:.3g} in 95 % of studies."
         ),
     ]
-    return ["<h2>How it was tested</h2>", html_list(lines)]
+    return [head, html_list(lines)]
 
 
 def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> list[str]:

@@ -95,6 +95,8 @@ def test_a_report_on_one_seed_says_that_it_concludes_nothing(tmp_path: Path) -> 
     )
     text = written.page.read_text()
     assert "highest mean, of one seed: not a finding" in text
+    assert "Nothing was tested" in text
+    assert "Which of two slices is better" not in text
     assert not (study.folder / "proposed_plan.yaml").exists()
 
 
