@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quantile study with a planted answer, from text to report, on two CPU cores: about six minutes, no GPU, no download.
+# The quantile study with a planted answer, from text to report, on two CPU cores: about five minutes, no GPU, no download.
 # Tasks of lm-evaluation-harness take part when it is installed: .venv/bin/pip install -c constraints.txt -e ".[eval]"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
