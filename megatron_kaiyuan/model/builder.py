@@ -11,7 +11,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.config import KaiyuanTransformerConfig, kaiyuan_config_from_args
-from megatron_kaiyuan.model.layer_specs import get_kaiyuan_decoder_spec
+from megatron_kaiyuan.model.layer_specs import get_kaiyuan_decoder_spec, require_transformer_engine
 from megatron_kaiyuan.model.output_head import install_output_head
 
 __all__ = ["kaiyuan_builder"]
@@ -58,6 +58,8 @@ def kaiyuan_builder(
 def _check_arguments(args: argparse.Namespace, config: KaiyuanTransformerConfig) -> None:
     if args.spec is not None and not config.has_stock_layers:
         raise ConfigError(f"--spec {' '.join(args.spec)} replaces the Kaiyuan layers; remove it or the --kaiyuan flags")
+    if config.transformer_impl == "transformer_engine":
+        require_transformer_engine()  # Megatron's own spec fails without a word of it
     vocabulary = args.padded_vocab_size
     if vocabulary is not None and vocabulary % config.tensor_model_parallel_size:
         raise ConfigError(

@@ -35,6 +35,7 @@ __all__ = [
     "get_kaiyuan_decoder_spec",
     "get_kaiyuan_layer_local_spec",
     "get_kaiyuan_layer_with_transformer_engine_spec",
+    "require_transformer_engine",
 ]
 
 
@@ -83,7 +84,7 @@ def get_kaiyuan_layer_with_transformer_engine_spec(
     Raises:
         ConfigError: Transformer Engine is absent, or installed but fails to import.
     """
-    _require_transformer_engine()
+    require_transformer_engine()
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
     submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=qk_layernorm)
     _replace_modules(submodules, fusions, scaled_branches=scaled_branches)
@@ -158,7 +159,12 @@ def _layer_spec(submodules: TransformerLayerSubmodules, post_norm: Callable[...,
     return ModuleSpec(module=KaiyuanTransformerLayer, submodules=sandwich)
 
 
-def _require_transformer_engine() -> None:
+def require_transformer_engine() -> None:
+    """Refuse with the reason and the remedy where Transformer Engine does not import.
+
+    Raises:
+        ConfigError: it is absent, or installed but broken.
+    """
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a broken installation fails in many ways: ImportError, OSError, RuntimeError, ...

@@ -30,9 +30,16 @@ def exact_rotation(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 def assert_close(
-    call: Callable[..., tuple[Tensor, ...]], exact: Callable[..., tuple[Tensor, ...]], *leaves: Tensor
+    call: Callable[..., tuple[Tensor, ...]],
+    exact: Callable[..., tuple[Tensor, ...]],
+    *leaves: Tensor,
+    inner_error: float = 0.0,
 ) -> None:
-    """Outputs and gradients of all leaves within a few roundings of their largest value."""
+    """Outputs and gradients of all leaves within a few roundings of their largest value.
+
+    Args:
+        inner_error: What the FP32 arithmetic inside may lose besides, in units of that largest value.
+    """
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     outputs, expected = call(*leaves), exact(*wide)
     weights = [torch.randn(output.shape, generator=torch.Generator().manual_seed(7)) for output in outputs]
@@ -42,7 +49,8 @@ def assert_close(
     )
     unit = torch.finfo(leaves[0].dtype).eps
     for value, target in zip((*outputs, *gradients), (*expected, *wanted), strict=True):
-        assert (value.double() - target).abs().max() <= 4 * unit * max(1e-30, float(target.detach().abs().max()))
+        largest = max(1e-30, float(target.detach().abs().max()))
+        assert (value.double() - target).abs().max() <= (4 * unit + inner_error) * largest
 
 
 def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -161,7 +169,10 @@ def test_swiglu_matches_float64(rows: int, half: int, dtype: torch.dtype, scale:
         gate, up = packed.chunk(2, dim=-1)
         return (gate * torch.sigmoid(gate) * up,)
 
-    assert_close(lambda packed: (swiglu(packed),), exact, leaf(rows, 2, 2 * half, dtype=dtype, scale=scale))
+    packed = leaf(rows, 2, 2 * half, dtype=dtype, scale=scale)
+    # silu' holds gate * (1 - sigmoid(gate)): at a large gate the difference keeps the rounding of a sigmoid near 1
+    inner_error = torch.finfo(torch.float32).eps / 2 * float(packed.detach().abs().max())
+    assert_close(lambda packed: (swiglu(packed),), exact, packed, inner_error=inner_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -21,6 +21,14 @@ COMMAND = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-que
 
 
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "create_attention_mask_in_dataloader": False}
+STOCK = {
+    "kaiyuan_sandwich_norm": False,
+    "kaiyuan_branch_scale_bits": 0,
+    "kaiyuan_post_norm_depth_scaled": False,
+    "kaiyuan_logit_softcap": 0.0,
+    "kaiyuan_z_loss": 0.0,
+    "kaiyuan_fusions": "none",
+}
 DOCUMENT_VARIATIONS: dict[str, dict[str, Any]] = {
     "documents": {},
     "documents, dense mask, TE": {
@@ -62,6 +70,11 @@ def observe(_rank: int) -> dict[str, Any]:
             return str(error)
         return "accepted"
 
+    def without_transformer_engine(arguments: Any) -> object:
+        sys.modules["transformer_engine.pytorch"] = None  # type: ignore[assignment]  # importing it fails
+        arguments.transformer_impl = "transformer_engine"
+        return kaiyuan_builder(arguments, pre_process=True, post_process=True)
+
     tiny.initialize_parallel(1, 1)
     config = kaiyuan_config_from_args(parsed())
     model = kaiyuan_builder(parsed(), pre_process=True, post_process=True)
@@ -83,6 +96,10 @@ def observe(_rank: int) -> dict[str, Any]:
         **{
             name: complaint(lambda changes=changes: kaiyuan_config_from_args(parsed(**DOCUMENTS | changes)))
             for name, changes in DOCUMENT_VARIATIONS.items()
+        },
+        **{
+            name: complaint(lambda options=options: without_transformer_engine(parsed(**options)))
+            for name, options in {"TE absent": {}, "TE absent, stock": STOCK}.items()
         },
         "implementation": complaint(
             lambda: kaiyuan_builder(parsed(transformer_impl="inference_optimized"), pre_process=True, post_process=True)
@@ -121,6 +138,8 @@ def test_a_command_line_becomes_the_config_it_asks_for(observations: dict[str, A
         ("positions", "--seq-length 16 is longer than --max-position-embeddings 8"),
         ("spec", "--spec a b replaces the Kaiyuan layers"),
         ("vocabulary", "63 is not divisible by --tensor-model-parallel-size 2; raise --make-vocab-size-divisible-by"),
+        ("TE absent", "does not import (ModuleNotFoundError"),
+        ("TE absent, stock", "or use --transformer-impl local"),
         ("documents", "accepted"),
         ("documents, dense mask, TE", "accepted"),
         ("documents, TE", "needs SDPA, not transformer_engine attention: use --transformer-impl local"),
