@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import struct
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def write_shard(prefix: Path, documents: int, *, sparse: bool) -> None:
 def in_rounds(
     repeats: int, jobs: Sequence[tuple[dict[str, Any], Callable[..., dict[str, float]], tuple[Any, ...]]]
 ) -> list[dict[str, Any]]:
-    """Run the jobs in turn, several times over; of each its label and its median run, with the fastest beside it."""
+    """Run the jobs in turn, several times over; of each its label, the median of every figure, the fewest seconds."""
     context = multiprocessing.get_context("spawn")
     results: list[list[dict[str, float]]] = [[] for _ in jobs]
     for _ in range(repeats):
@@ -97,8 +98,8 @@ def in_rounds(
                 found.append(pool.apply(_measured, (work, args)))
     rows = []
     for found, (label, _, _) in zip(results, jobs, strict=True):
-        ascending = sorted(found, key=lambda result: result["seconds"])
-        rows.append(label | ascending[len(ascending) // 2] | {"fastest": ascending[0]["seconds"]})
+        medians = {figure: statistics.median_low(result[figure] for result in found) for figure in found[0]}
+        rows.append(label | medians | {"fastest": min(result["seconds"] for result in found)})
     return rows
 
 
@@ -118,12 +119,14 @@ def _as_the_tool(applies: bool) -> Iterator[None]:  # noqa: FBT001
         os.environ.update(before)
 
 
-def fastest(repeats: int, work: Callable[..., dict[str, float]], *args: Any) -> dict[str, Any]:
+def fastest(
+    repeats: int, work: Callable[..., dict[str, float]], *args: Any, as_the_tool: bool = False
+) -> dict[str, Any]:
     """The fastest of several fresh processes, and its peak memory."""
     context = multiprocessing.get_context("spawn")
     results = []
     for _ in range(repeats):
-        with context.Pool(1) as pool:
+        with _as_the_tool(as_the_tool), context.Pool(1) as pool:
             results.append(pool.apply(_measured, (work, args)))
     return min(results, key=lambda result: result["seconds"])
 

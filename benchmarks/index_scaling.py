@@ -79,7 +79,7 @@ def measure_documents(documents: int, repeats: int, *, real: bool) -> dict[str, 
         with tempfile.TemporaryDirectory() as folder:
             prefix = str(Path(folder) / "documents")
             write_shard(Path(prefix), documents, sparse=True)
-            row["rank"] = fastest(repeats, rank, [prefix])["seconds"]
+            row["rank"] = fastest(repeats, rank, [prefix], as_the_tool=True)["seconds"]
             opened = fastest(repeats, open_real, [prefix], two_phases(1_000))
             row |= {"open": opened["seconds"], "samples": opened["samples"], "mib": opened["peak_mib"]}
             row["megatron"] = fastest(repeats, build_megatron, prefix, 1)["seconds"]

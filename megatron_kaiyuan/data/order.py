@@ -154,10 +154,7 @@ class RankedOrder:
         """Gather the documents one after another, best last."""
         documents, starts, stops = self._pieces(token, len(out))
         bases = self.source.token_starts(documents) + starts
-        done = 0
-        for base, size in zip(bases.tolist(), (stops - starts).tolist(), strict=True):
-            self.source.read_tokens(base, out[done : done + size])
-            done += size
+        self.source.read_pieces(bases.tolist(), (stops - starts).tolist(), out)
 
     def segments(self, token: int, count: int) -> list[Segment]:
         """Pieces of documents, in rank order."""
@@ -167,7 +164,7 @@ class RankedOrder:
     def _pieces(self, token: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Documents that `count` tokens from `token` on are made of, and the first and last + 1 token of each."""
         window = self._window(token, count)
-        ends = window.first_token + np.cumsum(window.lengths)
+        ends = window.first_token + window.lengths.cumsum()
         starts = ends - window.lengths
         used = (ends > token) & (starts < token + count) & (window.lengths > 0)
         starts, ends = starts[used], ends[used]
@@ -176,7 +173,7 @@ class RankedOrder:
     def _window(self, token: int, count: int) -> _Window:
         """All ranked documents between the stored marks around these tokens."""
         marks = self.index.token_marks
-        first = int(np.searchsorted(marks, token, side="right")) - 1
-        last = int(np.searchsorted(marks, token + count, side="left"))
+        first = int(marks.searchsorted(token, side="right")) - 1
+        last = int(marks.searchsorted(token + count, side="left"))
         documents = self.index.order[first * STRIDE : last * STRIDE].astype(np.int64)
         return _Window(documents, self.source.lengths(documents), int(marks[first]), first * STRIDE)

@@ -132,7 +132,7 @@ class DocumentRuns:
     def pieces(self, token: int, count: int) -> list[tuple[int, int]]:
         """`count` tokens of the set from number `token` on, as (token of the order, how many)."""
         found = []
-        run = int(np.searchsorted(self.token_offsets, token, side="right")) - 1
+        run = int(self.token_offsets.searchsorted(token, side="right")) - 1
         while count:
             within = token - int(self.token_offsets[run])
             size = min(count, int(self.token_offsets[run + 1]) - token)

@@ -97,6 +97,19 @@ class Source:
             done += len(piece)
             number += 1
 
+    def read_pieces(self, tokens: list[int], sizes: list[int], out: NDArray[np.int64]) -> None:
+        """Fill `out` with several pieces one after another: `sizes[i]` stored tokens from number `tokens[i]` on."""
+        done = 0
+        if len(self.shards) == 1:  # the usual case of random access, without a search and a call for each piece
+            data = self.shards[0].token_data
+            for token, size in zip(tokens, sizes, strict=True):
+                out[done : done + size] = data[token : token + size]
+                done += size
+            return
+        for token, size in zip(tokens, sizes, strict=True):
+            self.read_tokens(token, out[done : done + size])
+            done += size
+
     def segment(self, document: int, start: int, stop: int) -> Segment:
         """The segment of a document of the source, in terms of its shard."""
         number = int(np.searchsorted(self.document_offsets, document, side="right")) - 1
