@@ -145,7 +145,12 @@ def _line_too_long(row: int) -> Fault:
     return Fault(row, Reason.LINE_TOO_LONG, detail)
 
 
-def _read_lines(lines: Sequence[bytes], keys: FieldKeys, batch: DocumentBatch, loads: Callable[[bytes], Any]) -> None:
+def _read_lines(
+    lines: Sequence[bytes | memoryview],
+    keys: FieldKeys,
+    batch: DocumentBatch,
+    loads: Callable[[bytes | memoryview], Any],
+) -> None:
     """Fill the batch by a parser that gives valid Unicode: rows without any peculiarity here, the others as they come.
 
     A peculiar row, faulty or not, goes through `_read_rows`, and some rows after it too; most files have none, and then
@@ -162,7 +167,11 @@ def _read_lines(lines: Sequence[bytes], keys: FieldKeys, batch: DocumentBatch, l
 
 
 def _read_plain_rows(
-    lines: Sequence[bytes], first: int, keys: FieldKeys, batch: DocumentBatch, loads: Callable[[bytes], Any]
+    lines: Sequence[bytes | memoryview],
+    first: int,
+    keys: FieldKeys,
+    batch: DocumentBatch,
+    loads: Callable[[bytes | memoryview], Any],
 ) -> int:
     """Read rows from number `first` on until one is not plain; the number of that row.
 
@@ -221,16 +230,16 @@ def _read_rows[Row](
 
 
 @functools.cache
-def _fast_json() -> Callable[[bytes], Any] | None:
+def _fast_json() -> Callable[[bytes | memoryview], Any] | None:
     """The parser of orjson where it is installed: it takes half the time, and the bytes as they are."""
     if importlib.util.find_spec("orjson") is None:
         return None
-    loads: Callable[[bytes], Any] = importlib.import_module("orjson").loads
+    loads: Callable[[bytes | memoryview], Any] = importlib.import_module("orjson").loads
     return loads
 
 
-def _line_parser(loads: Callable[[bytes], Any]) -> Callable[[bytes], Mapping[str, Any]]:
-    def parse(line: bytes) -> Mapping[str, Any]:
+def _line_parser(loads: Callable[[bytes | memoryview], Any]) -> Callable[[bytes | memoryview], Mapping[str, Any]]:
+    def parse(line: bytes | memoryview) -> Mapping[str, Any]:
         try:
             record = loads(line)
         except ValueError:
@@ -243,7 +252,8 @@ def _line_parser(loads: Callable[[bytes], Any]) -> Callable[[bytes], Mapping[str
     return parse
 
 
-def _parse_line(line: bytes) -> Mapping[str, Any]:
+def _parse_line(line: bytes | memoryview) -> Mapping[str, Any]:
+    line = bytes(line)
     if not line.strip():
         raise RowError(Reason.BLANK_LINE, "a blank line")
     try:

@@ -209,7 +209,8 @@ def _as_ipc(batch: pa.RecordBatch) -> bytes:
 class FoundLines:
     """The lines of a block without their newline."""
 
-    lines: list[bytes]
+    lines: list[bytes | memoryview]
+    """Views of the block where possible: cutting copies out of it would cost as much as reading it."""
     first_byte: int | None
     """Where the first of them begins in its file; None for a compressed one."""
     last_is_cut: bool = False
@@ -232,10 +233,14 @@ def lines_of(payload: ByteRange | Lines) -> FoundLines:
         ) from error
 
 
-def _split(data: bytes) -> list[bytes]:
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+def _split(data: bytes) -> list[bytes | memoryview]:
+    view, find, start = memoryview(data), data.find, 0
+    lines: list[bytes | memoryview] = []
+    while (stop := find(b"\n", start)) >= 0:
+        lines.append(view[start:stop])
+        start = stop + 1
+    if start < len(data):
+        lines.append(view[start:])
     return lines
 
 
@@ -258,5 +263,5 @@ def _read_range(span: ByteRange) -> FoundLines:
             return FoundLines(lines, first)
         room = MAX_LINE_BYTES - len(lines[-1]) + 1
         rest = stream.readline(room)
-    lines[-1] += rest.removesuffix(b"\n")
+    lines[-1] = b"".join((lines[-1], rest.removesuffix(b"\n")))
     return FoundLines(lines, first, last_is_cut=len(lines[-1]) > MAX_LINE_BYTES)
