@@ -1,14 +1,17 @@
 """The changes made to Megatron 0.19 from outside, all of them, each with its reason. Everything else uses its hooks."""
 
 import functools
+import multiprocessing
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from megatron.core.datasets import utils as dataset_utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -16,10 +19,12 @@ from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_signal_handler, training
 
 from megatron_kaiyuan.kernels import weight_gradient
+from megatron_kaiyuan.parent_death import die_with_parent
 
 __all__ = [
     "Evaluation",
     "Keeper",
+    "end_save_helper_with_its_rank",
     "exit_on_signal_too",
     "fuse_weight_gradients_without_apex",
     "keep_checkpoints",
@@ -167,6 +172,24 @@ def keep_checkpoints(keeper: Keeper) -> None:
     training.save_checkpoint = saved
     training.checkpoint_and_decide_exit = decided
     checkpointing._async_delete_checkpoint_impl = deleted
+
+
+def end_save_helper_with_its_rank() -> None:
+    """Let no process be left of a rank that was killed after its first checkpoint.
+
+    Saving starts a process that holds a queue, half a gigabyte large. It goes with a rank that ends by itself, and
+    stays for good after one that gets SIGKILL.
+    """
+
+    @filesystem_async._disable_gc()  # type: ignore[untyped-decorator]
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(initializer=die_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
 
 
 def exit_on_signal_too(number: signal.Signals) -> None:

@@ -61,6 +61,7 @@ def run_pretraining() -> None:
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()
+    compat.end_save_helper_with_its_rank()
     compat.fuse_weight_gradients_without_apex()
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
