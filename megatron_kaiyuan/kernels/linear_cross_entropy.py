@@ -118,8 +118,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if getattr(matrix, "adds_to_main_grad", False):
             matrix.main_grad.addcmul_(of_matrix, factor)
             matrix.grad_added_to_main_grad = True
-            # Megatron's hook wants to see a gradient, whose values it then ignores.
-            gradient = torch.empty_like(matrix)
+            # Megatron's hook wants to see a gradient. It ignores the values, unless the matrix is the embedding too:
+            # then it adds what autograd summed over both uses, and this use has nothing left to contribute.
+            is_added = getattr(matrix, "zero_out_wgrad", False)
+            gradient = torch.zeros_like(matrix) if is_added else torch.empty_like(matrix)
         else:
             gradient = of_matrix.mul_(factor).to(matrix.dtype)
         return of_hidden.mul_(factor).to(matrix.dtype), gradient, None, None, None

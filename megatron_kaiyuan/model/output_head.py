@@ -187,8 +187,7 @@ class FusedLoss:
             |logit| before the cap on this rank (FP32 scalar).
         """
         group = self.model.tp_group
-        own = weight_for_kernel(output_layer) if output_weight is None else output_weight
-        matrix: Any = own
+        matrix: Any = weight_for_kernel(output_layer, output_weight)
         matrix.adds_to_main_grad = output_layer.gradient_accumulation_fusion and hasattr(matrix, "main_grad")
         if output_layer.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
