@@ -1,10 +1,10 @@
 """Entry point: `python -m megatron_kaiyuan.pretrain --plan PLAN <Megatron flags>`, alone or under torchrun."""
 
 import os
-import socket
 import sys
 
 import torch
+from torch.distributed import TCPStore
 
 from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.errors import KaiyuanError
@@ -19,7 +19,7 @@ def main() -> int:
     Returns:
         0 when the run is done; 1 after a mistake in the flags, the plan or the data, explained on stderr.
     """
-    _stand_alone_unless_launched()
+    store = _stand_alone_unless_launched()  # noqa: F841 - held until the run ends
     cpu_platform.install()
     with quiet_megatron_import():
         # Not before: importing Megatron reads what the CPU platform replaces.
@@ -46,16 +46,18 @@ def _leave_together() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _stand_alone_unless_launched() -> None:
-    """Without a launcher, be the only process of a group of one, as torchrun would set it up."""
+def _stand_alone_unless_launched() -> TCPStore | None:
+    """Without a launcher, be the only process of a group of one, as torchrun would set it up.
+
+    Returns:
+        The store of the group, which listens as long as somebody holds it, so that no other run can take its port.
+    """
     if "RANK" in os.environ:
-        return
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+        return None
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RESTART_COUNT="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    return store
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -29,13 +28,16 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: object
     Raises:
         AssertionError: A rank failed (the text holds its traceback), died, or the time ran out. No process is left.
     """
+    from torch.distributed import TCPStore
+
+    # Listens from here on, as torchrun's does: a port that is only looked up may be another's when rank 0 wants it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    port = free_port()
     workers: list[tuple[BaseProcess, Connection]] = []
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_run_rank, args=(theirs, rank, world_size, port, function, args))
+            process = context.Process(target=_run_rank, args=(theirs, rank, world_size, store.port, function, args))
             process.start()
             theirs.close()
             workers.append((process, ours))
@@ -47,13 +49,6 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: object
             process.join()
             process.close()
             connection.close()
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _collect(workers: list[tuple[BaseProcess, Connection]], deadline: float, timeout: float) -> list[Any]:
@@ -115,6 +110,8 @@ def _prepare_environment(rank: int, world_size: int, port: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
         OMP_NUM_THREADS="1",
         CUDA_DEVICE_MAX_CONNECTIONS="1",
     )

@@ -4,8 +4,10 @@ The nodes are called 127.0.0.2 and 127.0.0.3, names that resolve to this machine
 the machine that submits. One machine plays both nodes because Debian's slurmd may run several times on one host.
 """
 
+import contextlib
 import getpass
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -151,12 +153,14 @@ def _configure(folder: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for listener in sockets:
-        listener.bind(("", 0))
-    ports = [int(listener.getsockname()[1]) for listener in sockets]
-    for listener in sockets:
-        listener.close()
+    """Ports that nothing listens on, outside the range from which the kernel gives ports to whoever asks for any."""
+    ports: list[int] = []
+    for port in random.sample(range(15_000, 20_000), 200):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("", port))
+            ports.append(port)
+        if len(ports) == count:
+            break
     return ports
 
 
