@@ -7,8 +7,9 @@ which is why the function returns the weighted sum over the tokens: its gradient
 
 Overflow: the products read the FP16 gradient scaled by 2^10 (see `softmax_loss.py`) and write FP32, so neither the
     gradient of the hidden states nor that of the matrix can overflow or vanish before the loss scale is applied.
-Cost: no product more than unfused. Memory: a chunk of logits, an FP32 gradient of the output matrix (4 h v bytes) and
-    one of the hidden states (4 t h), instead of 6 to 8 bytes a logit of all tokens.
+Cost: no product more than unfused, and a copy of a chunk's hidden states with masked tokens zeroed. Memory: a chunk of
+    logits, an FP32 gradient of the output matrix (4 h v bytes) and one of the hidden states (4 t h), instead of 6 to 8
+    bytes a logit of all tokens.
 Upstream instead: FP32 logits of all tokens; liger-kernel (compared in docs/benchmarks.md).
 Source: Cut your losses in large-vocabulary language models (arXiv 2411.09009) for the problem; liger-kernel
     (arXiv 2410.10989) for gradients in the forward pass.
@@ -98,10 +99,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if of_hidden is None or of_matrix is None:
                 continue
             scaled = weights[chunk] * _GRADIENT_SCALE
-            softmax_weight = scaled * (1.0 + 2.0 * options.z_loss * log_partition)
+            masked = scaled == 0
+            # The log-partition of a masked token may be infinite, and 0 * inf is NaN; so may its hidden states be.
+            softmax_weight = (scaled * (1.0 + 2.0 * options.z_loss * log_partition)).masked_fill_(masked, 0.0)
+            counted = hidden[chunk].masked_fill(masked.unsqueeze(-1), 0.0)
             gradient_(logits, labels[chunk], options.first_id, options.cap, log_partition, softmax_weight, scaled)
             _product(logits, matrix, of_hidden[chunk], accumulate=False)
-            _product(logits.t(), hidden[chunk], of_matrix, accumulate=start > 0)
+            _product(logits.t(), counted, of_matrix, accumulate=start > 0)
         ctx.matrix = matrix
         ctx.save_for_backward(of_hidden, of_matrix)
         # A mask of 0 removes even an infinite loss.

@@ -99,12 +99,34 @@ def test_overflowed_logits_are_capped_and_get_no_gradient(value: float) -> None:
     assert torch.isfinite(logits).all()
 
 
-def test_a_masked_token_contributes_nothing_even_if_it_is_nan() -> None:
-    hidden = torch.tensor([[math.nan, 1.0], [0.5, 0.5]], dtype=torch.float32, requires_grad=True)
-    matrix = torch.eye(3, 2, requires_grad=True)
-    result = linear_cross_entropy(hidden, matrix, torch.tensor([0, 1]), torch.tensor([0.0, 1.0]), LossOptions(cap=30.0))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_a_masked_token_contributes_nothing_even_if_it_is_not_finite(
+    bad: float, z_loss: float, cap: float, chunk_bytes: int
+) -> None:
+    options = LossOptions(cap=cap, z_loss=z_loss, chunk_bytes=chunk_bytes)
+    hidden = torch.tensor([[0.25, -1.0], [bad, 1.0], [0.5, 0.5]], requires_grad=True)
+    matrix = torch.tensor([[1.0, 0.5], [0.0, 1.0], [-1.0, 2.0]], requires_grad=True)
+    result = linear_cross_entropy(hidden, matrix, torch.tensor([2, 0, 1]), torch.tensor([1.0, 0.0, 1.0]), options)
+    result.total.backward()
+    counted, alone = hidden.detach()[::2].requires_grad_(), matrix.detach().clone().requires_grad_()
+    expected = linear_cross_entropy(counted, alone, torch.tensor([2, 1]), torch.ones(2), options)
+    expected.total.backward()
+    torch.testing.assert_close(result.total, expected.total)
+    assert hidden.grad is not None
+    assert counted.grad is not None
+    torch.testing.assert_close(hidden.grad[::2], counted.grad)
+    assert hidden.grad[1].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(matrix.grad, alone.grad)
+
+
+def test_the_loss_of_a_masked_token_is_told_as_it_is() -> None:
+    hidden, weights = torch.tensor([[math.nan, 1.0], [0.5, 0.5]]), torch.tensor([0.0, 1.0])
+    result = linear_cross_entropy(hidden, torch.eye(3, 2), torch.tensor([0, 1]), weights, LossOptions(cap=30.0))
     assert torch.isnan(result.losses[0])
-    assert torch.isfinite(result.total)
+    assert torch.isfinite(result.losses[1])
 
 
 def test_without_gradients_nothing_is_kept() -> None:
