@@ -111,7 +111,6 @@ def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
             f"--dataloader-type {args.dataloader_type} has an order of its own; a plan needs --dataloader-type single"
         )
     _check_length(args, plan)
-    _check_document_options(args)
     _check_validation(args, plan)
 
 
@@ -134,14 +133,6 @@ def _check_length(args: argparse.Namespace, plan: Plan) -> None:
         raise ConfigError(
             f"{flag}, but the plan has {plan.num_samples} samples ({whole_steps} steps of {batch}): {remedy}, or leave "
             "--train-iters and --train-samples out to run the whole plan"
-        )
-
-
-def _check_document_options(args: argparse.Namespace) -> None:
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
-        raise ConfigError(
-            "--reset-attention-mask needs the mask, which runs with a plan leave out of the loader; "
-            "remove the flag, or --no-create-attention-mask-in-dataloader"
         )
 
 

@@ -118,6 +118,14 @@ def test_a_run_over_the_whole_plan_is_accepted(
     check_plan_arguments(arguments(monkeypatch, **given), Plan.from_spec(spec))
 
 
+def test_documents_may_be_kept_apart_without_a_mask_from_the_loader(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--reset-attention-mask", "--reset-position-ids")
+    given = arguments(monkeypatch, *flags, train_iters=5, create_attention_mask_in_dataloader=False)
+    check_plan_arguments(given, Plan.from_spec(spec))
+
+
 @pytest.mark.parametrize(
     ("words", "values", "complaint"),
     [
@@ -129,7 +137,6 @@ def test_a_run_over_the_whole_plan_is_accepted(
         ("", {"train_iters": 5, "dataloader_type": "cyclic"}, "a plan needs --dataloader-type single"),
         ("--data-path p", {"train_iters": 5}, "--plan and --data-path both name the data"),
         ("--mock-data", {"train_iters": 5}, "--plan and --mock-data both name the data"),
-        ("--reset-attention-mask", {"train_iters": 5}, "--reset-attention-mask needs the mask"),
         ("--full-validation", {"train_iters": 5}, "the plan holds out no documents"),
         ("--multiple-validation-sets", {"train_iters": 5}, "needs --full-validation"),
     ],
