@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,20 +24,26 @@ from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.data.tiny import write_shard
 
 __all__ = [
-    "FULL", "MIDDLE", "SMOKE", "Communication", "Job", "Layout", "Shape", "communication_of", "end_family", "launch",
-    "read_steps", "run_job", "tail", "write_data",
+    "FULL", "MIDDLE", "SMOKE", "Budget", "Communication", "Job", "Layout", "Shape", "communication_of",
+    "default_micro_batch", "end_family", "family_of", "launch", "read_steps", "reason_in", "run_job", "stop_family",
+    "tail", "write_data",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast can put the GPUs of a shared host out of service."""
 HALF = ("--fp16", "--initial-loss-scale", "65536", "--accumulate-allreduce-grads-in-fp32")
-OPTIMIZER = "--weight-decay 0.1 --clip-grad 1.0 --seed 11 --num-workers 0 --log-interval 1 --eval-iters 0"
+OPTIMIZER = (
+    "--weight-decay 0.1 --clip-grad 1.0 --seed 11 --num-workers 0 --log-interval 1 --log-memory-interval 1 "
+    "--eval-iters 0"
+)
 STEP = re.compile(r" iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+)")
 MEMORY = re.compile(r"max allocated: ([\d.]+)")
 PROFILED = 2
 """Steps under torch's profiler, the last ones of a job."""
 LEARNING_RATE = 1e-4
+LARGE_MEMORY = 100 * 2**30
+SECONDS_TO_SAY_WHERE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,35 @@ def write_data(shape: Shape, folder: Path, samples: int) -> Path:
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Time that jobs may take."""
+
+    limit: float
+    """Seconds of one job."""
+    deadline: float = float("inf")
+    """Of all of them, on the monotonic clock."""
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def require(self, jobs: int, what: str) -> None:
+        """Refuse to start what cannot end in time; a job needs a third of its limit at least.
+
+        Raises:
+            StudyError: too little time is left.
+        """
+        least = jobs * self.limit / 3
+        if self.left < least:
+            raise StudyError(f"{what}: not started: {max(0.0, self.left):.0f} s are left, it needs {least:.0f} s")
+
+    def seconds(self) -> float:
+        """Of the next job."""
+        return min(self.limit, self.left)
+
+
 def launch(job: Job) -> subprocess.Popen[bytes]:
     """Start a job; its output goes to `log.txt`, after what is there."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -209,19 +245,44 @@ def run_job(job: Job, limit: float) -> float:
     return time.monotonic() - began
 
 
-def end_family(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a job; torchrun gives each rank a session of its own."""
+def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes under a job's first one, and it; torchrun gives each rank a session of its own."""
     try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        first = psutil.Process(process.pid)
+        return [*first.children(recursive=True), first]
     except psutil.NoSuchProcess:
-        family = []
+        return []
+
+
+def end_family(process: subprocess.Popen[bytes], known: Sequence[psutil.Process] = ()) -> None:
+    """Kill what is left of a job.
+
+    Args:
+        process: Its first process.
+        known: Others of it: once torchrun is gone, nobody finds its ranks any more.
+    """
+    family = list({*known, *family_of(process)})
     for member in family:
         try:
-            member.kill()
+            member.kill()  # psutil looks first whether the number belongs to another process by now
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(family, timeout=10)
     process.wait()
+
+
+def stop_family(process: subprocess.Popen[bytes], grace: float = SECONDS_TO_SAY_WHERE) -> None:
+    """Have every rank write where it stands (PYTHONFAULTHANDLER), then kill the job."""
+    family = family_of(process)
+    for member in family:
+        if member.pid == process.pid:
+            continue  # torchrun would end the ranks before they have written anything
+        try:
+            member.send_signal(signal.SIGABRT)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs([member for member in family if member.pid != process.pid], timeout=grace)
+    end_family(process, family)
 
 
 def tail(log: Path, lines: int) -> str:
@@ -303,6 +364,13 @@ def _overlap(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, fl
             total += min(end, other[following][1]) - max(start, other[following][0])
             following += 1
     return total
+
+
+def default_micro_batch() -> int:
+    """Samples of a micro-batch of the full shape: 4, or 2 on GPUs below 100 GiB, where stock layers need 88 for 4."""
+    if not torch.cuda.is_available():
+        return 2
+    return 4 if torch.cuda.get_device_properties(0).total_memory > LARGE_MEMORY else 2
 
 
 def default_processes() -> int:
