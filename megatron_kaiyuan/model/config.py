@@ -298,5 +298,11 @@ def _check_document_attention(args: argparse.Namespace, config: KaiyuanTransform
             "--reset-attention-mask without the loader's mask finds the documents by their positions; add "
             "--reset-position-ids"
         )
+    if config.cuda_graph_impl != "none":
+        raise ConfigError(
+            f"--cuda-graph-impl {config.cuda_graph_impl} repeats operations of fixed sizes, but with "
+            "--reset-attention-mask and no mask from the loader the number of documents differs from batch to batch; "
+            "remove --cuda-graph-impl"
+        )
     if config.attention_dropout > 0:
         raise ConfigError("attention inside documents has no dropout; add --attention-dropout 0")

@@ -29,6 +29,7 @@ STOCK = {
     "kaiyuan_z_loss": 0.0,
     "kaiyuan_fusions": "none",
 }
+GRAPHS = {"cuda_graph_impl": "local", "inference_cuda_graph_scope": None}
 DOCUMENT_VARIATIONS: dict[str, dict[str, Any]] = {
     "documents": {},
     "documents, dense mask, TE": {
@@ -42,6 +43,8 @@ DOCUMENT_VARIATIONS: dict[str, dict[str, Any]] = {
     "documents, CP": {"context_parallel_size": 2},
     "documents, positions": {"reset_position_ids": False},
     "documents, dropout": {"attention_dropout": 0.1},
+    "documents, CUDA graphs": GRAPHS,
+    "CUDA graphs alone": GRAPHS | {"reset_attention_mask": False},
 }
 
 
@@ -148,6 +151,8 @@ def test_a_command_line_becomes_the_config_it_asks_for(observations: dict[str, A
         ("documents, CP", "--context-parallel-size 2 needs --transformer-impl transformer_engine"),
         ("documents, positions", "add --reset-position-ids"),
         ("documents, dropout", "add --attention-dropout 0"),
+        ("documents, CUDA graphs", "documents differs from batch to batch; remove --cuda-graph-impl"),
+        ("CUDA graphs alone", "accepted"),
         ("implementation", "use local or transformer_engine"),
     ],
 )
