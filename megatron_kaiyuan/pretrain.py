@@ -4,7 +4,7 @@ import os
 import sys
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.errors import KaiyuanError
