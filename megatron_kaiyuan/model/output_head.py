@@ -3,9 +3,8 @@
 Overflow: the output matrix product writes FP16. |logit_v| <= |x|_2 |w_v|_2 <= sqrt(h) max|gain| |w_v|_2, x being the
     output of the final norm: at Kaiyuan's shape (h = 2048, init std 0.02) at most 41, a factor 1 600 below 65 504.
     It is reached when the rows of the output matrix grow, as they do at high learning rates: nothing in the
-    cross-entropy holds their common part back. The product accumulates in FP32; only its rounding overflows, to
-    +-inf. (On CUDA, cuBLAS may round partial sums too, where
-    `torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction` allows it.)
+    cross-entropy holds their common part back. The product accumulates in FP32 (partial sums too: `products.py`);
+    only its rounding overflows, to +-inf.
 Bound: |c tanh(logit / c)| <= c, so log-partition <= c + ln V and loss <= 2c + ln V. The derivative 1 - tanh^2 vanishes
     as a logit grows: nothing rewards growing it further. An overflowed logit (+-inf) gives +-c and gradient 0, not NaN.
 Remedy: the cap in FP32, from the FP16 product, before the loss. Vocabulary-parallel as it stands: it is elementwise.

@@ -16,6 +16,7 @@ from megatron_kaiyuan.arguments import arguments_provider, check_save_arguments,
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
+from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import check_average_arguments
 from megatron_kaiyuan.training.blend import check_data_arguments
@@ -32,7 +33,8 @@ from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_su
 from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
-from megatron_kaiyuan.training.run_identity import check_same_run, is_complete, store_tokenizer
+from megatron_kaiyuan.training.run_identity import check_same_run, store_tokenizer
+from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 
 __all__ = ["run_pretraining"]
@@ -46,7 +48,8 @@ def run_pretraining() -> None:
     """
     args, plan, saved = _configure()
     store_record(args, plan)
-    setattr(args, AVERAGING, plan_averaging(args, plan))
+    last = final_iteration(args, saved)
+    setattr(args, AVERAGING, plan_averaging(args, plan, last))
     if is_complete(args, saved):
         print_rank_0(f"> --load {args.load}: the run is complete, nothing is left to train on")
         say_how_to_average(args)
@@ -55,6 +58,7 @@ def run_pretraining() -> None:
         args, planned=getattr(args, AVERAGING) is not None, held_out=plan is not None and bool(plan.validation)
     )
     keep_checkpoints(args)
+    compat.end_at(last)
     if args.exit_signal_handler:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             compat.exit_on_signal_too(number)
@@ -63,6 +67,9 @@ def run_pretraining() -> None:
     compat.repair_checkpoints_before_first_step()
     compat.end_save_helper_with_its_rank()
     compat.fuse_weight_gradients_without_apex()
+    if args.fp16:
+        keep_partial_sums_in_fp32()
+        print_rank_0("> FP16 matrix products keep their partial sums in FP32")
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
     with warnings.catch_warnings():
@@ -105,6 +112,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     store_tokenizer(args, plan, get_tokenizer())
     check_same_run(args, saved)
     check_resume(args, plan, saved)
+    check_batch_arguments(args, saved, planned=plan is not None)
     if plan is not None:
         check_plan_arguments(args, plan)
         plan.check_vocabulary(get_tokenizer().vocab_size)

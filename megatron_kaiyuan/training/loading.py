@@ -20,6 +20,7 @@ from megatron_kaiyuan.arguments import defaults_without_optional_kernels
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
+from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
 from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 
 __all__ = ["build_untrained", "load_model", "load_weights", "single_process_arguments", "start_single_process"]
@@ -80,6 +81,8 @@ def build_untrained(arguments: argparse.Namespace) -> Any:
     """
     torch.manual_seed(arguments.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(arguments.seed)
+    if arguments.fp16:
+        keep_partial_sums_in_fp32()
     model = kaiyuan_builder(arguments, pre_process=True, post_process=True).cuda()
     if arguments.fp16 or arguments.bf16:
         model = Float16Module(kaiyuan_config_from_args(arguments), model)
