@@ -1,27 +1,37 @@
 #!/usr/bin/env python3
 """Does the variant keep FP16 training inside its range? Loss, activations and skipped steps of small models on one GPU.
 
-    python benchmarks/fp16_stability.py --out runs/stability          # trains, prints the table, draws the plots
-    python benchmarks/fp16_stability.py --smoke --out runs/smoke      # tiny models, invented text, any CPU
+    python -m benchmarks.fp16_stability --out runs/stability --limit 540 --tar stability.tgz     # trains, reports
+    python -m benchmarks.fp16_stability --out runs/stability --report-only                       # of what is there
+    python -m benchmarks.fp16_stability --smoke --out runs/smoke      # tiny models, invented text, any CPU
 
 Every run sees the same samples in the same order through the real entry point; what differs is the precision, the
 learning rate, which stabilisers are on, and the seed of the initial weights. Runs go side by side, each in a process of
-its own, and are stopped by the clock. Numbers come from the runs' `metrics.jsonl`. "Headroom" is 65 504 over the
-largest |activation| that the monitor saw, wherever in the model; with scaled branches that is the scaled value.
+its own, and are stopped by the clock. A run that reached its end, or that FP16 ended, is not repeated; one that the
+clock stopped counts as far as it came, and the next call trains it again. Numbers come from the runs' `metrics.jsonl`
+and are written after every run. "Headroom" is 65 504 over the largest |activation| that the monitor saw, wherever in
+the model; with scaled branches that is the scaled value.
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from benchmarks.benchmark_data import require_shards, smoke_plan
 from benchmarks.fp16_stability_report import RunRecord, draw, print_table, write_json
+from benchmarks.packing import pack
+from benchmarks.scaling_jobs import end_family
+from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.training.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,33 +100,90 @@ class Run:
         """Its file of metrics."""
         return self.place / "metrics.jsonl"
 
+    @property
+    def log(self) -> Path:
+        """What it said."""
+        return self.place / "log.txt"
+
+    @property
+    def stamp(self) -> Path:
+        """Written when it has ended by itself."""
+        return self.place / "finished.json"
+
+    def setting(self, args: argparse.Namespace) -> list[str]:
+        """Flags of the training, without places."""
+        return [
+            *COMMON, *(TINY if args.smoke else SMALL), *self.variant.flags, "--lr", str(self.rate),
+            "--seed", str(self.seed), "--exit-interval", str(args.steps),
+        ]  # fmt: skip
+
+    def finished(self, args: argparse.Namespace) -> bool:
+        """Whether it need not be trained again.
+
+        Raises:
+            StudyError: it was trained with other settings.
+        """
+        if not self.stamp.is_file():
+            return False
+        known = json.loads(self.stamp.read_text(encoding="utf-8"))["setting"]
+        if known != self.setting(args):
+            raise StudyError(f"{self.place} was trained with {shlex.join(known)}; name another --out")
+        return True
+
     def record(self) -> RunRecord:
         """What it left."""
         return RunRecord(self.variant.key, self.variant.name, self.rate, self.seed, read_metrics(self.metrics))
 
 
-def main() -> int:
-    """Train what is asked for, print the table, write the numbers, draw the plots."""
+def main() -> None:
+    """Train what is missing; print the table, write the numbers, draw the plots.
+
+    Raises:
+        StudyError: runs are missing.
+    """
     args = parsed_arguments()
+    runs = chosen_runs(args)
+    if not args.report_only:
+        if args.smoke:
+            args.plan = smoke_plan(args.out, 768_000, 16)
+        require_shards(args.plan)
+        Batch(args, lambda: save(runs, args)).train(runs)
+    records = save(runs, args)
+    print_table(records)
+    try:
+        draw(records, args.out / "stability.html", args.png)
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error}; unpack --tar where plotly is, into --out, and run this with --report-only there")
+    if missing := [run.place.name for run in runs if not read_metrics(run.metrics)]:
+        raise StudyError(f"no line of {', '.join(missing)}; the reason is in each one's log.txt, if it was started")
+
+
+def chosen_runs(args: argparse.Namespace) -> list[Run]:
+    """Seed after seed, so that the first ones compare.
+
+    Raises:
+        StudyError: an unknown variant.
+    """
+    known = {variant.key: variant for variant in VARIANTS}
+    if unknown := [key for key in args.variants.split(",") if key not in known]:
+        raise StudyError(f"--variants: {', '.join(unknown)} is unknown; use some of {', '.join(known)}")
     chosen = [variant for variant in VARIANTS if variant.key in args.variants.split(",")]
-    runs = [
+    return [
         Run(variant, rate, seed, args.out / f"{variant.key}_{rate:g}_{seed}")
         for seed in args.seeds
         for rate in args.rates
         for variant in chosen
     ]
-    if not args.report_only:
-        Batch(args, smoke_plan(args.out) if args.smoke else args.plan).train(runs)
+
+
+def save(runs: list[Run], args: argparse.Namespace) -> list[RunRecord]:
+    """Numbers of the runs so far, and the archive."""
     records = [run.record() for run in runs]
-    print_table(records)
-    write_json(records, args.out / "stability.json")
+    numbers = args.out / "stability.json"
+    write_json(records, numbers)
     if args.tar:
-        with tarfile.open(args.tar, "w:gz") as archive:
-            for path in sorted(args.out.glob("*/*.*")):
-                if path.name in ("metrics.jsonl", "log.txt"):
-                    archive.add(path, str(path.relative_to(args.out)))
-    draw(records, args.out / "stability.html", args.png)
-    return int(any(not record.entries for record in records))
+        pack(args.tar, args.out, [numbers, *(path for run in runs for path in (run.metrics, run.log, run.stamp))])
+    return records
 
 
 def parsed_arguments() -> argparse.Namespace:
@@ -130,14 +197,24 @@ def parsed_arguments() -> argparse.Namespace:
         "--variants", default=",".join(variant.key for variant in VARIANTS), help="keys joined by commas (default: all)"
     )
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--together", type=int, default=16, help="runs at a time")
+    parser.add_argument("--together", type=int, default=8, help="runs at a time (default 8: for 78 GiB)")
     parser.add_argument("--run-seconds", type=float, default=3600, help="a run is stopped where it is after so long")
     parser.add_argument("--limit", type=float, default=7200, help="all runs are stopped after so many seconds")
     parser.add_argument("--smoke", action="store_true", help="tiny models on invented text, made on the spot")
     parser.add_argument("--report-only", action="store_true", help="only read what earlier runs left")
-    parser.add_argument("--tar", type=Path, help="also pack metrics and logs there")
+    parser.add_argument("--tar", type=Path, help="also pack numbers and logs there, after every run")
     parser.add_argument("--png", type=Path, help="also draw the plots there; needs a Chromium")
     return parser.parse_args()
+
+
+@dataclass
+class Running:
+    """A run under way."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -145,62 +222,73 @@ class Batch:
     """The processes of one call."""
 
     args: argparse.Namespace
-    plan: Path
+    save: Callable[[], object]
+    """Called whenever a run has ended."""
     started: float = field(default_factory=time.monotonic)
-    running: list[tuple[subprocess.Popen[bytes], float, IO[bytes]]] = field(default_factory=list)
+    running: list[Running] = field(default_factory=list)
+    longest: float = 0.0
+    """Seconds of a run that ended by itself."""
 
     def train(self, runs: list[Run]) -> None:
-        """All runs, so many at a time; those that end with an error leave it in their log."""
-        waiting = list(runs)
-        while (waiting or self.running) and time.monotonic() - self.started < self.args.limit:
-            while waiting and len(self.running) < self.args.together:
-                self._start(waiting.pop(0))
-            time.sleep(0.2)
-            self._reap(self.args.run_seconds)
-        self._reap(0)
+        """All runs that are not finished, so many at a time; those that end with an error leave it in their log."""
+        waiting = [run for run in runs if not run.finished(self.args)]
+        print(f"{len(runs)} runs, {len(waiting)} to train", flush=True)
+        try:
+            while (waiting or self.running) and self._left() > 0:
+                while waiting and len(self.running) < self.args.together and self._left() > self.longest:
+                    self._start(waiting.pop(0))
+                if not self.running:
+                    break
+                time.sleep(0.2)
+                self._reap(self.args.run_seconds)
+        finally:
+            self._reap(0)
         for run in waiting:
             print(f"not started within --limit: {run.place.name}")
 
+    def _left(self) -> float:
+        return float(self.args.limit - (time.monotonic() - self.started))
+
     def _start(self, run: Run) -> None:
         run.place.mkdir(parents=True, exist_ok=True)
-        run.metrics.unlink(missing_ok=True)
+        run.metrics.unlink(missing_ok=True)  # lines are appended
         command = [
-            sys.executable, "-m", "megatron_kaiyuan.pretrain", "--plan", str(self.plan), *COMMON,
-            *(TINY if self.args.smoke else SMALL), *run.variant.flags, "--lr", str(run.rate), "--seed", str(run.seed),
-            "--exit-interval", str(self.args.steps), "--kaiyuan-metrics", str(run.metrics),
+            sys.executable, "-m", "megatron_kaiyuan.pretrain", "--plan", str(self.args.plan), *run.setting(self.args),
+            "--kaiyuan-metrics", str(run.metrics),
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-        log = (run.place / "log.txt").open("wb")
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        log = run.log.open("wb")
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        self.running.append((process, time.monotonic(), log))
+        self.running.append(Running(run, process, log))
 
     def _reap(self, seconds: float) -> None:
-        """Stop the runs that are older, and forget those that ended."""
-        kept = []
-        for process, since, log in self.running:
-            if process.poll() is None and time.monotonic() - since < seconds:
-                kept.append((process, since, log))
+        """Stop the runs that are older, and write down those that ended."""
+        kept, ended = [], False
+        for one in self.running:
+            age = time.monotonic() - one.since
+            if one.process.poll() is None and age < seconds:
+                kept.append(one)
                 continue
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            log.close()
+            code = one.process.poll()
+            end_family(one.process)
+            one.log.close()
+            ended = True
+            self._write_down(one, code, age)
         self.running = kept
+        if ended:
+            self.save()
 
-
-def smoke_plan(out: Path) -> Path:
-    """A plan over invented text; 1 500 steps of eight windows of 64 tokens."""
-    from benchmarks.fp16_stability_data import write_markov_text
-
-    out = out.resolve()
-    write_markov_text(out / "text", vocabulary=256, documents=600)
-    plan = out / "plan.yaml"
-    plan.write_text(
-        "seq_length: 64\nseed: 1234\nsources:\n  text: {shards: " + str(out / "text") + "}\nphases:\n"
-        "  - {name: all, order: shuffled, tokens: 768000, sources: {text: {max_repeat: 16}}}\n"
-    )
-    return plan
+    def _write_down(self, one: Running, code: int | None, seconds: float) -> None:
+        """Mark a run that reached its end, or whose loss scale has; one that broke is tried again."""
+        over = code == 0 or (code is not None and b"steps in a row were skipped" in one.run.log.read_bytes())
+        state = "ended" if over else "stopped by the clock" if code is None else f"failed with exit code {code}"
+        print(f"{one.run.place.name}: {state}, {seconds:.0f} s", flush=True)
+        if over:
+            self.longest = max(self.longest, seconds)
+            told = {"setting": one.run.setting(self.args), "exit_code": code, "seconds": round(seconds, 1)}
+            write_text_atomically(one.run.stamp, json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_kaiyuan.data.atomic import write_text_atomically
+
 __all__ = ["RunRecord", "draw", "print_table", "write_json"]
 
 COLORS = ("#d62728", "#1f77b4", "#17becf", "#8c564b", "#000000", "#ff7f0e", "#2ca02c", "#9467bd")
@@ -118,9 +120,7 @@ def write_json(records: Sequence[RunRecord], path: Path) -> None:
         for record in records
         if record.entries
     ]  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(runs, indent=1))
-    print(path)
+    write_text_atomically(path, json.dumps(runs, indent=1) + "\n")
 
 
 def _metered(record: RunRecord) -> list[dict[str, Any]]:

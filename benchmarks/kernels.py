@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The model's kernels one by one on a GPU, at the Kaiyuan-2B shape, beside torch and liger-kernel in the same run.
 
-    python benchmarks/kernels.py
+    python -m benchmarks.kernels --json kernels.json
 
 Times are medians of CUDA events over forward plus backward of one layer's call for a micro-batch of 4 x 4096 tokens;
 memory is the peak over that of the inputs. Errors are ||result - float64|| / ||float64|| of a gradient on a smaller
-input. Rows whose library is missing are named.
+input. Rows whose library is missing are named. A row is printed as soon as it is measured, and the file is written part
+by part; the rows of documents come last, because a fault of the GPU ends every later row of a process.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy
 from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
@@ -41,19 +43,42 @@ def main() -> int:
         print("benchmarks/kernels.py needs a CUDA GPU", file=sys.stderr)
         return 1
     torch.manual_seed(0)
-    rows = [row for part in (norms, rotary, gates, weight_gradients, attention, heads) for row in part()]
+    rows = all_rows(args.json)
     table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}, FP16", title_justify="left")
     for name in ("what", "how", "ms", "peak MiB", "gradient error"):
         table.add_column(name, justify="left" if name in ("what", "how") else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console(width=130).print(table)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
     return 0
 
 
 Row = tuple[str, str, str, str, str]
+PRINTED: list[Row] = []
+"""Rows so far: a part that fails halfway leaves those before."""
+
+
+def all_rows(path: Path | None) -> list[Row]:
+    """Every part's rows, written to `path` part by part; a part that fails is a row."""
+    parts = {"norms": norms, "rotary": rotary, "gates": gates, "weight gradients": weight_gradients,
+             "attention": attention, "heads": heads, "documents": documents}  # fmt: skip
+    PRINTED.clear()
+    for name, part in parts.items():
+        try:
+            part()
+        except Exception as problem:  # inputs that do not fit, or a GPU that an earlier row left broken
+            told(name, "-", f"{type(problem).__name__}: {str(problem)[:60]}")
+        if path:
+            write_text_atomically(path, json.dumps(PRINTED, indent=1) + "\n")
+    return list(PRINTED)
+
+
+def told(what: str, how: str, milliseconds: str, memory: str = "", error: str = "") -> Row:
+    """Print and remember a row."""
+    row = (what, how, milliseconds, memory, error)
+    PRINTED.append(row)
+    print("  ".join(row), flush=True)
+    return row
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -77,9 +102,9 @@ def measured(what: str, how: str, call: Callable[[], object], error: float | Non
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end))
     except Exception as problem:  # a missing library or kernel is a result
-        return what, how, f"{type(problem).__name__}: {str(problem)[:60]}", "", ""
+        return told(what, how, f"{type(problem).__name__}: {str(problem)[:60]}")
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return what, how, f"{sorted(times)[6]:.3f}", f"{peak:,.0f}", "" if error is None else f"{error:.1e}"
+    return told(what, how, f"{sorted(times)[6]:.3f}", f"{peak:,.0f}", "" if error is None else f"{error:.1e}")
 
 
 def differentiate(outputs: object, grads: list[Tensor], inputs: list[Tensor]) -> None:
@@ -199,15 +224,15 @@ def attention() -> list[Row]:
     return [
         measured("attention", "cuDNN", lambda: attend(SDPBackend.CUDNN_ATTENTION)),
         measured("attention", "flash", lambda: attend(SDPBackend.FLASH_ATTENTION)),
-        *documents(query, key, value),
         measured(
             "values times 2^-4", "torch", lambda: differentiate(packed[..., -HEAD:] * 2.0**-4, [of_value], [packed])
         ),
     ]
 
 
-def documents(query: Tensor, key: Tensor, value: Tensor) -> list[Row]:
+def documents() -> list[Row]:
     """Attention that stays inside documents of so many tokens, beside the dense mask that says the same."""
+    query, key, value = (normal(SEQUENCE, BATCH, heads, HEAD) for heads in (16, 8, 8))
     grad = torch.randn(SEQUENCE, BATCH, 16 * HEAD, device="cuda").half()
     rows = []
     for length in (SEQUENCE, 1024, 300):

@@ -1,0 +1,117 @@
+"""What a call of the stability benchmark keeps, repeats and refuses; a stand-in trains."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import fp16_stability
+from benchmarks.fp16_stability import Batch, Run, chosen_runs, parsed_arguments, save
+from megatron_kaiyuan.errors import StudyError
+
+LINE = {"iteration": 10, "loss": 5.0, "loss_scale": 1.0, "skipped_steps": 0}
+SAYS = {
+    "ours": f"print({json.dumps(LINE)!r})",
+    "stock": "import sys; sys.stderr.write('40 steps in a row were skipped'); sys.exit(1)",
+    "bf16": "import sys; sys.exit('ImportError: broken')",
+    "noqk": "import time; time.sleep(100)",
+}
+
+
+@pytest.fixture
+def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    options = ["--out", str(tmp_path / "out"), "--variants", ",".join(SAYS), "--rates", "0.1", "--smoke"]
+    monkeypatch.setattr(sys, "argv", ["", *options, "--tar", str(tmp_path / "out.tgz"), "--limit", "60"])
+    return parsed_arguments()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Variants in the order in which they were started."""
+    seen: list[str] = []
+    original = subprocess.Popen
+
+    def stand_in(command: list[str], **options: Any) -> Any:
+        metrics = Path(command[command.index("--kaiyuan-metrics") + 1])
+        key = metrics.parent.name.split("_")[0]
+        seen.append(key)
+        if key == "ours":
+            metrics.write_text(json.dumps(LINE) + "\n")
+        return original([sys.executable, "-c", SAYS[key]], **options)
+
+    monkeypatch.setattr("benchmarks.fp16_stability.subprocess.Popen", stand_in)
+    return seen
+
+
+def trained(args: argparse.Namespace, after_each: Callable[[], object] = lambda: None, seconds: float = 2.0) -> Batch:
+    args.plan, args.run_seconds = Path("plan.yaml"), seconds
+    batch = Batch(args, after_each)
+    batch.train(chosen_runs(args))
+    return batch
+
+
+def test_ended_runs_are_kept_and_broken_or_stopped_ones_repeated(args: argparse.Namespace, started: list[str]) -> None:
+    trained(args)
+    assert sorted(started) == sorted(SAYS)
+    started.clear()
+    trained(args)
+    assert sorted(started) == ["bf16", "noqk"]
+
+
+def test_a_finished_run_of_other_settings_is_refused(args: argparse.Namespace, started: list[str]) -> None:
+    trained(args)
+    args.steps += 1
+    with pytest.raises(StudyError, match="name another --out"):
+        trained(args)
+
+
+def test_numbers_and_archive_are_written_after_every_run(args: argparse.Namespace, started: list[str]) -> None:
+    numbers, runs = args.out / "stability.json", chosen_runs(args)
+    written: list[tuple[int, bool]] = []
+
+    def after_each() -> None:
+        save(runs, args)
+        written.append((len(json.loads(numbers.read_text())), args.tar.is_file()))
+
+    args.together = 1
+    trained(args, after_each)
+    assert len(written) == len(SAYS)
+    assert all(packed for _, packed in written)
+    assert written[-1][0] == 1, "one run has lines"
+
+
+def test_nothing_is_started_that_cannot_end(args: argparse.Namespace, started: list[str]) -> None:
+    batch = Batch(args, lambda: None, longest=61.0)
+    batch.train(chosen_runs(args))
+    assert started == []
+
+
+def test_a_machine_without_plotly_still_reports(
+    args: argparse.Namespace, started: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    monkeypatch.setattr(fp16_stability, "parsed_arguments", lambda: args)
+    args.variants = "ours"
+    fp16_stability.main()
+    assert "--report-only" in capsys.readouterr().out
+    assert (args.out / "stability.json").is_file()
+    args.variants, args.report_only = "ours,bf16", True
+    with pytest.raises(StudyError, match=r"no line of bf16_0\.1_11"):
+        fp16_stability.main()
+
+
+def test_the_default_fits_78_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [""])
+    assert parsed_arguments().together == 8
+
+
+def test_runs_are_compared_by_their_flags(args: argparse.Namespace) -> None:
+    one, two = (Run(run.variant, run.rate, seed, run.place) for run in chosen_runs(args)[:1] for seed in (11, 12))
+    assert one.setting(args) != two.setting(args)
+    assert str(args.out) not in " ".join(one.setting(args))
