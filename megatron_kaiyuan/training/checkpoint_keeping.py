@@ -4,16 +4,12 @@ The plan's `averaging` names the last `last` checkpoints, `every` steps apart, c
 """
 
 import argparse
-import contextlib
-import copy
-import io
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training.training import update_train_iters
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
@@ -54,12 +50,13 @@ def averaged_iterations(last: int, every: int, final: int) -> tuple[int, ...]:
     return tuple(range(first, final + 1, every))
 
 
-def plan_averaging(args: argparse.Namespace, plan: Plan | None) -> dict[str, Any] | None:
+def plan_averaging(args: argparse.Namespace, plan: Plan | None, final: int) -> dict[str, Any] | None:
     """What the plan wants averaged, as plain data: `iterations` and `weights`; None if it wants nothing.
 
     Args:
         args: Megatron's validated arguments.
         plan: The plan of the run, if it has one.
+        final: The iteration at which the run ends.
 
     Raises:
         ConfigError: nothing is saved, or the run is too short.
@@ -72,13 +69,7 @@ def plan_averaging(args: argparse.Namespace, plan: Plan | None) -> dict[str, Any
             f"the plan averages its last {wanted.last} checkpoints, but nothing is saved: add --save DIR, or take "
             "averaging out of the plan"
         )
-    length = copy.copy(args)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces the number, and does so again in the loop
-        update_train_iters(length)
-    return {
-        "iterations": list(averaged_iterations(wanted.last, wanted.every, int(length.train_iters))),
-        "weights": wanted.weights,
-    }
+    return {"iterations": list(averaged_iterations(wanted.last, wanted.every, final)), "weights": wanted.weights}
 
 
 class CheckpointKeeper:

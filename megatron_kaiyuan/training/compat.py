@@ -1,5 +1,6 @@
 """The changes made to Megatron 0.19 from outside, all of them, each with its reason. Everything else uses its hooks."""
 
+import argparse
 import functools
 import multiprocessing
 import signal
@@ -17,6 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_signal_handler, training
+from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan.kernels import weight_gradient
 from megatron_kaiyuan.parent_death import die_with_parent
@@ -24,6 +26,7 @@ from megatron_kaiyuan.parent_death import die_with_parent
 __all__ = [
     "Evaluation",
     "Keeper",
+    "end_at",
     "end_save_helper_with_its_rank",
     "exit_on_signal_too",
     "fuse_weight_gradients_without_apex",
@@ -63,6 +66,20 @@ def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
     The loop names the class in the middle of a function and offers no hook to choose another.
     """
     training.OptimizerParamScheduler = build
+
+
+def end_at(iteration: int) -> None:
+    """Let a run that is counted in samples end at this iteration.
+
+    Megatron divides all samples by the present batch, which is wrong once a run has had another one.
+    """
+
+    def update_train_iters(args: argparse.Namespace) -> None:
+        if not args.train_iters:
+            args.train_iters = iteration
+            print_rank_0(f"> the run ends at iteration {iteration}")
+
+    training.update_train_iters = update_train_iters
 
 
 def observe_steps(observer: Callable[..., None]) -> None:

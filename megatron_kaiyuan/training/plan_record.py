@@ -34,8 +34,12 @@ def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
         return None
     # The function reports each model argument it sets; it sets them on a copy here, where only the other result counts.
     with contextlib.redirect_stdout(io.StringIO()):
-        found = load_args_from_checkpoint(copy.copy(args))
-    return found[1] if isinstance(found, tuple) else None
+        found = load_args_from_checkpoint(told := copy.copy(args))
+    if not isinstance(found, tuple):
+        return None
+    saved: argparse.Namespace = found[1]
+    saved.iteration = told.iteration  # in the file it is the iteration at which that run had started
+    return saved
 
 
 def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Namespace | None) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
 
-__all__ = ["TOKENIZER", "check_same_run", "first_difference", "is_complete", "store_tokenizer"]
+__all__ = ["TOKENIZER", "check_same_run", "first_difference", "store_tokenizer"]
 
 TOKENIZER = "kaiyuan_tokenizer"
 """Name of the argument that holds a fingerprint of what the tokenizer does; None where nothing tells."""
@@ -87,15 +87,3 @@ def check_same_run(args: argparse.Namespace, saved: argparse.Namespace | None) -
             f"--load {args.load}: {difference}. Restore it to continue that run; for a new one leave --load out (or "
             "add --finetune to start from these weights, where they fit) and name another --save directory"
         )
-
-
-def is_complete(args: argparse.Namespace, saved: argparse.Namespace | None) -> bool:
-    """Whether the run to continue has made its last step.
-
-    A job that is queued again just after it has come to its end starts like this; Megatron's loader stops it with an
-    assertion.
-    """
-    if saved is None or args.skip_train:
-        return False
-    samples = args.train_samples or args.train_iters * args.global_batch_size
-    return bool(saved.consumed_train_samples + args.global_batch_size > samples)

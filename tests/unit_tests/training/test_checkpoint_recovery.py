@@ -7,7 +7,7 @@ import pytest
 from megatron_kaiyuan.errors import ResumeError
 from megatron_kaiyuan.training.checkpoint_io import iteration_folder
 from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start, check_save_directory, choose_start, damage
-from megatron_kaiyuan.training.run_identity import check_same_run, is_complete
+from megatron_kaiyuan.training.run_identity import check_same_run
 from tests.unit_tests.training.test_averaging import save
 
 
@@ -155,11 +155,3 @@ def test_another_seed_tokenizer_or_model_is_refused(name: str, value: object, fl
 
 def test_the_metadata_of_the_test_is_that_of_megatron(run: Path) -> None:
     assert json.loads((iteration_folder(run, 10) / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
-
-
-@pytest.mark.parametrize(("consumed", "complete"), [(0, False), (32, False), (40, True), (48, True)])
-def test_a_run_is_complete_when_no_whole_batch_is_left(consumed: int, complete: bool) -> None:  # noqa: FBT001
-    saved = Namespace(consumed_train_samples=consumed)
-    for length in ({"train_samples": 47, "train_iters": None}, {"train_samples": None, "train_iters": 5}):
-        assert is_complete(Namespace(skip_train=False, global_batch_size=8, **length), saved) is complete
-        assert not is_complete(Namespace(skip_train=True, global_batch_size=8, **length), saved)

@@ -1,0 +1,82 @@
+"""At which iteration a run ends: counted from the samples that are left.
+
+Megatron divides all samples by the present batch, though the steps of a run that is resumed were made with the batch
+it had then. Resumed with a batch twice as large it would leave half of its data out, with one half as large it would
+ask for more than there is.
+"""
+
+import argparse
+
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+
+from megatron_kaiyuan.errors import ConfigError
+
+__all__ = ["check_batch_arguments", "final_iteration", "is_complete"]
+
+
+def check_batch_arguments(args: argparse.Namespace, saved: argparse.Namespace | None, *, planned: bool) -> None:
+    """Refuse what would end the run at another sample than the last.
+
+    Args:
+        args: Validated arguments.
+        saved: Arguments of the run to continue, if there is one.
+        planned: The run has a plan.
+
+    Raises:
+        ConfigError: `--rampup-batch-size`, or `--train-iters` for a plan that is not shown in batches of one size.
+    """
+    if args.rampup_batch_size is not None:
+        ramp = " ".join(map(str, args.rampup_batch_size))
+        raise ConfigError(
+            f"--rampup-batch-size {ramp}: this Megatron ignores it and would train with full batches from the start; "
+            "give --step-batch-size-schedule 'TOKENS:BATCH ...' in place of it and of --global-batch-size"
+        )
+    if not planned or not args.train_iters:
+        return
+    if args.step_batch_size_schedule is not None:
+        what = f"--step-batch-size-schedule {args.step_batch_size_schedule!r} changes the batch"
+    elif saved is not None and saved.iteration * args.global_batch_size != saved.consumed_train_samples:
+        what = (
+            f"--load {args.load} made its {saved.iteration} steps with {saved.consumed_train_samples:,} samples, not "
+            f"with --global-batch-size {args.global_batch_size}"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"--train-iters {args.train_iters} tells the end of a plan for batches of one size only, but {what}: leave "
+        "--train-iters out, and the run ends with the plan"
+    )
+
+
+def final_iteration(args: argparse.Namespace, saved: argparse.Namespace | None) -> int:
+    """The iteration whose batch is the last whole one.
+
+    Args:
+        args: Validated arguments.
+        saved: Arguments of the run to continue, if there is one.
+    """
+    if args.train_iters:
+        return int(args.train_iters)
+    iteration, consumed = (0, 0) if saved is None else (int(saved.iteration), int(saved.consumed_train_samples))
+    if args.step_batch_size_schedule is None:
+        return iteration + max(0, int(args.train_samples) - consumed) // int(args.global_batch_size)
+    # Megatron counts a last batch that is not full, and then has no data for it.
+    while consumed + (batch := _scheduled_batch(consumed)) <= args.train_samples:
+        consumed += batch
+        iteration += 1
+    _scheduled_batch(0)  # where Megatron's own count leaves its calculator, too
+    return iteration
+
+
+def _scheduled_batch(consumed: int) -> int:
+    update_num_microbatches(consumed, consistency_check=False)
+    return int(get_current_global_batch_size())
+
+
+def is_complete(args: argparse.Namespace, saved: argparse.Namespace | None) -> bool:
+    """Whether the run to continue has made its last step.
+
+    A job that is queued again just after it has come to its end starts like this; Megatron's loader stops it with an
+    assertion.
+    """
+    return saved is not None and not args.skip_train and final_iteration(args, saved) <= saved.iteration
