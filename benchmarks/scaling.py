@@ -25,15 +25,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.scaling_faults import as_data, elastic_proof, lost_rank_proof, undisturbed
+from benchmarks.packing import pack
+from benchmarks.scaling_faults import as_data, elastic_proof, lost_rank_proof, resume_layouts, undisturbed
 from benchmarks.scaling_jobs import (
     FULL,
     MIDDLE,
     PROFILED,
     SMOKE,
+    Budget,
     Job,
     Layout,
     communication_of,
+    default_micro_batch,
     default_processes,
     read_steps,
     run_job,
@@ -50,7 +53,6 @@ PARTS = ("throughput", "elastic", "lost")
 SHARES = ("communication_ms", "exposed_ms")
 NODES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP_STEPS = 3
-LARGE_MEMORY = 100 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--proof-steps", type=int, default=20, help="steps before and after the checkpoint")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a job may live on without one of its ranks")
     parser.add_argument("--limit", type=float, default=150, help="seconds of a job")
-    parser.add_argument("--minutes", type=float, help="start no job that could end later")
+    parser.add_argument("--minutes", type=float, help="of this call: no job starts without time, or lives longer")
+    parser.add_argument("--tar", type=Path, metavar="FILE", help="pack results and logs there after every step")
     parser.add_argument("--project", type=Path, metavar="measured.json", help="project to more nodes; run nothing")
     parser.add_argument("--network-gigabytes", type=float, help="a second, between nodes, of one GPU: an assumption")
     parser.add_argument("--hop-microseconds", type=float, help="of one hop of a ring between nodes: an assumption")
@@ -120,13 +123,25 @@ def main() -> None:
         raise StudyError(f"--parts {args.parts}: {', '.join(unknown)} is unknown; name some of {', '.join(PARTS)}")
     args.out = args.out or Path("runs/scaling_smoke" if args.smoke else "runs/scaling")
     args.processes = args.processes or default_processes()
-    args.deadline = time.monotonic() + (60 * args.minutes if args.minutes else float("inf"))
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    args.budget = Budget(args.limit, deadline)
     args.precision = "fp16" if torch.cuda.is_available() else "fp32"
     problems = []
     for part in args.parts.split(","):
-        problems += {"throughput": throughput, "elastic": elastic, "lost": lost}[part](args)
+        try:
+            problems += {"throughput": throughput, "elastic": elastic, "lost": lost}[part](args)
+        except StudyError as error:  # the other parts are worth having all the same
+            problems.append(f"{part}: {error}")
+        save(args)
     if problems:
         raise StudyError("\n".join(problems))
+
+
+def save(args: argparse.Namespace) -> None:
+    """Pack what there is."""
+    if args.tar:
+        logs = [*args.out.rglob("log.txt"), *args.out.rglob("metrics.jsonl")]
+        pack(args.tar, args.out, [*args.out.glob("*.json"), *logs])
 
 
 def throughput(args: argparse.Namespace) -> list[str]:
@@ -153,6 +168,7 @@ def throughput(args: argparse.Namespace) -> list[str]:
         if "error" in known["rows"].get(row.key, {"error": ""}):
             known["rows"][row.key] = timed(args, row, plan, micro)
             write_text_atomically(path, json.dumps(known, indent=1) + "\n")
+            save(args)
     print_rows(known)
     measured = measured_from(known, args.processes)
     if measured is not None:
@@ -165,9 +181,7 @@ def micro_batch(args: argparse.Namespace) -> int:
     """Samples of a micro-batch."""
     if args.micro_batch_size:
         return int(args.micro_batch_size)
-    if args.smoke or not torch.cuda.is_available():
-        return 2
-    return 4 if torch.cuda.get_device_properties(0).total_memory > LARGE_MEMORY else 2
+    return 2 if args.smoke else default_micro_batch()
 
 
 def device_name() -> str:
@@ -187,12 +201,10 @@ def timed(args: argparse.Namespace, row: Row, plan: Path, micro: int) -> dict[st
         (*profile.split(), "--profile-ranks", "0"),
     )  # fmt: skip
     told = {"name": row.layout.name, "layout": asdict(row.layout), "global_batch": row.global_batch}
-    left = args.deadline - time.monotonic()
-    if left < args.limit / 3:
-        return told | {"error": f"not started: {left:.0f} s are left"}
     (folder / "log.txt").unlink(missing_ok=True)
     try:
-        seconds = run_job(job, min(args.limit, left))
+        args.budget.require(1, row.key)
+        seconds = run_job(job, args.budget.seconds())
         # From the step before the profiled ones on, the profiler is warming up.
         steps = read_steps(folder / "log.txt", WARM_UP_STEPS, profiled - 1)
         communication = communication_of(folder / "torch_profile" / "rank-0.json.gz", PROFILED)
@@ -266,7 +278,7 @@ def proof_run(args: argparse.Namespace) -> Job:
     """The run that both proofs compare with.
 
     Raises:
-        StudyError: one process cannot prove anything here.
+        StudyError: one process cannot prove anything here, or it was not started or did not end.
     """
     if args.processes < 2 or args.processes % 2:
         raise StudyError(f"--processes {args.processes}: the proofs need an even number, at least 2")
@@ -274,35 +286,67 @@ def proof_run(args: argparse.Namespace) -> Job:
     batch = 8 * args.processes
     plan = write_data(shape, args.out / "proof_data", 2 * args.proof_steps * batch)
     folder = args.out / "undisturbed"
-    return undisturbed(shape, plan, folder, args.processes, args.precision, args.proof_steps, batch, args.limit)
+    return undisturbed(shape, plan, folder, args.processes, args.precision, args.proof_steps, batch, args.budget)
+
+
+def known_proofs(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, Any]]:
+    """Finished proofs of an earlier call, and where they are.
+
+    Raises:
+        StudyError: they are of another setting.
+    """
+    setting = {"device": device_name(), "processes": args.processes, "steps": args.proof_steps, "smoke": args.smoke,
+               "precision": args.precision, "torch": torch.__version__}  # fmt: skip
+    path = args.out / f"{name}.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"setting": setting, "proofs": {}}
+    if known["setting"] != setting:
+        raise StudyError(f"{path}: is of {known['setting']}, not {setting}; name another --out")
+    return path, known
 
 
 def elastic(args: argparse.Namespace) -> list[str]:
-    """The resume on other ranks."""
-    proofs = elastic_proof(proof_run(args), args.out / "elastic", args.limit)
-    write_text_atomically(args.out / "elastic.json", json.dumps(as_data(proofs), indent=1) + "\n")
-    for proof in proofs:
+    """The resume on other ranks; a proof that holds is not repeated."""
+    path, known = known_proofs(args, "elastic")
+    problems = []
+    for layout in resume_layouts(args.processes):
+        if known["proofs"].get(layout.name, {}).get("holds"):
+            continue
+        try:
+            proof = elastic_proof(proof_run(args), layout, args.out / "elastic", args.budget)
+        except StudyError as error:
+            problems.append(f"elastic: {error}")
+            continue
+        [known["proofs"][layout.name]] = as_data([proof])
+        write_text_atomically(path, json.dumps(known, indent=1) + "\n")
+        save(args)
+    for name, told in known["proofs"].items():
         print(
-            f"resumed as {proof.layout} on {proof.processes}: {proof.steps} steps, sample numbers "
-            f"{'equal' if proof.same_samples else 'DIFFER'} (the first: {proof.first_samples} ...), losses within "
-            f"{proof.largest_difference:.3g} (first step {proof.first_difference:.3g}, tolerance {proof.tolerance:.3g})"
+            f"resumed as {name} on {told['processes']}: {told['steps']} steps, sample numbers "
+            f"{'equal' if told['same_samples'] else 'DIFFER'} (the first: {told['first_samples']} ...), losses within "
+            f"{told['largest_difference']:.3g} (first step {told['first_difference']:.3g}, tolerance "
+            f"{told['tolerance']:.3g})"
         )
-    return [f"elastic: {proof.layout} does not hold" for proof in proofs if not proof.holds]
+    return problems + [f"elastic: {name} does not hold" for name, told in known["proofs"].items() if not told["holds"]]
 
 
 def lost(args: argparse.Namespace) -> list[str]:
-    """The loss of a rank."""
-    interval = max(1, args.proof_steps // 2)
-    proof = lost_rank_proof(proof_run(args), args.out / "lost", interval, args.timeout, args.limit)
-    write_text_atomically(args.out / "lost.json", json.dumps(as_data([proof]), indent=1) + "\n")
+    """The loss of a rank; a proof that holds is not repeated."""
+    path, known = known_proofs(args, "lost")
+    if not known["proofs"].get("lost", {}).get("holds"):
+        whole = proof_run(args)
+        proof = lost_rank_proof(whole, args.out / "lost", max(1, args.proof_steps // 2), args.timeout, args.budget)
+        [known["proofs"]["lost"]] = as_data([proof])
+        write_text_atomically(path, json.dumps(known, indent=1) + "\n")
+    told = known["proofs"]["lost"]
     print(
-        f"rank {proof.victim} was killed after step {proof.killed_after_step}; the job ended after {proof.seconds} s "
-        f"with exit code {proof.exit_code} and said:\n    " + proof.message.replace("\n", "\n    ") +
-        f"\nthe next start went on from step {proof.resumed_from}: sample numbers "
-        f"{'equal' if proof.repeats else 'DIFFER'}, losses within {proof.largest_difference:.3g} of the "
-        f"undisturbed run's (tolerance {proof.tolerance:.3g})"
+        f"rank {told['victim']} was killed after step {told['killed_after_step']}; the job ended after "
+        f"{told['seconds']} s with exit code {told['exit_code']} and said:\n    "
+        + told["message"].replace("\n", "\n    ") +
+        f"\nthe next start went on from step {told['resumed_from']}: sample numbers "
+        f"{'equal' if told['repeats'] else 'DIFFER'}, losses within {told['largest_difference']:.3g} of the "
+        f"undisturbed run's (tolerance {told['tolerance']:.3g})"
     )  # fmt: skip
-    return [] if proof.holds else ["lost: does not hold"]
+    return [] if told["holds"] else ["lost: does not hold"]
 
 
 def print_projection(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.scaling_jobs import LEARNING_RATE, Job, Layout, Shape, end_family, launch, run_job, tail
+from benchmarks.scaling_jobs import LEARNING_RATE, Budget, Job, Layout, Shape, end_family, launch, run_job, tail
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.training.checkpoint_io import saved_iterations
 from megatron_kaiyuan.training.metrics_file import read_metrics
@@ -128,7 +128,14 @@ def saving(folder: Path, interval: int) -> tuple[str, ...]:
 
 
 def undisturbed(
-    shape: Shape, plan: Path, folder: Path, processes: int, precision: str, steps: int, global_batch: int, limit: float
+    shape: Shape,
+    plan: Path,
+    folder: Path,
+    processes: int,
+    precision: str,
+    steps: int,
+    global_batch: int,
+    budget: Budget,
 ) -> Job:
     """`2 x steps` steps on all ranks with a checkpoint midway; run once, and used as it is after that.
 
@@ -142,28 +149,26 @@ def undisturbed(
     stamp, told = folder / "finished.txt", " ".join(job.command())
     if not stamp.is_file() or stamp.read_text() != told:
         shutil.rmtree(folder, ignore_errors=True)
-        run_job(job, limit)
+        budget.require(1, folder.name)
+        run_job(job, budget.seconds())
         stamp.write_text(told)
     return job
 
 
-def elastic_proof(whole: Job, folder: Path, limit: float) -> list[Elastic]:
-    """The second half of the undisturbed run again, from its checkpoint, on fewer ranks and on others.
+def elastic_proof(whole: Job, layout: Layout, folder: Path, budget: Budget) -> Elastic:
+    """The second half of the undisturbed run again, from its checkpoint, on other ranks.
 
     Raises:
-        StudyError: a job failed or did not end.
+        StudyError: the job was not started, failed or did not end.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    budget.require(1, f"elastic, {layout.name}")
     steps = whole.exit_at // 2
-    return [_resumed(whole, layout, folder, steps, limit) for layout in resume_layouts(whole.layout.processes)]
-
-
-def _resumed(whole: Job, layout: Layout, folder: Path, steps: int, limit: float) -> Elastic:
     name = layout.name.replace(" ", "")
+    shutil.rmtree(folder / name, ignore_errors=True)  # its metrics would be appended to
     flags = ("--load", str(whole.folder / "checkpoints"), "--ckpt-step", str(steps), *RESHARDABLE)
     micro = whole.global_batch // layout.data // 2 or 1
     job = replace(whole, layout=layout, folder=folder / name, flags=flags, micro_batch=micro)
-    run_job(job, limit)
+    run_job(job, budget.seconds())
     expected = recorded_steps(whole.folder / "samples", whole.global_batch, whole.layout.data, 2 * steps)[steps:]
     seen = recorded_steps(job.folder / "samples", job.global_batch, layout.data, steps)
     largest, first, tolerance = _differences(whole, job, steps)
@@ -190,7 +195,7 @@ def _differences(whole: Job, other: Job, after: int) -> tuple[float, float, floa
     return max(differences), differences[0], tolerance
 
 
-def lost_rank_proof(whole: Job, folder: Path, interval: int, timeout: float, limit: float) -> LostRank:
+def lost_rank_proof(whole: Job, folder: Path, interval: int, timeout: float, budget: Budget) -> LostRank:
     """Kill the last rank after the first checkpoint, wait for the job to end, start it again.
 
     Args:
@@ -198,19 +203,21 @@ def lost_rank_proof(whole: Job, folder: Path, interval: int, timeout: float, lim
         folder: For the job that is killed.
         interval: Steps between its checkpoints; at least three of them must fit the run.
         timeout: Seconds within which the job must have ended.
-        limit: Seconds of the second start.
+        budget: Time of both starts.
 
     Raises:
-        StudyError: the job ended by itself, hung, or could not be started again.
+        StudyError: the job was not started, ended by itself, hung, or could not be started again.
     """
+    budget.require(2, "lost")
     shutil.rmtree(folder, ignore_errors=True)
     job = replace(whole, folder=folder, flags=saving(folder / "checkpoints", interval))
     victim = whole.layout.processes - 1
-    killed_after, seconds, code = _kill_one(job, victim, interval, timeout, limit)
+    patience = min(timeout, budget.left)
+    killed_after, seconds, code = _kill_one(job, victim, interval, patience, budget.seconds())
     message = "\n".join(lines_that_name(victim, folder / "log.txt"))
     shutil.move(folder / "samples", folder / "samples_before")
     from_step = max(saved_iterations(folder / "checkpoints"), default=0)
-    run_job(job, limit)
+    run_job(job, budget.seconds())
     steps = whole.exit_at - from_step
     expected = recorded_steps(whole.folder / "samples", whole.global_batch, whole.layout.data, whole.exit_at)[
         from_step:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaling_faults import elastic_proof, lost_rank_proof, undisturbed
-from benchmarks.scaling_jobs import SMOKE, Job, Layout, write_data
+from benchmarks.scaling_jobs import SMOKE, Budget, Job, Layout, write_data
 
 REPOSITORY = Path(__file__).parents[2]
 LIMIT = 240.0
@@ -23,15 +23,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """24 steps of two ranks, a checkpoint after 12."""
     folder = tmp_path_factory.mktemp("scaling")
     plan = write_data(SMOKE, folder / "data", 2 * STEPS * 8)
-    return undisturbed(SMOKE, plan, folder / "undisturbed", 2, "fp32", STEPS, 8, LIMIT)
+    return undisturbed(SMOKE, plan, folder / "undisturbed", 2, "fp32", STEPS, 8, Budget(LIMIT))
 
 
 @pytest.mark.distributed
-def test_a_resume_on_one_rank_sees_the_same_samples(
-    whole: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("benchmarks.scaling_faults.resume_layouts", lambda _processes: [Layout(1)])
-    [proof] = elastic_proof(whole, tmp_path / "elastic", LIMIT)
+def test_a_resume_on_one_rank_sees_the_same_samples(whole: Job, tmp_path: Path) -> None:
+    proof = elastic_proof(whole, Layout(1), tmp_path / "elastic", Budget(LIMIT))
     assert proof.same_samples
     assert proof.first_samples == list(range(8 * STEPS, 8 * STEPS + 8))
     assert proof.holds, proof
@@ -39,7 +36,7 @@ def test_a_resume_on_one_rank_sees_the_same_samples(
 
 @pytest.mark.distributed
 def test_the_loss_of_a_rank_ends_the_job_names_it_and_is_survived(whole: Job, tmp_path: Path) -> None:
-    proof = lost_rank_proof(whole, tmp_path / "lost", interval=3, timeout=60.0, limit=LIMIT)
+    proof = lost_rank_proof(whole, tmp_path / "lost", interval=3, timeout=60.0, budget=Budget(LIMIT))
     assert proof.holds, proof
     assert "rank      : 1" in proof.message
     assert "SIGKILL" in proof.message

@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.scaling import measured_from, rows_for
 from benchmarks.scaling_faults import Elastic, lines_that_name, loss_tolerance, recorded_steps, resume_layouts
-from benchmarks.scaling_jobs import FULL, SMOKE, Job, Layout, communication_of, read_steps, write_data
+from benchmarks.scaling_jobs import FULL, SMOKE, Budget, Job, Layout, communication_of, read_steps, write_data
 from benchmarks.scaling_model import Measured, Network, as_json, load_measured, project
 from megatron_kaiyuan.data import CurriculumDataset, Plan
 from megatron_kaiyuan.errors import StudyError
@@ -200,3 +203,49 @@ def test_what_a_projection_needs_follows_from_the_rows() -> None:
     assert found.host_bytes_per_second == pytest.approx(6 * FULL.parameters / 2 / 0.050)
     assert measured_from({"setting": setting | {"device": "CPU"}, "rows": rows}, 2) is None
     assert measured_from({"setting": setting, "rows": {**rows, "weak1": {"error": "out of memory"}}}, 2) is None
+
+
+def test_no_job_starts_without_a_third_of_its_limit_or_outlives_the_call() -> None:
+    soon = Budget(limit=150, deadline=time.monotonic() + 60)
+    assert 59 < soon.seconds() <= 60
+    soon.require(1, "a row")
+    with pytest.raises(StudyError, match=r"lost: not started: (59|60) s are left, it needs 100 s"):
+        soon.require(2, "lost")
+    assert Budget(limit=150).seconds() == 150
+
+
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Layouts whose proof was run; that of one rank fails at first."""
+    tried: list[str] = []
+
+    def elastic_proof(_whole: Job, layout: Layout, _folder: Path, _budget: Budget) -> Elastic:
+        tried.append(layout.name)
+        if layout == Layout(1) and tried.count("DP 1") == 1:
+            raise StudyError("it did not end")
+        return Elastic(layout.name, layout.processes, 20, True, [0], 0.0, 0.0, 1.0)
+
+    def lost_rank_proof(*_: object) -> None:
+        raise StudyError("it hung")
+
+    monkeypatch.setattr(scaling, "elastic_proof", elastic_proof)
+    monkeypatch.setattr(scaling, "lost_rank_proof", lost_rank_proof)
+    monkeypatch.setattr(scaling, "proof_run", lambda _args: None)
+    return tried
+
+
+def test_a_proof_that_holds_is_kept_and_the_others_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proven: list[str]
+) -> None:
+    told = ["--smoke", "--parts", "elastic,lost", "--processes", "2", "--out", str(tmp_path), "--minutes", "9"]
+    monkeypatch.setattr(sys, "argv", ["", *told, "--tar", str(tmp_path / "packed.tgz")])
+    with pytest.raises(StudyError) as told_first:
+        scaling.main()
+    assert str(told_first.value).splitlines() == ["elastic: it did not end", "lost: it hung"]
+    assert (tmp_path / "packed.tgz").is_file()
+    with pytest.raises(StudyError, match=r"^lost: it hung$"):
+        scaling.main()
+    assert proven == ["DP 1 x TP 2", "DP 1", "DP 1"]
+    monkeypatch.setattr(sys, "argv", ["", *told, "--proof-steps", "10"])
+    with pytest.raises(StudyError, match=r"elastic\.json: is of"):
+        scaling.main()
