@@ -150,8 +150,11 @@ class PlanDatasetsProvider:
 
     def _held_out(self, sources: Mapping[int, HeldOutDataset], num_samples: int | None) -> HeldOutSamples:
         wanted = self.args.eval_iters * self.args.eval_global_batch_size if num_samples is not None else 0
-        if num_samples is not None and self.args.kaiyuan_evaluate_average:
-            num_samples += wanted  # one evaluation more than the loop plans for
+        if num_samples is not None:
+            # The loop plans with the present --eval-interval, and starts after what evaluations at another one took.
+            num_samples += self.args.consumed_valid_samples
+            if self.args.kaiyuan_evaluate_average:
+                num_samples += wanted  # one evaluation more than the loop plans for
         samples = HeldOutSamples(sources, self.options, num_samples, wanted)
         if samples.period < wanted:
             print_rank_0(

@@ -1,11 +1,13 @@
 """Training samples are the plan's; held-out samples are the same in each evaluation."""
 
 import itertools
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from megatron_kaiyuan.training.provider import HeldOutSamples, PlanSamples, spread_evenly
+from megatron_kaiyuan.training.provider import HeldOutSamples, PlanDatasetsProvider, PlanSamples, spread_evenly
 from megatron_kaiyuan.training.samples import SampleOptions
 
 
@@ -62,6 +64,20 @@ def test_an_evaluation_larger_than_what_is_held_out_starts_over() -> None:
 def test_a_full_validation_sees_each_window_once() -> None:
     samples = HeldOutSamples({0: Windows(3, 0), 1: Windows(2, 100)}, SampleOptions(), None, samples_per_evaluation=0)
     assert sorted(first_tokens(samples, len(samples))) == [0, 1, 2, 100, 101]
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_rarer_evaluations_after_a_resume_have_samples_left(average: bool) -> None:  # noqa: FBT001
+    """60 evaluations of 3 windows were made; at the new interval Megatron asks for 6 in all."""
+    args = Namespace(eval_iters=3, eval_global_batch_size=1, consumed_valid_samples=180)
+    args.kaiyuan_evaluate_average = average
+    flags = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask", "create_attention_mask_in_dataloader")
+    vars(args).update(dict.fromkeys(flags, False))
+    plan: Any = None
+    sources: Any = {0: Windows(4, 0)}
+    samples = PlanDatasetsProvider(plan, args, None)._held_out(sources, 18)
+    assert len(samples) == 180 + 18 + 3 * average
+    assert [int(samples[180 + step]["tokens"][0]) for step in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
 class Order(Windows):
