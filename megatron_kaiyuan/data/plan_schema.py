@@ -262,6 +262,13 @@ class PlanSpec(_Strict):
         return self
 
     def _rates_continue(self) -> None:
+        without = [number for number, phase in enumerate(self.phases) if phase.lr is None]
+        if without and len(without) < len(self.phases):
+            given = next(phase.name for phase in self.phases if phase.lr is not None)
+            raise ValueError(
+                f"phases.{without[0]} ({self.phases[without[0]].name}).lr: missing, but {given} has one; give every "
+                "phase its lr, or none and use --lr and --lr-decay-style"
+            )
         for number, (before, after) in enumerate(pairwise(self.phases), start=1):
             if before.lr is None or after.lr is None or after.lr.jump:
                 continue

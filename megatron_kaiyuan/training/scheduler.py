@@ -14,24 +14,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.learning_rate import rate_at
-from megatron_kaiyuan.errors import ConfigError
 
 __all__ = ["PlannedScheduler", "learning_rate_at", "plan_has_learning_rate"]
 
 
 def plan_has_learning_rate(plan: Plan) -> bool:
-    """Whether the plan gives the learning rate.
-
-    Raises:
-        ConfigError: some phases give one and others do not.
-    """
-    without = [phase.name for phase in plan.phases if phase.lr is None]
-    if without and len(without) < len(plan.phases):
-        raise ConfigError(
-            f"the plan gives the learning rate of some phases but not of {', '.join(without)}; "
-            "add lr: to each phase, or to none and use --lr and --lr-decay-style"
-        )
-    return not without
+    """Whether the plan gives the learning rate; a plan gives it in all phases or in none."""
+    return plan.phases[0].lr is not None
 
 
 def learning_rate_at(plan: Plan, sample: int) -> float:

@@ -92,7 +92,7 @@ ALLOWED = {
     "another curriculum before it begins": (40, {"phases__1__tokens": 80, "phases__1__sources": {"spare": "all"}}),
     "no later phase": (80, {"phases__2": None}),
     "everything before the first step": (0, {"seed": 5, "seq_length": 3, "phases__0__order": "curriculum"}),
-    "learning rate": (120, {"phases__0__lr": {"start": 1e-3, "end": 1e-3}}),
+    "learning rate": (120, {f"phases__{number}__lr": {"start": 1e-3, "end": 1e-3} for number in range(3)}),
     "averaging": (120, {"averaging": {"last": 3, "every": 10}}),
     "domain": (120, {"sources__web__domain": "english"}),
     "max_repeat": (120, {"phases__0__sources__web__max_repeat": 4}),

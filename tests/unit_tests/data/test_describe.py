@@ -82,7 +82,7 @@ def test_a_hand_made_plan_is_told_exactly(tmp_path):
     sources = {"s": {**write_source(tmp_path / "s", numbered_documents([10] * 100), range(100)), "domain": "english"}}
     spec = plan_of(
         sources,
-        phase_of("shuffled", {"s": "all"}, "a"),
+        phase_of("shuffled", {"s": "all"}, "a", lr={"start": 0, "end": 1e-3, "shape": "warmup"}),
         phase_of("curriculum", {"s": {"keep": "top 30%", "repeat": 2}}, "b", lr={"start": 1e-3, "end": 1e-3}),
         seq_length=1,
     )

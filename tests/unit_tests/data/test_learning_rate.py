@@ -29,13 +29,20 @@ def test_a_rate_that_jumps_is_refused_with_both_values_and_both_remedies() -> No
     [
         [{"start": 3e-3, "end": 3e-3}, {"start": 1e-3, "end": 1e-3, "jump": True}],
         [{"start": 0, "end": "3e-3", "shape": "warmup"}, {"start": 0.003, "end": 1e-3, "shape": "sqrt"}],
-        [{"start": 3e-3, "end": 3e-3}, None],
         [None, None],
         [{"start": 1e-3, "end": 1e-3, "jump": True}],
     ],
 )
 def test_a_rate_that_continues_or_a_jump_that_is_meant_is_accepted(rates: list[dict[str, Any] | None]) -> None:
     parse_plan_spec(spec_of(*rates))
+
+
+@pytest.mark.parametrize(("has", "missing"), [("01", 0), ("10", 1), ("101", 1)])
+def test_a_plan_gives_the_rate_of_all_phases_or_of_none(has: str, missing: int) -> None:
+    rate = {"start": 1e-3, "end": 1e-3}
+    message = rf"phases.{missing} \(p{missing}\).lr: missing, but p{has.index('1')} has one; give every phase its lr"
+    with pytest.raises(PlanError, match=message):
+        parse_plan_spec(spec_of(*(rate if given == "1" else None for given in has)))
 
 
 @given(

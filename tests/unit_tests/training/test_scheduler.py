@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec
-from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, learning_rate_at, plan_has_learning_rate
 
 WARM = LearningRateSpec(start=1.0, end=3.0, shape="warmup")
@@ -115,8 +114,6 @@ def test_a_longer_plan_with_another_peak_continues_from_a_checkpoint_of_the_shor
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_a_plan_gives_the_rate_of_all_phases_or_of_none() -> None:
+def test_a_plan_gives_the_rate_or_leaves_it_to_the_flags() -> None:
     assert plan_has_learning_rate(fake_plan(WARM, FLAT))
     assert not plan_has_learning_rate(fake_plan(None, None))
-    with pytest.raises(ConfigError, match=r"but not of phase1; add lr: to each phase"):
-        plan_has_learning_rate(fake_plan(WARM, None))
