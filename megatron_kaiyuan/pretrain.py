@@ -7,7 +7,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.errors import KaiyuanError
+from megatron_kaiyuan.errors import KaiyuanError, MetricsError, TrainingStopped
 from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
 __all__ = ["main"]
@@ -29,10 +29,21 @@ def main() -> int:
         run_pretraining()
         _leave_together()
     except KaiyuanError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: files may be missing on one of them only
+        if _tells(error):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _tells(error: KaiyuanError) -> bool:
+    """Whether this process prints the error.
+
+    What is found before the start is found by all ranks, and told once a host: files may be missing on one of them
+    only. A metrics file is looked at by one rank, and once training has begun each rank reads its own samples.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, MetricsError):
+        return True
+    return torch.distributed.is_initialized() and not isinstance(error, TrainingStopped)
 
 
 def _leave_together() -> None:

@@ -6,13 +6,17 @@ counts.
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.errors import MetricsError
 
-__all__ = ["append_metrics", "average_path", "held_out_path", "read_metrics"]
+__all__ = ["append_metrics", "average_path", "check_metrics_place", "held_out_path", "read_metrics"]
+
+_lossy: set[Path] = set()
+"""Files whose last line could not be written."""
 
 
 def held_out_path(metrics: Path) -> Path:
@@ -25,11 +29,29 @@ def average_path(metrics: Path) -> Path:
     return metrics.with_suffix(".held_out_average.jsonl")
 
 
+def check_metrics_place(path: Path) -> None:
+    """Look before the start whether lines can be appended; makes the folder, and leaves no empty file.
+
+    Raises:
+        MetricsError: they cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            is_empty = file.tell() == 0
+        if is_empty:
+            path.unlink()
+    except OSError as error:
+        raise MetricsError(
+            f"{path} cannot be written ({error.strerror}); choose another --kaiyuan-metrics, or mend the place"
+        ) from error
+
+
 def append_metrics(path: Path, entry: Mapping[str, Any]) -> None:
     """Append one line with a single write, after a newline if the last line was torn by a crash.
 
-    Raises:
-        MetricsError: the file cannot be written.
+    A line that cannot be written is lost, with one warning until lines can be written again: a full disk of logs ends
+    no training.
     """
     line = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
     try:
@@ -41,9 +63,12 @@ def append_metrics(path: Path, entry: Mapping[str, Any]) -> None:
                 line = line if file.read(1) == b"\n" else "\n" + line
             file.write(line.encode())
     except OSError as error:
-        raise MetricsError(
-            f"{path} cannot be written ({error.strerror}); free space, or choose another --kaiyuan-metrics"
-        ) from error
+        if path not in _lossy:
+            what = f"{path} cannot be written ({error.strerror})"
+            print(f"\nWARNING: {what}; the run goes on, its metrics are lost until there is space\n", file=sys.stderr)
+        _lossy.add(path)
+    else:
+        _lossy.discard(path)
 
 
 def read_metrics(path: Path, *, last_iteration: int | None = None) -> list[dict[str, Any]]:

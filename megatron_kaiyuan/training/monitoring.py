@@ -12,7 +12,7 @@ from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.held_out_report import HeldOutReport
-from megatron_kaiyuan.training.metrics_file import average_path, held_out_path
+from megatron_kaiyuan.training.metrics_file import average_path, check_metrics_place, held_out_path
 from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
 from megatron_kaiyuan.training.source_counters import SourceCounters
 
@@ -27,13 +27,19 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
     Args:
         args: Megatron's validated arguments.
         plan: Names the sources; a run without a plan has none to count.
+
+    Raises:
+        MetricsError: on the last rank: its file cannot be written.
     """
     is_logging_rank = args.rank == args.world_size - 1  # the process group does not exist yet
+    metrics = _metrics_path(args)
+    if is_logging_rank and metrics is not None:
+        check_metrics_place(metrics)
     options = MonitorOptions(
         log_interval=args.log_interval,
         activation_interval=args.kaiyuan_activation_interval,
         max_skipped_steps=args.kaiyuan_max_skipped_steps,
-        metrics=_metrics_path(args),
+        metrics=metrics,
         seq_length=args.seq_length,
     )
     counters = SourceCounters(() if plan is None else tuple(plan.sources))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.errors import MetricsError, TrainingStopped
+from megatron_kaiyuan.errors import TrainingStopped
 from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
 from megatron_kaiyuan.training.source_counters import NUM_BANDS, SourceCounters
 from tests.helpers import run_distributed
@@ -107,12 +107,6 @@ def test_a_line_torn_at_any_place_spoils_neither_its_neighbours_nor_what_follows
         file.write(torn)
     append_metrics(path, {"iteration": 3})
     assert read_metrics(path) == [{"iteration": 1}, {"iteration": 3}]
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MetricsError, match="--kaiyuan-metrics"):
-        append_metrics(tmp_path / "file" / "metrics.jsonl", {"iteration": 1})
 
 
 def watch_an_overflow(_rank: int) -> dict[str, Any]:
