@@ -195,6 +195,8 @@ class Session:
             return {"optimizer": "", "error": f"not started: {left:.0f} s are left"}
         found = self.found_by(row)
         told = {"optimizer": found["optimizer"], "engine": found.get("engine")}
+        if "error" in found:  # a broken Transformer Engine, say: the other rows do not have it on their path
+            return told | {"error": found["error"]}
         if row.engine and told["engine"] is None:
             return told | {"error": f"needs Transformer Engine (--te-site): {found['engine_error']}"}
         seconds = min(self.args.row_seconds, self.args.limit - (time.monotonic() - self.started))
@@ -208,9 +210,8 @@ class Session:
                 [sys.executable, "-c", SOFTWARE], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
                 check=False,
             )  # fmt: skip
-            if done.returncode:
-                raise StudyError(f"Megatron cannot be imported with PYTHONPATH={path}: {done.stderr[-400:]}")
-            self.software[path] = json.loads(done.stdout.splitlines()[-1])
+            broken = {"optimizer": "", "error": f"Megatron cannot be imported: {done.stderr.strip()[-300:]}"}
+            self.software[path] = broken if done.returncode else json.loads(done.stdout.splitlines()[-1])
         return self.software[path]
 
     def run(self, row: Row, seconds: float, extra: Sequence[str] = ()) -> dict[str, Any]:

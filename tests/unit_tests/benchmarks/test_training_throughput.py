@@ -126,6 +126,7 @@ def session(folder: Path, **changed: Any) -> Session:
         "logs": folder, "smoke": True, "plan": None, "steps": 9, "micro_batch_size": None, "tar": None, "limit": 500.0,
         "row_seconds": 110.0, "te_site": None,
     }  # fmt: skip
+    folder.mkdir(exist_ok=True)
     found = Session(argparse.Namespace(**(told | changed)), TINY)
     found.prepare([])
     return found
@@ -168,6 +169,16 @@ def test_a_row_of_transformer_engine_fails_where_it_cannot_be_imported(
     monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("it must not be started"))
     error = here.outcome(Row("te", "te", engine=True))["error"]
     assert error == "needs Transformer Engine (--te-site): ImportError: no libcublas"
+
+
+def test_a_broken_transformer_engine_costs_its_own_rows_alone(tmp_path: Path) -> None:
+    """Of other errors than ImportError, Megatron's import dies; what local rows find is read as ever."""
+    broken = tmp_path / "te_site" / "transformer_engine"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('built for another torch')")
+    here = session(tmp_path / "logs", te_site=broken.parent)
+    assert here.outcome(Row("te", "te", engine=True))["error"].endswith("RuntimeError: built for another torch")
+    assert here.found_by(Row("ours", "ours"))["optimizer"].startswith("torch.optim.")
 
 
 def test_no_row_starts_that_could_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
