@@ -3,6 +3,7 @@
 Shapes: b = micro-batch, s = sequence on this context-parallel rank.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_kaiyuan.model.document_attention import document_boundaries
+from megatron_kaiyuan.training.diagnosis import why_loss_is_not_finite
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.monitor import RunMonitor
 
@@ -26,7 +28,7 @@ _MODEL_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids"
 _MONITOR_KEYS = ("dataset_id", "band_tokens", "token_bands")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardStep:
     """What Megatron calls for each micro-batch."""
 
@@ -34,6 +36,8 @@ class ForwardStep:
     """Told of every training micro-batch; None: nobody is."""
     held_out: HeldOutLosses | None = None
     """Counts the losses of every validation micro-batch; None: nobody does."""
+    _explained: bool = False
+    """A loss that was not finite has been explained; those that follow have the same reason."""
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
@@ -48,20 +52,21 @@ class ForwardStep:
         timers("batch-generator").stop()
         if monitor is not None:
             monitor.observe(model)
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            **_fused_loss(model),
-        )
+        forward = partial(_forward, model, batch)
+        output = forward()
         count = partial(self._count, batch, is_training=model.training)
+        why_not_finite = partial(self._why_not_finite, model, forward)
         if isinstance(output, tuple):
             total, losses, peak_logit = output
             count(losses, peak_logit)
-            return total, partial(fused_language_model_loss, batch["loss_mask"])
-        return output, partial(_counted_loss, count, batch)
+            return total, partial(fused_language_model_loss, batch["loss_mask"], why_not_finite=why_not_finite)
+        return output, partial(_counted_loss, count, why_not_finite, batch)
+
+    def _why_not_finite(self, model: Any, forward: Callable[[], Any]) -> str | None:
+        if self._explained or not _can_repeat_alone():
+            return None
+        self._explained = True
+        return why_loss_is_not_finite(model, forward)
 
     def _count(
         self, batch: dict[str, Tensor | None], losses: Tensor, peak_logit: Tensor | None, *, is_training: bool
@@ -75,11 +80,36 @@ class ForwardStep:
             self.held_out.add(source_ids, bands, losses, mask)
 
 
+def _forward(model: Any, batch: dict[str, Tensor | None]) -> Any:
+    return model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        **_fused_loss(model),
+    )
+
+
+def _can_repeat_alone() -> bool:
+    """Whether all ranks that a forward pass communicates with see the same loss, so that they would repeat it together.
+
+    Those of one tensor-parallel group do. Context parallelism splits the sequence, experts take tokens of other ranks,
+    and FSDP gathers weights from ranks with other data. A CUDA graph cannot be metered.
+    """
+    args = get_args()
+    split = args.context_parallel_size > 1 or args.expert_model_parallel_size > 1
+    return not (split or args.use_megatron_fsdp or args.use_torch_fsdp2 or args.cuda_graph_impl != "none")
+
+
 def _counted_loss(
-    count: Callable[[Tensor, None], None], batch: dict[str, Tensor | None], losses: Tensor
+    count: Callable[[Tensor, None], None],
+    why_not_finite: Callable[[], str | None],
+    batch: dict[str, Tensor | None],
+    losses: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     count(losses, None)
-    return language_model_loss(batch["loss_mask"], losses)
+    return language_model_loss(batch["loss_mask"], losses, why_not_finite)
 
 
 def _fused_loss(model: Any) -> dict[str, Any]:
@@ -142,7 +172,9 @@ def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, 
     return {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in _MODEL_KEYS + _MONITOR_KEYS}
 
 
-def language_model_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def language_model_loss(
+    loss_mask: Tensor | None, losses: Tensor, why_not_finite: Callable[[], str | None] = lambda: None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses that count, how many these are, and both again for the log.
 
     Megatron divides the sum by the number, over all micro-batches and ranks together, so every token weighs the same.
@@ -151,26 +183,34 @@ def language_model_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tenso
         loss_mask: 1 for tokens that count, else 0; float [b, s]. None on the stages before the last, which compute no
             loss.
         losses: Loss of each token; [b, s].
+        why_not_finite: Finds out where a loss that is not finite comes from, if it can.
 
     Returns:
         Loss (scalar, FP32), number of tokens (scalar, int32), and `{"lm loss": [sum, number]}`.
     """
     assert loss_mask is not None, "the last stage has the mask"
-    return fused_language_model_loss(loss_mask, torch.sum(losses.view(-1).float() * loss_mask.view(-1).float()))
+    loss = torch.sum(losses.view(-1).float() * loss_mask.view(-1).float())
+    return fused_language_model_loss(loss_mask, loss, why_not_finite)
 
 
-def fused_language_model_loss(loss_mask: Tensor | None, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def fused_language_model_loss(
+    loss_mask: Tensor | None, loss: Tensor, why_not_finite: Callable[[], str | None] = lambda: None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same from the masked sum of the losses, FP32 scalar."""
     assert loss_mask is not None, "the last stage has the mask"
     num_tokens = loss_mask.float().sum().detach().to(torch.int)
-    _check_finite(loss)
+    _check_finite(loss, why_not_finite)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
-def _check_finite(loss: Tensor) -> None:
+def _check_finite(loss: Tensor, why_not_finite: Callable[[], str | None]) -> None:
     """Stop at a NaN or infinite loss before it is averaged over the ranks; off under dynamic loss scaling."""
     if not get_args().check_for_nan_in_loss_and_grad:
         return
+    if not torch.isfinite(loss) and (why := why_not_finite()) is not None:
+        # Not in the message below, by which Megatron recognises the same check when it repeats the step.
+        rank = torch.distributed.get_rank()
+        print(f" the loss on rank {rank} is {loss.item():g}: {why}", file=sys.stderr, flush=True)
     for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
         get_rerun_state_machine().validate_result(
             result=loss,

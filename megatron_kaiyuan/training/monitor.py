@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_kaiyuan.data import band_name
 from megatron_kaiyuan.errors import TrainingStopped
 from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
+from megatron_kaiyuan.training.diagnosis import check_gradients, depth, merged
 from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
 from megatron_kaiyuan.training.source_counters import NUM_BANDS, SourceCounters, SourceSums
 
@@ -150,11 +151,11 @@ class RunMonitor:
             meter.stop()
         if self._peak_logit is not None:
             peaks.append(ActivationPeak("output_layer", float(self._peak_logit)))
-        merged = _merged(_gathered(peaks))
-        if not merged:
+        everywhere = merged(_gathered(peaks))
+        if not everywhere:
             return
-        culprit = first_non_finite(merged)
-        largest = max(merged, key=lambda entry: entry.peak if math.isfinite(entry.peak) else math.inf)
+        culprit = first_non_finite(everywhere)
+        largest = max(everywhere, key=lambda entry: entry.peak if math.isfinite(entry.peak) else math.inf)
         if culprit is not None:
             self._diagnosis = f"the first activation that is not finite is that of {culprit}"
         else:
@@ -162,24 +163,28 @@ class RunMonitor:
                 f"all activations are finite (the largest, {largest.peak:.4g} in {largest.name}, is "
                 f"{largest.headroom:.3g} times below the end of FP16), so it is the scaled gradients that overflow"
             )
-        self._activations = {entry.name: entry.peak if math.isfinite(entry.peak) else None for entry in merged}
+        self._activations = {entry.name: entry.peak if math.isfinite(entry.peak) else None for entry in everywhere}
         self._write("activations/largest", largest.peak, step.iteration)
         self._write("activations/FP16 headroom", largest.headroom, step.iteration)
-        for entry in merged:
+        for entry in everywhere:
             self._write(f"activations/{entry.name}", entry.peak, step.iteration)
         if culprit is not None:
             self.say(f" step {step.iteration}: {self._diagnosis}")
 
     def _explain_skip(self, step: StepReport) -> None:
-        """Name weights whose gradient is not finite: in the order of the backward pass the first one is the origin."""
-        names = [name for model in self._models for name in _non_finite_gradients(model)]
-        names = [name for part in _gathered(names) for name in part]
-        if names:
-            last = max(names, key=_depth)
-            self.say(
-                f" step {step.iteration} was skipped: {len(names)} gradients are not finite, the deepest is that of "
-                f"{last}; the loss scale is now {step.loss_scale:g}"
-            )
+        """Say whether the forward pass overflowed or, in the order of the backward pass, where gradients first did."""
+        checks = [check for part in _gathered([check_gradients(self._models)]) for check in part]
+        names = [name for check in checks for name in check.non_finite]
+        if not names:
+            return
+        # A finite loss acquits the forward pass, even where the scaled gradients overflow from the output layer on.
+        everything = len(names) == sum(check.checked for check in checks)
+        if everything if step.loss is None else not math.isfinite(step.loss):
+            why = "the forward pass overflowed, after which no gradient tells where; the next one is metered"
+        else:
+            deepest = max(names, key=depth)
+            why = f"{len(names)} gradients are not finite, the deepest is that of {deepest}"
+        self.say(f" step {step.iteration} was skipped: {why}; the loss scale is now {step.loss_scale:g}")
 
     def _write_line(self, step: StepReport) -> None:
         sums = self.counters.take()
@@ -260,53 +265,3 @@ def _gathered(value: list[Any]) -> list[list[Any]]:
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, value)
     return everywhere
-
-
-def _merged(parts: list[list[ActivationPeak]]) -> list[ActivationPeak]:
-    """The largest peak of each name over the ranks, in the order of computation."""
-    largest: dict[str, ActivationPeak] = {}
-    for peak in (peak for part in parts for peak in part):
-        known = largest.get(peak.name)
-        if known is None or not peak.peak <= known.peak:  # a NaN wins, too
-            largest[peak.name] = peak if known is None or not math.isnan(known.peak) else known
-    return sorted(largest.values(), key=lambda entry: _depth(entry.name))
-
-
-def _depth(name: str) -> tuple[int, int, int]:
-    """Where in the forward pass a module or its weight is, by name: embedding, layer by layer, output layer."""
-    if name.startswith("embedding"):
-        return 0, 0, 0
-    if not name.startswith("decoder.layers."):
-        return (1, 1 << 30, 0) if name.startswith("decoder") else (2, 0, 0)
-    _, _, layer, *rest = name.split(".", 4)
-    within = (
-        "input_layernorm",
-        "self_attention",
-        "post_self_attn_layernorm",
-        "pre_mlp_layernorm",
-        "mlp",
-        "post_mlp_layernorm",
-    )
-    inner = ("linear_qkv", "q_layernorm", "k_layernorm", "linear_proj", "linear_fc1", "linear_fc2")
-    place = within.index(rest[0]) * 10 if rest and rest[0] in within else 100
-    second = rest[1].split(".")[0] if len(rest) > 1 else ""
-    return 1, int(layer), place + (inner.index(second) if second in inner else 0)
-
-
-def _non_finite_gradients(model: Any) -> list[str]:
-    """Names, with the layer's number in the whole model, of this rank's weights whose gradient has an inf or a NaN."""
-    while hasattr(model, "module"):
-        model = model.module
-    named = [(name, getattr(weight, "main_grad", None)) for name, weight in model.named_parameters()]
-    checked = [(name, gradient) for name, gradient in named if gradient is not None]
-    if not checked:
-        return []
-    finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in checked]).tolist()
-    return [_global_name(model, name) for (name, _), good in zip(checked, finite, strict=True) if not good]
-
-
-def _global_name(model: Any, name: str) -> str:
-    if not name.startswith("decoder.layers."):
-        return name
-    _, _, local, rest = name.split(".", 3)
-    return f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"

@@ -280,6 +280,16 @@ def test_tokens_see_only_their_own_document_where_the_flags_ask_for_it(
     assert abs(first["plain"]["loss"] - reference["plain"]["loss"]) > 10 * ROUNDING
 
 
+@pytest.mark.parametrize("fusions", ["none", "loss"])
+def test_a_fatal_loss_names_the_layer_it_came_from(plan: Path, tmp_path: Path, fusions: str) -> None:
+    """Of weights of this size the MLP's second product, of three of them, is the first beyond 3.4e38."""
+    huge = ("--init-method-std", "3e17", "--kaiyuan-fusions", fusions)
+    finished = train(tmp_path, "--plan", str(plan), *huge)
+    assert finished.returncode != 0
+    reason = "the first activation that is not finite is that of decoder.layers.0.mlp.linear_fc2"
+    assert finished.output.count(f" the loss on rank 0 is nan: {reason}") == 1
+
+
 def test_the_run_tells_which_defaults_it_changed(single: tuple[Path, Finished]) -> None:
     for line in (
         "> default from the plan: train_samples = 48",

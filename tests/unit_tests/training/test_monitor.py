@@ -109,9 +109,22 @@ def test_a_line_torn_at_any_place_spoils_neither_its_neighbours_nor_what_follows
     assert read_metrics(path) == [{"iteration": 1}, {"iteration": 3}]
 
 
-def watch_an_overflow(_rank: int) -> dict[str, Any]:
-    """Entry of `run_distributed`: a tiny FP16 model whose second layer overflows in `linear_fc2`."""
-    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
+def step(iteration: int, *, skipped: bool = True, loss_scale: float = 8.0, loss: float | None = None) -> Any:
+    from megatron_kaiyuan.training.monitor import StepReport  # not above: it imports Megatron
+
+    return StepReport(
+        iteration=iteration,
+        consumed_samples=iteration,
+        skipped=skipped,
+        loss_scale=loss_scale,
+        learning_rate=1.0,
+        grad_norm=None,
+        loss=loss,
+    )
+
+
+def overflowing_model(weights: dict[str, float]) -> tuple[Any, Any]:
+    """A tiny FP16 model whose second layer overflows for such weights of its MLP, and what computes it once."""
     from tests.unit_tests.model import tiny
     from tests.unit_tests.model.reference import Features, Shape, random_batch
 
@@ -119,10 +132,28 @@ def watch_an_overflow(_rank: int) -> dict[str, Any]:
     case = tiny.Case(name="overflow", shape=Shape(layers=3), features=Features(qk_norm=True, softcap=30.0), half=True)
     model = tiny.build_stage(case)
     with torch.no_grad():
-        model.decoder.layers[1].mlp.linear_fc1.weight.fill_(1.0)
-        model.decoder.layers[1].mlp.linear_fc2.weight.fill_(60000.0)
+        for name, value in weights.items():
+            getattr(model.decoder.layers[1].mlp, name).weight.fill_(value)
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    tokens, _ = random_batch(case.shape)
+    return model, lambda: model(tokens, torch.arange(case.shape.sequence).expand_as(tokens), None)
+
+
+def watch_overflows(_rank: int) -> dict[str, Any]:
+    """Entry of `run_distributed`: what is said of overflows in different places."""
+    return {
+        "linear_fc2": watch({"linear_fc1": 1.0, "linear_fc2": 60000.0}),
+        "linear_fc1": watch({"linear_fc1": 60000.0}),
+        "reasons": explain_skips(),
+    }
+
+
+def watch(weights: dict[str, float]) -> dict[str, Any]:
+    """A run that skips every step."""
+    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+
+    model, compute = overflowing_model(weights)
     model.decoder.layers[1].mlp.linear_fc1.weight.main_grad.fill_(math.inf)
     said: list[str] = []
     scalars: dict[str, float] = {}
@@ -131,31 +162,58 @@ def watch_an_overflow(_rank: int) -> dict[str, Any]:
         options, SourceCounters(()), lambda name, value, _step: scalars.update({name: value}), said.append
     )
     monitor.observe(model)
-    tokens, _ = random_batch(case.shape)
     error = ""
     for iteration in range(1, 10):
-        model(tokens, torch.arange(case.shape.sequence).expand_as(tokens), None)
-        step = StepReport(
-            iteration=iteration,
-            consumed_samples=iteration,
-            skipped=True,
-            loss_scale=2.0**-iteration,
-            learning_rate=1.0,
-            grad_norm=None,
-            loss=None,
-        )
+        compute()
         try:
-            monitor.after_step(step)
+            monitor.after_step(step(iteration, loss_scale=2.0**-iteration))
         except TrainingStopped as stopped:
             error = f"{iteration}: {stopped}"
             break
     return {"error": error, "said": said, "headroom": scalars["activations/FP16 headroom"]}
 
 
+def explain_skips() -> list[str]:
+    """What is said of a skipped step: gradients all infinite, by loss; then one finite, with the loss unknown."""
+    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+
+    said: list[str] = []
+    monitor = RunMonitor(MonitorOptions(log_interval=100, seq_length=8), SourceCounters(()), None, said.append)
+    model, _ = overflowing_model({})
+    monitor.observe(model)
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(math.inf)
+    for iteration, loss in enumerate((math.nan, None, 4.5), start=1):
+        monitor.after_step(step(iteration, loss=loss))
+    model.output_layer.weight.main_grad.zero_()
+    monitor.after_step(step(4))
+    return said
+
+
+@pytest.fixture(scope="module")
+def overflows() -> dict[str, Any]:
+    [seen] = run_distributed(watch_overflows, 1)
+    return dict(seen)
+
+
 @pytest.mark.distributed
-def test_a_run_that_only_skips_is_stopped_and_the_layer_that_overflowed_is_named() -> None:
-    [seen] = run_distributed(watch_an_overflow, 1)
+def test_a_run_that_only_skips_is_stopped_and_the_layer_that_overflowed_is_named(overflows: dict[str, Any]) -> None:
+    seen = overflows["linear_fc2"]
     assert seen["error"].startswith("3: 3 steps in a row were skipped, the loss scale is down to 0.125 at step 3")
     assert "not finite is that of decoder.layers.1.mlp.linear_fc2" in seen["error"]
     assert seen["headroom"] == 0.0
     assert any("the deepest is that of decoder.layers.1.mlp.linear_fc1.weight" in line for line in seen["said"])
+
+
+@pytest.mark.distributed
+def test_a_matrix_product_comes_before_the_activation_that_reads_it(overflows: dict[str, Any]) -> None:
+    assert "not finite is that of decoder.layers.1.mlp.linear_fc1." in overflows["linear_fc1"]["error"]
+
+
+@pytest.mark.distributed
+def test_gradients_are_blamed_only_where_the_forward_pass_was_finite(overflows: dict[str, Any]) -> None:
+    of_nan, of_unknown, of_finite, of_some = overflows["reasons"]
+    assert "step 1 was skipped: the forward pass overflowed" in of_nan
+    assert "step 2 was skipped: the forward pass overflowed" in of_unknown
+    assert "the deepest is that of output_layer.weight" in of_finite
+    assert "the deepest is that of decoder.final_layernorm.weight" in of_some
