@@ -22,7 +22,12 @@ from megatron_kaiyuan.export.checkpoint_parts import LazyTensor, write_parts
 from megatron_kaiyuan.export.tensor_files import TensorFolder
 from megatron_kaiyuan.export.to_hugging_face import CONVERSION_NAME
 from megatron_kaiyuan.export.weight_names import Weight, joined, parts_of, weights_of
-from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME, iteration_folder, new_checkpoint_folder
+from megatron_kaiyuan.training.checkpoint_io import (
+    TRACKER_NAME,
+    iteration_folder,
+    new_checkpoint_folder,
+    output_conflict,
+)
 from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
 __all__ = ["import_model", "untrained_state"]
@@ -49,7 +54,7 @@ def import_model(
         progress: Called with the bytes that each step wrote.
 
     Raises:
-        ConvertError: another architecture, files that do not fit it, or an output that exists.
+        ConvertError: another architecture, files that do not fit it, or an output that holds a checkpoint.
     """
     config = _read_json(source / "config.json", "give a model folder of Hugging Face's layout")
     architecture = architecture_from_config(config, str(source / "config.json"))
@@ -58,8 +63,9 @@ def import_model(
     if type(number) is not int or number < 1:
         raise ConvertError(f"iteration {number!r}: Megatron loads iterations from 1 on; give --iteration N")
     folder = iteration_folder(output, number)
-    if folder.exists():
-        raise ConvertError(f"--output {output}: {folder.name} exists; remove it or name another directory")
+    conflict = output_conflict(output, number)
+    if conflict is not None:
+        raise ConvertError(f"--output {output}: {conflict}")
     files = TensorFolder(source)
     tensors = _lazy_tensors(files, architecture, source, progress)
     objects = untrained_state(architecture, number, tensors["embedding.word_embeddings.weight"].dtype)

@@ -29,6 +29,7 @@ from megatron_kaiyuan.training.checkpoint_io import (
     iteration_folder,
     new_checkpoint_folder,
     open_checkpoint,
+    output_conflict,
     saved_iterations,
 )
 from megatron_kaiyuan.training.checkpoint_recovery import damage
@@ -162,16 +163,17 @@ def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Pa
     Args:
         checkpoints: Oldest first.
         kind: See `weights_of`.
-        output: Save directory of the result; `--load OUTPUT` finds it.
+        output: Save directory of the result; `--load OUTPUT` finds it. It may hold other averages, and no run.
 
     Raises:
-        ConfigError: the checkpoints are of different models or runs, or the output exists.
+        ConfigError: the checkpoints are of different models or runs, or the output exists or is that of a run.
     """
     weights = weights_of(kind, len(checkpoints))
     last = checkpoints[-1]
     folder = iteration_folder(output, last.iteration)
-    if folder.exists():
-        raise ConfigError(f"--output {output}: {folder.name} exists; remove it or name another directory")
+    conflict = output_conflict(output, last.iteration, like=MANIFEST_NAME)
+    if conflict is not None:
+        raise ConfigError(f"--output {output}: {conflict}")
     _check_same_model(checkpoints)
     _check_same_run(checkpoints)
     averaged = {name: _averaged(checkpoints, weights, name) for name in last.tensors}

@@ -37,6 +37,7 @@ __all__ = [
     "iteration_folder",
     "new_checkpoint_folder",
     "open_checkpoint",
+    "output_conflict",
     "saved_iterations",
     "single_process",
     "write_checkpoint",
@@ -176,6 +177,27 @@ def saved_iterations(directory: Path) -> list[int]:
     return sorted(
         int(match[1]) for entry in directory.iterdir() if entry.is_dir() and (match := _FOLDER.fullmatch(entry.name))
     )
+
+
+def output_conflict(output: Path, iteration: int, *, like: str | None = None) -> str | None:
+    """Why a checkpoint may not be written into a save directory and become its latest; None if it may.
+
+    Args:
+        output: The directory, which need not exist.
+        iteration: Of the checkpoint.
+        like: Checkpoints of other iterations may be there if they have this file; None: none may.
+    """
+    if iteration_folder(output, iteration).exists():
+        return f"{iteration_folder(output, iteration).name} exists; remove it or name another directory"
+    present = saved_iterations(output)
+    for other in (iteration_folder(output, number) for number in present):
+        if like is None or not (other / like).is_file():
+            return f"holds {other.name}, another checkpoint; name a new directory"
+    tracker = output / TRACKER_NAME
+    latest = tracker.read_text().strip() if tracker.is_file() else str(iteration)
+    if latest not in map(str, (iteration, *present)):
+        return f"{TRACKER_NAME} there names {latest!r}, another checkpoint; name a new directory"
+    return None
 
 
 def find_checkpoints(directory: Path, iterations: Sequence[int] | None = None) -> list[Checkpoint]:

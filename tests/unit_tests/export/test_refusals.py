@@ -94,6 +94,9 @@ def test_an_existing_folder_is_never_written_over(checkpoint: Checkpoint, tmp_pa
     import_model(tmp_path / "hf", tmp_path / "back")
     with pytest.raises(ConvertError, match="iter_0000003 exists; remove it"):
         import_model(tmp_path / "hf", tmp_path / "back")
+    with pytest.raises(ConvertError, match="holds iter_0000003, another checkpoint; name a new directory"):
+        import_model(tmp_path / "hf", tmp_path / "back", iteration=4)
+    assert (tmp_path / "back" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 def test_an_export_that_breaks_off_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:

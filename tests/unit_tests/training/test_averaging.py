@@ -196,6 +196,27 @@ def test_an_existing_output_is_never_written_over(run: Path, tmp_path: Path) -> 
         average_checkpoints(find_checkpoints(run), "wma", tmp_path / "average")
 
 
+@pytest.mark.parametrize("kept", ["checkpoints", "tracker"])
+def test_the_directory_of_a_run_is_no_output(run: Path, tmp_path: Path, kept: str) -> None:
+    other = tmp_path / "other"
+    save(other, 7)
+    if kept == "tracker":
+        iteration_folder(other, 7).rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"--output .*other.*another checkpoint; name a new directory"):
+        average_checkpoints(find_checkpoints(run), "mean", other)
+    assert not iteration_folder(other, 20).exists()
+    assert (other / "latest_checkpointed_iteration.txt").read_text() == "7"
+
+
+def test_averages_may_lie_beside_each_other_and_be_made_again(run: Path, tmp_path: Path) -> None:
+    average_checkpoints(choose_checkpoints(run, None, [5, 10]), "mean", tmp_path / "average")
+    average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
+    assert (tmp_path / "average" / "latest_checkpointed_iteration.txt").read_text() == "20"
+    for iteration in (10, 20):
+        iteration_folder(tmp_path / "average", iteration).rename(tmp_path / f"removed{iteration}")
+    average_checkpoints(find_checkpoints(run), "wma", tmp_path / "average")
+
+
 def test_an_unfinished_save_is_named(run: Path) -> None:
     (iteration_folder(run, 15) / ".metadata").unlink()
     with pytest.raises(ConfigError, match=r"iter_0000015.*did not end"):
