@@ -3,7 +3,7 @@
     every log line        loss and tokens by source, tokens by quantile band, throughput: log, TensorBoard, wandb,
     metrics.jsonl every so many steps   max |activation| of each layer and its distance from the end of FP16
     at a skipped step     the weights whose gradient is not finite; the next step is metered to see if activations are
-    too many in a row     the run stops with a diagnosis, on all ranks, since all know the same skips and the same scale
+    too many of them      the run stops with a diagnosis, on all ranks, since all know the same skips and the same scale
 
 Cost: a few sums of [b, s] a micro-batch, one all-reduce of a few hundred numbers a log line, and the meter's
 reductions in one of `activation_interval` steps (docs/benchmarks.md).
@@ -11,6 +11,7 @@ reductions in one of `activation_interval` steps (docs/benchmarks.md).
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,10 @@ class MonitorOptions:
     activation_interval: int = 100
     """Steps between two readings of the activation meter; 0 = never."""
     max_skipped_steps: int = 50
-    """The run stops after so many skipped steps in a row; 0 = never. From 2^32 down to 1 takes 33 halvings."""
+    """N; 0 = never. The run stops after N skipped steps in a row (from 2^32 down to 1 takes 33 halvings), or when N of
+    the last 2N were skipped with the loss scale at its minimum: a step that succeeds in between does not raise it."""
+    min_loss_scale: float = 1.0
+    """The loss scale falls no further."""
     metrics: Path | None = None
     """`metrics.jsonl`; None: not written."""
     seq_length: int
@@ -76,6 +80,8 @@ class RunMonitor:
     _metering: bool = False
     _peak_logit: Tensor | None = None
     _skipped_in_a_row: int = 0
+    _skipped_at_minimum: deque[int] = field(default_factory=deque)
+    """Those of the last steps that were skipped with the loss scale at its minimum."""
     _skipped_since_line: int = 0
     _diagnosis: str = "no activation was metered"
     _clock: float = field(default_factory=time.perf_counter)
@@ -113,26 +119,43 @@ class RunMonitor:
         """Report what is due after this step.
 
         Raises:
-            TrainingStopped: too many steps in a row were skipped.
+            TrainingStopped: too many steps were skipped.
         """
         self._read_meters(step)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
-        self._skipped_since_line += step.skipped
+        self._count_skips(step)
         if step.skipped:
             self._explain_skip(step)
         if step.iteration % self.options.log_interval == 0:
             self._write_line(step)
-        limit = self.options.max_skipped_steps
-        if limit and self._skipped_in_a_row >= limit:
-            raise TrainingStopped(
-                f"{limit} steps in a row were skipped, the loss scale is down to {step.loss_scale:g} at step "
-                f"{step.iteration}: {self._diagnosis}. Resume from an earlier checkpoint with a lower learning rate, "
-                "or with --kaiyuan-sandwich-norm, --qk-layernorm and a soft-cap if they are off; "
-                "--kaiyuan-max-skipped-steps 0 goes on regardless"
-            )
+        self._stop_if_stuck(step)
         interval = self.options.activation_interval
         if step.skipped or (interval and (step.iteration + 1) % interval == 0):
             self._start_meters()
+
+    def _count_skips(self, step: StepReport) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
+        self._skipped_since_line += step.skipped
+        recent = self._skipped_at_minimum
+        if step.skipped and step.loss_scale <= self.options.min_loss_scale:
+            recent.append(step.iteration)
+        while recent and recent[0] <= step.iteration - 2 * self.options.max_skipped_steps:
+            recent.popleft()
+
+    def _stop_if_stuck(self, step: StepReport) -> None:
+        limit, scale = self.options.max_skipped_steps, f"{step.loss_scale:g} at step {step.iteration}"
+        if not limit:
+            return
+        if self._skipped_in_a_row >= limit:
+            what = f"{limit} steps in a row were skipped, the loss scale is down to {scale}"
+        elif len(self._skipped_at_minimum) >= limit:
+            what = f"{limit} of the last {2 * limit} steps were skipped with the loss scale at its minimum, {scale}"
+        else:
+            return
+        raise TrainingStopped(
+            f"{what}: {self._diagnosis}. Resume from an earlier checkpoint with a lower learning rate, or with "
+            "--kaiyuan-sandwich-norm, --qk-layernorm and a soft-cap if they are off; --kaiyuan-max-skipped-steps 0 "
+            "goes on regardless"
+        )
 
     def _start_meters(self) -> None:
         self._metering = True

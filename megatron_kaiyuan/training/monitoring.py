@@ -39,6 +39,7 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
         log_interval=args.log_interval,
         activation_interval=args.kaiyuan_activation_interval,
         max_skipped_steps=args.kaiyuan_max_skipped_steps,
+        min_loss_scale=args.min_loss_scale if args.loss_scale is None else args.loss_scale,
         metrics=metrics,
         seq_length=args.seq_length,
     )

@@ -217,3 +217,42 @@ def test_gradients_are_blamed_only_where_the_forward_pass_was_finite(overflows: 
     assert "step 2 was skipped: the forward pass overflowed" in of_unknown
     assert "the deepest is that of output_layer.weight" in of_finite
     assert "the deepest is that of decoder.final_layernorm.weight" in of_some
+
+
+def stopped_at(skipped: str, *, limit: int, scale: float = 1.0, minimum: float = 1.0) -> str:
+    """Step and message of the stop of a run; `x` is a skipped step."""
+    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+
+    options = MonitorOptions(
+        log_interval=1000, activation_interval=0, max_skipped_steps=limit, min_loss_scale=minimum, seq_length=8
+    )
+    monitor = RunMonitor(options, SourceCounters(()), None, lambda _line: None)
+    for iteration, mark in enumerate(skipped, start=1):
+        try:
+            monitor.after_step(step(iteration, skipped=mark == "x", loss_scale=scale))
+        except TrainingStopped as stopped:
+            return f"{iteration}: {stopped}"
+    return ""
+
+
+def test_a_run_that_skips_every_other_step_at_the_smallest_loss_scale_is_stopped() -> None:
+    message = stopped_at("x." * 20, limit=4)
+    assert message.startswith("7: 4 of the last 8 steps were skipped with the loss scale at its minimum, 1 at step 7")
+    assert "--kaiyuan-max-skipped-steps 0" in message
+    assert stopped_at("x." * 20, limit=4, scale=16.0, minimum=16.0)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "scale"),
+    [
+        ("x." * 20, 2.0),  # the scale can still fall
+        ("x.." * 20, 1.0),  # no eight steps hold four skipped ones
+        ("xxx......" * 5, 1.0),
+    ],
+)
+def test_a_run_that_advances_goes_on(skipped: str, scale: float) -> None:
+    assert stopped_at(skipped, limit=4, scale=scale) == ""
+
+
+def test_no_limit_means_that_no_run_is_stopped() -> None:
+    assert stopped_at("x" * 300, limit=0) == ""
