@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def main() -> None:
         unpack(args.carried)
     study = smaller(args.study) if args.smoke else args.study
     output = Path(yaml.safe_load(study.read_text(encoding="utf-8"))["output"])
+    forget_unfinished(study, output)
     problems = []
     for stage, commands in stages(args).items():
         kept = GRACE_SECONDS + args.evaluation_seconds if stage == "train" else 0.0
@@ -107,6 +109,19 @@ def stages(args: argparse.Namespace) -> dict[str, list[list[str]]]:
         print("no report: plotly is not installed; unpack --tar where it is, and run the tool's `report` there")
         del found["report"]
     return found
+
+
+def forget_unfinished(study: Path, output: Path) -> None:
+    """Remove what an interrupted run has saved, where it cannot go on from it: weights without the optimizer's state.
+
+    A run that is asked to end saves first, and would fail at the next start.
+    """
+    flags = yaml.safe_load(study.read_text(encoding="utf-8"))["training"].get("flags") or []
+    if "--no-save-optim" not in flags:
+        return
+    for folder in (output / "runs").glob("*"):
+        if not (folder / "run.json").is_file():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def runs_without_results(study: Path) -> list[str]:

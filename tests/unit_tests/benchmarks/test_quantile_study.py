@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from benchmarks import quantile_study
-from benchmarks.quantile_study import together, worth_packing
+from benchmarks.quantile_study import forget_unfinished, together, worth_packing
 from megatron_kaiyuan.errors import StudyError
 
 TOOL = """
@@ -45,7 +45,7 @@ def test_what_is_finished_is_evaluated_and_packed_after_training_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, archive = tmp_path / "study.yaml", tmp_path / "packed.tgz"
-    study.write_text(f"output: {tmp_path}/data/study\n")
+    study.write_text(f"output: {tmp_path}/data/study\ntraining: {{}}\n")
     (tmp_path / "data" / "study").mkdir(parents=True)
     seen: list[tuple[str, float]] = []
 
@@ -78,3 +78,14 @@ def test_records_of_runs_that_were_not_evaluated_stay_behind(tmp_path: Path) -> 
         (tmp_path / name).write_text("{}")
     packed = {str(path.relative_to(tmp_path)) for path in worth_packing(tmp_path) if path.is_file()}
     assert packed == {"runs/a/run.json", "runs/b/log.txt", "results/a.json"}
+
+
+@pytest.mark.parametrize(("flags", "left"), [("[--no-save-optim]", {"a"}), ("[]", {"a", "b"})])
+def test_weights_that_no_run_can_go_on_from_are_removed(tmp_path: Path, flags: str, left: set[str]) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"training: {{flags: {flags}}}\n")
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.json").write_text("{}")
+    forget_unfinished(study, tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("runs/*/checkpoints")} == left
