@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
-from megatron_kaiyuan.training.averaging import average_checkpoints, choose_planned
+from megatron_kaiyuan.training.averaging import choose_planned, complete_average
 from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
 from megatron_kaiyuan.training.checkpoint_keeping import average_folder
 from megatron_kaiyuan.training.compat import Evaluation
@@ -75,7 +75,7 @@ class AverageEvaluation:
             return ""
         try:
             checkpoints, weights = choose_planned(Path(self.save))
-            average_checkpoints(checkpoints, weights, average_folder(self.save))
+            complete_average(checkpoints, weights, average_folder(self.save))
         except (KaiyuanError, OSError) as error:
             return str(error)
         return ""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.data.resume import check_resume
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.export.checkpoint_parts import LazyTensor, read_rows, row_groups, write_parts
@@ -41,6 +42,8 @@ __all__ = [
     "average_checkpoints",
     "choose_checkpoints",
     "choose_planned",
+    "complete_average",
+    "is_average",
     "weights_of",
 ]
 
@@ -184,10 +187,40 @@ def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Pa
         files[LEGACY_COMMON_STATE] = legacy.read_bytes()
     with new_checkpoint_folder(folder, files) as unfinished:
         write_parts(unfinished, averaged, last.load_objects())
-    tracker = output / f"{TRACKER_NAME}.tmp"
-    tracker.write_text(str(last.iteration))
-    tracker.replace(output / TRACKER_NAME)
+    write_text_atomically(output / TRACKER_NAME, str(last.iteration))
     return manifest
+
+
+def complete_average(checkpoints: Sequence[Checkpoint], kind: str, output: Path) -> None:
+    """`average_checkpoints`, unless that has been done: a run may have been cut off after it.
+
+    Raises:
+        ConfigError: as there; an average that is there and is not this one is left alone.
+    """
+    last = checkpoints[-1]
+    if not is_average(output, [checkpoint.iteration for checkpoint in checkpoints], kind, last.folder):
+        average_checkpoints(checkpoints, kind, output)
+    write_text_atomically(output / TRACKER_NAME, str(last.iteration))
+
+
+def is_average(output: Path, iterations: Sequence[int], kind: str, last: Path) -> bool:
+    """Whether a directory holds this average, whole.
+
+    Args:
+        output: Save directory of the average.
+        iterations: What it averages, ascending.
+        kind: See `weights_of`.
+        last: Folder of the last of them: an average older than this is one of an earlier run at the same place.
+    """
+    folder = iteration_folder(output, iterations[-1])
+    if not (folder / MANIFEST_NAME).is_file() or damage(folder) is not None:
+        return False
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    is_this = [part["iteration"] for part in manifest["checkpoints"]] == list(iterations) and manifest[
+        "weights"
+    ] == kind
+    made, saved = (path / "metadata.json" for path in (folder, last))
+    return is_this and (not saved.is_file() or made.stat().st_mtime >= saved.stat().st_mtime)
 
 
 def _averaged(checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], name: str) -> LazyTensor:

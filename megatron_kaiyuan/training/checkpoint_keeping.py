@@ -14,7 +14,9 @@ import torch
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training.averaging import is_average
 from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME, iteration_folder, saved_iterations
+from megatron_kaiyuan.training.metrics_file import average_path, metrics_path, read_metrics
 
 __all__ = [
     "AVERAGING",
@@ -165,16 +167,28 @@ def keep_checkpoints(args: argparse.Namespace) -> None:
 
 
 def say_how_to_average(args: argparse.Namespace) -> None:
-    """At the end of a run: the commands that average what its plan wants averaged, and evaluate the result."""
+    """At the end of a run, called on all ranks: the commands that are left to average and evaluate as its plan wants.
+
+    A run that was to do both itself may have been cut off after its last checkpoint.
+    """
     averaging = getattr(args, AVERAGING)
-    if averaging is None or args.rank != 0:
+    if averaging is None:
         return
-    output = average_folder(args.save)
-    if output.is_dir():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the last rank writes what rank 0 looks for
+    if args.rank != 0:
         return
-    print(
-        f"> the plan averages iterations {', '.join(map(str, averaging['iterations']))} ({averaging['weights']}):\n"
-        f">   python tools/average_checkpoints.py {args.save} --planned --output {output}\n"
-        f">   python tools/evaluate.py {args.save} {output} --plan {args.plan}",
-        flush=True,
-    )
+    iterations, weights, output = averaging["iterations"], averaging["weights"], average_folder(args.save)
+    commands = [f"python tools/evaluate.py {args.save} {output} --plan {args.plan}"]
+    if not is_average(output, iterations, weights, iteration_folder(Path(args.save), iterations[-1])):
+        commands.insert(0, f"python tools/average_checkpoints.py {args.save} --planned --output {output}")
+    elif _was_evaluated(args, iterations[-1]):
+        return
+    print(f"> the plan averages iterations {', '.join(map(str, iterations))} ({weights}):", flush=True)
+    for command in commands:
+        print(f">   {command}", flush=True)
+
+
+def _was_evaluated(args: argparse.Namespace, iteration: int) -> bool:
+    metrics = metrics_path(args)
+    return metrics is not None and any(entry["iteration"] == iteration for entry in read_metrics(average_path(metrics)))

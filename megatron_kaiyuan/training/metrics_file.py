@@ -4,6 +4,7 @@ A run that was killed and resumed from an older checkpoint repeats steps. Its li
 counts.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -13,10 +14,17 @@ from typing import Any
 
 from megatron_kaiyuan.errors import MetricsError
 
-__all__ = ["append_metrics", "average_path", "check_metrics_place", "held_out_path", "read_metrics"]
+__all__ = ["append_metrics", "average_path", "check_metrics_place", "held_out_path", "metrics_path", "read_metrics"]
 
 _lossy: set[Path] = set()
 """Files whose last line could not be written."""
+
+
+def metrics_path(args: argparse.Namespace) -> Path | None:
+    """Where a run with these arguments writes its lines; None: nowhere."""
+    if args.kaiyuan_metrics:
+        return Path(args.kaiyuan_metrics)
+    return Path(args.save) / "metrics.jsonl" if args.save else None
 
 
 def held_out_path(metrics: Path) -> Path:

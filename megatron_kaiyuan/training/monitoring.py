@@ -1,7 +1,6 @@
 """Connects the run monitor and the report of held-out losses to Megatron's loop: arguments, writers, log line."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -12,7 +11,7 @@ from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.held_out_report import HeldOutReport
-from megatron_kaiyuan.training.metrics_file import average_path, check_metrics_place, held_out_path
+from megatron_kaiyuan.training.metrics_file import average_path, check_metrics_place, held_out_path, metrics_path
 from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
 from megatron_kaiyuan.training.source_counters import SourceCounters
 
@@ -32,7 +31,7 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
         MetricsError: on the last rank: its file cannot be written.
     """
     is_logging_rank = args.rank == args.world_size - 1  # the process group does not exist yet
-    metrics = _metrics_path(args)
+    metrics = metrics_path(args)
     if is_logging_rank and metrics is not None:
         check_metrics_place(metrics)
     options = MonitorOptions(
@@ -57,7 +56,7 @@ def build_held_out(args: argparse.Namespace, plan: Plan | None) -> HeldOutLosses
     if plan is None or not plan.validation:
         return None
     losses = HeldOutLosses(tuple(plan.sources))
-    path = _metrics_path(args)
+    path = metrics_path(args)
     write_scalar = _write_scalar if args.rank == args.world_size - 1 else None
     report = HeldOutReport(losses, held_out_path(path) if path else None, write_scalar, print_rank_last)
     of_average = HeldOutReport(losses, average_path(path) if path else None, write_scalar, print_rank_last, _OF_AVERAGE)
@@ -70,12 +69,6 @@ def build_held_out(args: argparse.Namespace, plan: Plan | None) -> HeldOutLosses
 
     compat.observe_evaluations(observe)
     return losses
-
-
-def _metrics_path(args: argparse.Namespace) -> Path | None:
-    if args.kaiyuan_metrics:
-        return Path(args.kaiyuan_metrics)
-    return Path(args.save) / "metrics.jsonl" if args.save else None
 
 
 def _write_scalar(name: str, value: float, iteration: int) -> None:

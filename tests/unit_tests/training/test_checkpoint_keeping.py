@@ -1,3 +1,5 @@
+import argparse
+import os
 import tempfile
 import threading
 from pathlib import Path
@@ -7,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.averaging import PLANNED, choose_planned
+from megatron_kaiyuan.training.averaging import PLANNED, choose_planned, complete_average
 from megatron_kaiyuan.training.checkpoint_io import iteration_folder, saved_iterations
-from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper, averaged_iterations
+from megatron_kaiyuan.training.checkpoint_keeping import (
+    AVERAGING,
+    CheckpointKeeper,
+    average_folder,
+    averaged_iterations,
+    say_how_to_average,
+)
+from megatron_kaiyuan.training.metrics_file import append_metrics, average_path
 from tests.unit_tests.training.test_averaging import save
 
 
@@ -103,3 +112,43 @@ def test_a_run_without_averaging_has_none_planned(tmp_path: Path) -> None:
     save(tmp_path, 10)
     with pytest.raises(ConfigError, match="no averaging section"):
         choose_planned(tmp_path)
+
+
+def test_what_is_left_of_averaging_and_evaluating_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "saved"
+    wanted = {"iterations": [10, 20], "weights": "wma"}
+    for iteration in (10, 20):
+        save(run, iteration, kaiyuan_averaging=wanted)
+    args = argparse.Namespace(save=str(run), plan="plan.yaml", rank=0, kaiyuan_metrics=None, **{AVERAGING: wanted})
+
+    def told() -> list[str]:
+        say_how_to_average(args)
+        return [line.partition("tools/")[2].partition(".py")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+
+    output = average_folder(args.save)
+    (output / ".iter_0000020.unfinished").mkdir(parents=True)  # of a run that was killed while it averaged
+    assert told() == ["average_checkpoints", "evaluate"]
+    complete_average(*choose_planned(run), output)
+    assert told() == ["evaluate"]
+    append_metrics(average_path(run / "metrics.jsonl"), {"iteration": 20})
+    assert told() == []
+
+
+def test_an_average_that_is_there_is_used_again_and_another_is_left_alone(tmp_path: Path) -> None:
+    run, output = tmp_path / "saved", tmp_path / "saved-averaged"
+    for iteration in (10, 20):
+        save(run, iteration, kaiyuan_averaging={"iterations": [10, 20], "weights": "wma"})
+    checkpoints, weights = choose_planned(run)
+    complete_average(checkpoints, weights, output)
+    (output / "latest_checkpointed_iteration.txt").unlink()  # killed before it was written
+    before = {path: path.stat().st_mtime_ns for path in iteration_folder(output, 20).iterdir()}
+    complete_average(checkpoints, weights, output)
+    assert {path: path.stat().st_mtime_ns for path in iteration_folder(output, 20).iterdir()} == before
+    assert (output / "latest_checkpointed_iteration.txt").read_text() == "20"
+    for others in ((checkpoints, "mean"), (checkpoints[1:], "wma")):
+        with pytest.raises(ConfigError, match="iter_0000020 exists; remove it"):
+            complete_average(*others, output)
+    later = iteration_folder(output, 20).joinpath("metadata.json").stat().st_mtime + 5
+    os.utime(iteration_folder(run, 20) / "metadata.json", (later, later))  # the run was made again
+    with pytest.raises(ConfigError, match="iter_0000020 exists; remove it"):
+        complete_average(checkpoints, weights, output)
