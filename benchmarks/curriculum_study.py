@@ -16,12 +16,12 @@ import argparse
 import json
 import os
 import sys
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import packing
 from benchmarks.curriculum_study_data import ROOT, SEEDS, StudyData, build, collect
 from benchmarks.curriculum_study_runs import (
     ARMS,
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="default: runs/curriculum_SIZE")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that tokenize")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("--tar", type=Path, metavar="FILE", help="also pack results/ there, to unpack it elsewhere")
+    parser.add_argument("--tar", type=Path, metavar="FILE", help="also pack results/ there, after every run")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the figure, by a headless browser")
     return parser
 
@@ -138,6 +138,8 @@ def train(args: argparse.Namespace, clock: Clock) -> list[str]:
             print(error, file=sys.stderr, flush=True)
             return str(error)
         durations.append(result["seconds"])
+        if args.tar:
+            pack(results, args.tar)
         print(f"{run.name}: {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s", flush=True)
         return None
 
@@ -250,9 +252,8 @@ def report(args: argparse.Namespace) -> None:
 
 def pack(results: Path, path: Path) -> None:
     """Results as one file, which unpacks into the output folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
-        archive.add(results, "results")
+    whole = (found for found in results.rglob("*") if not found.name.startswith("."))  # others are being written
+    packing.pack(path, results.parent, whole)
 
 
 if __name__ == "__main__":

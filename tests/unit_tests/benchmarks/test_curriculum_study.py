@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import curriculum_study, curriculum_study_data
+from benchmarks.curriculum_study import pack
 from benchmarks.curriculum_study_data import DOMAINS, StudyData, build, collect
 from benchmarks.curriculum_study_report import draw, final_value, gains, print_report
 from benchmarks.curriculum_study_runs import ARMS, SIZES, Clock, Run, Study, finished, plan_of
@@ -252,3 +254,12 @@ def test_results_are_comparable_once_a_seed_has_two_arms(tmp_path: Path) -> None
     ):  # fmt: skip
         (tmp_path / f"{name}.json").write_text("{}")
         assert curriculum_study.comparable(tmp_path) is expected
+
+
+def test_results_are_packed_whole_and_unpack_into_the_output_folder(tmp_path: Path) -> None:
+    for name in ("study.json", "a-seed1.json", ".a-seed2.json.half"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / name).write_text("{}")
+    pack(tmp_path / "results", tmp_path / "packed.tgz")
+    with tarfile.open(tmp_path / "packed.tgz") as packed:
+        assert sorted(packed.getnames()) == ["results/a-seed1.json", "results/study.json"]
