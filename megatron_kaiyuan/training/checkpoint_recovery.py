@@ -95,8 +95,9 @@ def choose_start(directory: Path, asked: int | None) -> Start:
         if reason is None:
             return Start() if iteration == named else Start(iteration, _announce(tracker, content, lost, iteration))
         lost.append(f"{iteration_folder(directory, iteration)} {reason}")
-    if content is None and len(iterations) == 1:
-        return Start(None, f"{lost[0]}, and it is the first: the run starts at its first sample")
+    ended = [number for number in iterations if (iteration_folder(directory, number) / "metadata.json").is_file()]
+    if content is None and (len(iterations) == 1 or not ended):  # the tracker is written right after metadata.json
+        return Start(None, f"{'; '.join(lost)}, and no save ever ended: the run starts at its first sample")
     raise ResumeError(
         f"--load {directory}: no intact checkpoint: {'; '.join(lost) or f'{tracker} says {content!r}'}. Restore one "
         "from a copy; to start at the first sample, name an empty directory"

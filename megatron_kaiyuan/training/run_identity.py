@@ -6,14 +6,18 @@ import hashlib
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
 
-__all__ = ["TOKENIZER", "check_same_run", "first_difference", "store_tokenizer"]
+__all__ = ["COMMAND_LINE_TOKENIZER", "TOKENIZER", "check_same_run", "first_difference", "store_tokenizer"]
 
 TOKENIZER = "kaiyuan_tokenizer"
 """Name of the argument that holds a fingerprint of what the tokenizer does; None where nothing tells."""
 
+COMMAND_LINE_TOKENIZER = "kaiyuan_command_line_tokenizer"
+"""Its counterpart where the shards of a plan do not tell; apart from it, for manifests may be added to them later."""
+
 _FLAGS = {
     "seed": "--seed",
     TOKENIZER: "the tokenizer (its fingerprint)",
+    COMMAND_LINE_TOKENIZER: "--tokenizer-model (the fingerprint of what it does)",
     "num_layers": "--num-layers",
     "hidden_size": "--hidden-size",
     "ffn_hidden_size": "--ffn-hidden-size",
@@ -39,9 +43,12 @@ _PROBE = "The 3 naïve Zürich engineers’ café: def f(x):\n\treturn x ** 2.5 
 def store_tokenizer(args: argparse.Namespace, plan: Plan | None, tokenizer: object) -> None:
     """Let every checkpoint of this run say what its tokenizer does.
 
-    A plan's tokens come from its shards; without one, the tokenizer is asked for the ids of a text. Paths are no part.
+    A plan's tokens come from its shards. Where these do not tell (stock Megatron's have no manifest), or without a
+    plan, the tokenizer of the command line is asked for the ids of a text. Paths are no part.
     """
-    setattr(args, TOKENIZER, _of_shards(plan) if plan is not None else _of_text(tokenizer))
+    told = _of_text(tokenizer) if plan is None else _of_shards(plan)
+    setattr(args, TOKENIZER, told)
+    setattr(args, COMMAND_LINE_TOKENIZER, _of_text(tokenizer) if told is None else None)
 
 
 def _of_shards(plan: Plan) -> str | None:
@@ -54,7 +61,7 @@ def _of_shards(plan: Plan) -> str | None:
 def _of_text(tokenizer: object) -> str | None:
     try:
         ids = tokenizer.tokenize(_PROBE)  # type: ignore[attr-defined]  # Megatron's base class is not exported
-    except ValueError:  # a NullTokenizer reads numbers
+    except (ValueError, NotImplementedError):  # a NullTokenizer reads numbers
         return None
     return hashlib.sha256(repr(list(ids)).encode()).hexdigest()
 

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.training import run_identity
 from megatron_kaiyuan.training.checkpoint_io import iteration_folder
 from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start, check_save_directory, choose_start, damage
-from megatron_kaiyuan.training.run_identity import check_same_run
+from megatron_kaiyuan.training.run_identity import TOKENIZER, check_same_run, store_tokenizer
+from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.training.test_averaging import save
 
 
@@ -95,13 +98,26 @@ def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(run: Path) -> None
         choose_start(run, None)
 
 
-def test_a_run_killed_in_its_first_save_starts_anew(tmp_path: Path) -> None:
-    save(tmp_path, 10)
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_a_run_killed_in_its_first_saves_starts_anew(tmp_path: Path, saves: int) -> None:
+    for iteration in range(10, 10 + saves):
+        save(tmp_path, iteration)
+        tear(iteration_folder(tmp_path, iteration), "metadata.json")
     (tmp_path / "latest_checkpointed_iteration.txt").unlink()
-    tear(iteration_folder(tmp_path, 10), "metadata.json")
-    start = choose_start(tmp_path, None)
+    start = agree_on_start(arguments(tmp_path, tmp_path))
     assert start.step is None
     assert "starts at its first sample" in start.announcement
+    assert all(
+        f"iter_{iteration:07d} has no metadata.json" in start.announcement for iteration in range(10, 10 + saves)
+    )
+
+
+def test_checkpoints_that_had_ended_are_not_passed_over_because_the_tracker_is_gone(run: Path) -> None:
+    (run / "latest_checkpointed_iteration.txt").unlink()
+    for iteration in (10, 20, 30):
+        tear(iteration_folder(run, iteration), "truncated" if iteration == 20 else "metadata.json")
+    with pytest.raises(ResumeError, match="no intact checkpoint"):
+        choose_start(run, None)
 
 
 def arguments(load: Path | None, save: Path | None, **values: object) -> Namespace:
@@ -155,3 +171,41 @@ def test_another_seed_tokenizer_or_model_is_refused(name: str, value: object, fl
 
 def test_the_metadata_of_the_test_is_that_of_megatron(run: Path) -> None:
     assert json.loads((iteration_folder(run, 10) / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+
+
+class Letters:
+    """A tokenizer that numbers letters from `first` on."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(letter) + self.first for letter in text]
+
+
+class Numbers:
+    """A tokenizer that reads numbers only."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+def test_shards_without_a_manifest_leave_it_to_the_tokenizer_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "text", numbered_documents([20, 21]))
+    phase = {"name": "only", "order": "shuffled", "sources": {"text": "all"}}
+    plan = Plan.from_spec({"seq_length": 4, "sources": {"text": {"shards": str(tmp_path / "text")}}, "phases": [phase]})
+    first, second, again, numbers = (Namespace(load="run") for _ in range(4))
+    store_tokenizer(first, plan, Letters(0))
+    store_tokenizer(second, plan, Letters(1))
+    store_tokenizer(again, plan, Letters(0))
+    store_tokenizer(numbers, plan, Numbers())
+    check_same_run(again, first)
+    check_same_run(numbers, first)
+    with pytest.raises(ResumeError, match=r"--load run: --tokenizer-model .* was .* and is now"):
+        check_same_run(second, first)
+    monkeypatch.setattr(run_identity, "_of_shards", lambda _plan: "told by manifests")
+    store_tokenizer(second, plan, Letters(1))
+    assert vars(second)[TOKENIZER] == "told by manifests"
+    check_same_run(second, first)
