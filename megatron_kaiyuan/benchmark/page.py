@@ -286,7 +286,8 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
             else "All seeds share the documents of a slice, so a difference speaks of these documents alone."
         ),
         "A difference is tested with Student's t. Its variance is the pooled variance between seeds plus that of the "
-        "paired differences per held-out document or question; degrees of freedom by Satterthwaite.",
+        "paired differences per held-out document or question. All of these are estimates: the degrees of freedom are "
+        "those of their sum (Welch, Satterthwaite), and documents weighted by bytes count as fewer equal ones.",
         f"{len(analysis.trends)} trends and {len(analysis.pairs)} pairs were tested. Each family has Holm's correction "
         f"at half of {analysis.level:g}, so the chance of any false claim here is at most {analysis.level:.0%}.",
         "A capability is the mean of its measures, each in units of its spread between seeds; overall is the mean of "

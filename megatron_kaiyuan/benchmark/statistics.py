@@ -8,8 +8,9 @@ cells' means
 
 with s^2 the variance of runs around the mean of their cell, pooled over all cells, and the second term that of the mean
 of the paired per-item differences. The noise between a run and an item is in both terms, so the sum is never too small
-in expectation. `D / sd(D)` is compared with Student's t; the degrees of freedom are Satterthwaite's (Biometrics
-Bulletin 2, 1946).
+in expectation. `D / sd(D)` is compared with Student's t. Every part of the variance is an estimate with degrees of
+freedom of its own, and those of the sum are Welch's and Satterthwaite's (Biometrics Bulletin 2, 1946): `(sum_p v_p)^2 /
+sum_p v_p^2 / f_p`. Items that are weighted by their bytes count as `1 / sum_i share_i^2` equal ones.
 
 Why not a permutation or a bootstrap over seeds: 3 runs against 3 have 20 arrangements, so no permutation test of a pair
 can fall below 0.05, and a bootstrap of 3 runs understates their variance by a third. Pooling over cells is what gives
@@ -84,8 +85,8 @@ class Score(Protocol):
     def run_means(self) -> list[NDArray[np.float64]]:
         """Of each cell, the value of each of its runs."""
 
-    def item_variance(self, coefficients: NDArray[np.float64]) -> float:
-        """Variance of a contrast that comes from the choice of items."""
+    def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
+        """Independent parts of the variance of a contrast that come from the choice of items, with their freedoms."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,22 @@ class Measure:
     @cached_property
     def _item_covariance(self) -> NDArray[np.float64]:
         """Covariance of the cells' weighted means over the choice of items, `[cells, cells]`; one for all contrasts."""
-        items = len(self.weights)
         share = self.weights / self.weights.sum()
         means = np.stack([cell.mean(axis=0) for cell in self.values])
         centred = share * (means - (means @ share)[:, None])
-        return np.asarray(items / max(1, items - 1) * (centred @ centred.T), dtype=np.float64)
+        # squares around the sample's own mean are too small by this factor: 1 - 1 / m where all weights are equal
+        squares = (share**2).sum()
+        shrinkage = 1 + squares - 2 * (share**3).sum() / squares
+        return np.asarray(centred @ centred.T / shrinkage, dtype=np.float64)
 
-    def item_variance(self, coefficients: NDArray[np.float64]) -> float:
-        """Variance of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977)."""
-        if len(self.weights) < 2:
-            return 0.0
+    def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
+        """Of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977); none for a single item."""
+        share = self.weights / self.weights.sum()
+        freedom = float(1 / (share**2).sum()) - 1
+        if np.count_nonzero(share) < 2:
+            return []
         # the square form of a contrast without variance may come out a rounding error below zero
-        return max(0.0, float(coefficients @ self._item_covariance @ coefficients))
+        return [(max(0.0, float(coefficients @ self._item_covariance @ coefficients)), freedom)]
 
 
 @dataclass(frozen=True)
@@ -147,10 +152,13 @@ class Composite:
         ]
         return [np.sum(cells, axis=0) for cells in zip(*scaled, strict=True)]
 
-    def item_variance(self, coefficients: NDArray[np.float64]) -> float:
+    def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
         """Items of different parts are drawn independently, so their variances add."""
-        terms = zip(self._scales, self.parts, strict=True)
-        return sum(scale**2 * part.item_variance(coefficients) for scale, part in terms)
+        return [
+            (scale**2 * variance, freedom)
+            for scale, part in zip(self._scales, self.parts, strict=True)
+            for variance, freedom in part.item_variances(coefficients)
+        ]
 
 
 def pooled_variance(cells: Sequence[NDArray[np.float64]]) -> tuple[float, int]:
@@ -166,11 +174,17 @@ def contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
     variance, freedom = pooled_variance(cells)
     value = float(sum(k * cell.mean() for k, cell in zip(coefficients, cells, strict=True)))
     of_runs = variance * float(sum(k**2 / len(cell) for k, cell in zip(coefficients, cells, strict=True)))
-    of_items = score.item_variance(coefficients)
-    total = of_runs + of_items
-    if freedom == 0 or of_runs == 0:
-        return Estimate(value, math.sqrt(total), 0.0 if freedom == 0 else float(freedom))
-    return Estimate(value, math.sqrt(total), freedom * (total / of_runs) ** 2)
+    parts = [(of_runs, float(freedom)), *score.item_variances(coefficients)]
+    return Estimate(value, math.sqrt(sum(part for part, _ in parts)), _freedom(parts) if freedom else 0.0)
+
+
+def _freedom(parts: Sequence[tuple[float, float]]) -> float:
+    """Welch's and Satterthwaite's degrees of freedom of a sum of variances, each with its own."""
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return parts[0][1]
+    # as shares, because the square of a tiny variance is zero
+    return 1.0 / sum((variance / total) ** 2 / freedom for variance, freedom in parts)
 
 
 def mean_estimate(score: Score, cell: int) -> Estimate:
