@@ -39,13 +39,16 @@ def main() -> None:
     """Run the tool."""
     arguments = build_parser().parse_args()
     cpu_platform.install()
+    from megatron_kaiyuan.reporting.progress import ConsoleMeter
     from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints, choose_planned
 
     if arguments.planned:
         checkpoints, weights = choose_planned(arguments.directory)
     else:
         checkpoints, weights = choose_checkpoints(arguments.directory, arguments.last, arguments.iterations), "mean"
-    manifest = average_checkpoints(checkpoints, arguments.weights or weights, arguments.output)
+    with ConsoleMeter() as meter:
+        meter.start("averaging", sum(checkpoint.num_bytes for checkpoint in checkpoints))
+        manifest = average_checkpoints(checkpoints, arguments.weights or weights, arguments.output, meter.advance)
     for part in manifest.checkpoints:
         print(f"{part.weight:8.4f} x iteration {part.iteration} ({part.consumed_samples:,} samples)")
     print(f"{arguments.output}: average of {manifest.parameters:,} parameters in {manifest.tensors} tensors")

@@ -8,7 +8,7 @@ conversion, and a new start with `--finetune` (or `--no-load-optim`).
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -157,7 +157,12 @@ def choose_planned(directory: Path) -> tuple[list[Checkpoint], str]:
     return _intact(directory, planned["iterations"]), str(planned["weights"])
 
 
-def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Path) -> AverageManifest:
+def average_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+    kind: str,
+    output: Path,
+    progress: Callable[[int], None] = lambda _bytes: None,
+) -> AverageManifest:
     """Average checkpoints of one run and write the result as a save directory of its own.
 
     Sums are taken in float32 and rounded once to the stored dtype. Memory: about three times the largest piece of a
@@ -167,6 +172,7 @@ def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Pa
         checkpoints: Oldest first.
         kind: See `weights_of`.
         output: Save directory of the result; `--load OUTPUT` finds it. It may hold other averages, and no run.
+        progress: Called with the bytes that were read of one checkpoint; in all, the `num_bytes` of each.
 
     Raises:
         ConfigError: the checkpoints are of different models or runs, or the output exists or is that of a run.
@@ -179,7 +185,7 @@ def average_checkpoints(checkpoints: Sequence[Checkpoint], kind: str, output: Pa
         raise ConfigError(f"--output {output}: {conflict}")
     _check_same_model(checkpoints)
     _check_same_run(checkpoints)
-    averaged = {name: _averaged(checkpoints, weights, name) for name in last.tensors}
+    averaged = {name: _averaged(checkpoints, weights, name, progress) for name in last.tensors}
     manifest = _describe(checkpoints, weights, kind)
     files = {MANIFEST_NAME: (json.dumps(asdict(manifest), indent=2) + "\n").encode()}
     legacy = last.folder / LEGACY_COMMON_STATE
@@ -223,26 +229,39 @@ def is_average(output: Path, iterations: Sequence[int], kind: str, last: Path) -
     return is_this and (not saved.is_file() or made.stat().st_mtime >= saved.stat().st_mtime)
 
 
-def _averaged(checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], name: str) -> LazyTensor:
+def _averaged(
+    checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], name: str, progress: Callable[[int], None]
+) -> LazyTensor:
     """A tensor in the pieces it is stored in: a layer of a stack, a part of a tensor-parallel rank."""
     shape, dtype = checkpoints[-1].tensors[name]
     pieces = row_groups(checkpoints[-1], name)
     if len({end - first for first, end in pieces}) > 1 or pieces[-1][1] != shape[0]:
         pieces = [(0, shape[0])]
     return LazyTensor(
-        shape, dtype, [partial(_average_rows, checkpoints, weights, name, first, end) for first, end in pieces]
+        shape,
+        dtype,
+        [partial(_average_rows, checkpoints, weights, name, first, end, progress) for first, end in pieces],
     )
 
 
 def _average_rows(
-    checkpoints: Sequence[Checkpoint], weights: NDArray[np.float64], name: str, first: int, end: int
+    checkpoints: Sequence[Checkpoint],
+    weights: NDArray[np.float64],
+    name: str,
+    first: int,
+    end: int,
+    progress: Callable[[int], None],
 ) -> torch.Tensor:
     shape, dtype = checkpoints[-1].tensors[name]
     if not dtype.is_floating_point:
-        return read_rows(checkpoints[-1], name, first, end)
+        rows = read_rows(checkpoints[-1], name, first, end)
+        progress(rows.nbytes * len(checkpoints))  # those of the others are not needed
+        return rows
     total = torch.zeros((end - first, *shape[1:]))
     for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
-        total.add_(read_rows(checkpoint, name, first, end).to(torch.float32), alpha=weight)
+        rows = read_rows(checkpoint, name, first, end)
+        total.add_(rows.to(torch.float32), alpha=weight)
+        progress(rows.nbytes)
     return total.to(dtype)
 
 

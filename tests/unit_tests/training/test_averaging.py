@@ -208,6 +208,14 @@ def test_the_directory_of_a_run_is_no_output(run: Path, tmp_path: Path, kept: st
     assert (other / "latest_checkpointed_iteration.txt").read_text() == "7"
 
 
+def test_progress_adds_up_to_what_is_read(run: Path, tmp_path: Path) -> None:
+    checkpoints = find_checkpoints(run)
+    advances: list[int] = []
+    average_checkpoints(checkpoints, "mean", tmp_path / "average", advances.append)
+    assert sum(advances) == sum(checkpoint.num_bytes for checkpoint in checkpoints)
+    assert max(advances) < checkpoints[0].num_bytes
+
+
 def test_averages_may_lie_beside_each_other_and_be_made_again(run: Path, tmp_path: Path) -> None:
     average_checkpoints(choose_checkpoints(run, None, [5, 10]), "mean", tmp_path / "average")
     average_checkpoints(find_checkpoints(run), "mean", tmp_path / "average")
