@@ -146,7 +146,9 @@ def test_qk_norm_and_rotation_match_the_rotation_of_complex_numbers(
         turn = angles[:, :half].double()
         return exact_rotation(query, turn), exact_rotation(key, turn), value
 
-    assert_close(fused, exact, packed, *gains)
+    # A gain's gradient sums over the heads, each term of size 1 with a few FP32 roundings, and may cancel to below 1.
+    summed = length * batch * groups * per_group
+    assert_close(fused, exact, packed, *gains, inner_error=summed * 2.0**-22)
 
 
 def test_gradients_of_attention_in_another_layout_are_read_by_their_strides() -> None:
