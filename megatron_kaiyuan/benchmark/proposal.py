@@ -49,6 +49,13 @@ def propose(study: Study, analysis: Analysis) -> Proposal:
     """Turn claims into a plan; where nothing is claimed, everything is kept."""
     if min(analysis.seeds) < 2:
         return Proposal((), None, "No plan is proposed: with one seed a slice no difference can be told from chance.")
+    if study.slices.documents == "shared":
+        return Proposal(
+            (),
+            None,
+            "No plan is proposed: all seeds share the documents of a slice, so what was shown holds for these documents "
+            "and not for the part of a source that they lie in. slices.documents: own would tell.",
+        )
     advised = {source: _advise(study, analysis, source) for source in study.sources}
     for names in study.datasets.values():
         _follow_one(study, analysis, advised, names)

@@ -128,7 +128,9 @@ def test_shared_documents_allow_no_statement_about_scores(tmp_path: Path) -> Non
     assert analysis.trends == ()
     assert claims(analysis) > 0
     assert "share the documents" in analysis.refusals[0]
-    assert all(not advice.in_order for advice in propose(study, analysis).advice)
+    proposal = propose(study, analysis)
+    assert (proposal.plan, proposal.advice) == (None, ())
+    assert "share the documents" in proposal.summary
 
 
 def test_probabilities_of_the_matrix_are_complementary(sliced: tuple[Study, SlicedStudy, Path]) -> None:
