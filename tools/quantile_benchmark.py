@@ -123,9 +123,11 @@ def _report(study: Study, options: argparse.Namespace) -> None:
 
     sliced: SlicedStudy = read_slices(study)
     written = write_report(study, sliced, partial=options.partial)
+    for line in written.warnings:
+        print(f"warning: {line}")
     for line in written.conclusions:
         print(line)
-    print(f"\n{written.page}\n{written.data}")
+    print("", written.page, written.data, written.plan or "no plan is proposed", sep="\n")
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -5,6 +5,7 @@ documents down to the middle between `top_k` and the next quantile that was meas
 several scores, the plan follows one.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -31,7 +32,7 @@ class SourceAdvice:
     in_order: bool
     """Whether a curriculum may trust the score."""
     followed: bool
-    """Whether the plan uses this score; False: it uses another one of the same data."""
+    """Whether the plan uses this score; False: it uses another one of the same data, or nothing was measured."""
     reasons: tuple[str, ...]
 
 
@@ -41,7 +42,7 @@ class Proposal:
 
     advice: tuple[SourceAdvice, ...]
     plan: str | None
-    """YAML in the plan's grammar; None when no conclusion may be drawn."""
+    """YAML in the plan's grammar, headed by what to beware of; None when no conclusion may be drawn."""
     summary: str
 
 
@@ -53,21 +54,38 @@ def propose(study: Study, analysis: Analysis) -> Proposal:
         return Proposal(
             (),
             None,
-            "No plan is proposed: all seeds share the documents of a slice, so what was shown holds for these documents "
-            "and not for the part of a source that they lie in. slices.documents: own would tell.",
+            "No plan is proposed: all seeds share the documents of a slice, so what was shown holds for these "
+            "documents and not for the part of a source that they lie in. slices.documents: own would tell.",
         )
-    advised = {source: _advise(study, analysis, source) for source in study.sources}
+    measured = {cell.source for cell in analysis.cells}
+    advised = {
+        source: _advise(study, analysis, source) if source in measured else _not_measured(source)
+        for source in study.sources
+    }
     for names in study.datasets.values():
-        _follow_one(study, analysis, advised, names)
+        _follow_one(study, analysis, advised, [name for name in names if name in measured])
     advice = tuple(advised.values())
-    plan = _plan_text(study, [one for one in advice if one.followed])
-    claimed = sum(one.followed and (one.broad != "all" or one.best != "all") for one in advice)
+    followed = [one for one in advice if one.followed]
+    absent = [dataset for dataset, names in study.datasets.items() if not measured.intersection(names)]
+    remark = [f"Not measured, and so not in the plan: {', '.join(absent)}."] if absent else []
+    plan = _comments([*analysis.warnings, *remark]) + _plan_text(study, followed)
+    claimed = sum(one.broad != "all" or one.best != "all" for one in followed)
     summary = (
-        f"The claims narrow {claimed} of {len(study.datasets)} sources; a source or phase that they do not narrow is "
-        "kept whole, because nothing was shown against any part of it. Differences are in spreads between seeds, with "
+        f"The claims narrow {claimed} of {len(followed)} sources; a source or phase that they do not narrow is kept "
+        "whole, because nothing was shown against any part of it. Differences are in spreads between seeds, with "
         "their standard errors."
     )
-    return Proposal(advice, plan, summary)
+    return Proposal(advice, plan, " ".join([summary, *remark]))
+
+
+def _not_measured(source: str) -> SourceAdvice:
+    return SourceAdvice(source, None, None, False, False, ("Not measured: none of its runs has results.",))
+
+
+def _comments(lines: Sequence[str]) -> str:
+    """Lines of YAML comment."""
+    filled = (textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ") for line in lines)
+    return "".join(f"{line}\n" for line in filled)
 
 
 def _advise(study: Study, analysis: Analysis, source: str) -> SourceAdvice:
@@ -93,9 +111,8 @@ def _follow_one(study: Study, analysis: Analysis, advised: dict[str, SourceAdvic
     if len(names) < 2:
         return
     ranking = analysis.ranking(OVERALL)
-    # places of their best slices; behind all for one that has no results yet
     sources = [analysis.cells[cell].source for cell in ranking]
-    best = {name: sources.index(name) if name in sources else len(sources) for name in names}
+    best = {name: sources.index(name) for name in names}  # places of their best slices
     chosen = min(names, key=lambda name: (not advised[name].in_order, best[name]))
     word = study.sources[chosen].score
     for name in names:
@@ -103,8 +120,7 @@ def _follow_one(study: Study, analysis: Analysis, advised: dict[str, SourceAdvic
             others = ", ".join(f"`{study.sources[other].score}`" for other in names if other != name)
             reason = f"The plan follows `{word}` and not {others}, scores of the same data."
         else:
-            both = best[name] < len(sources)
-            told = both and analysis.claimed_better(OVERALL, ranking[best[chosen]], ranking[best[name]])
+            told = analysis.claimed_better(OVERALL, ranking[best[chosen]], ranking[best[name]])
             reason = (
                 f"Not followed: the plan takes `{word}` of the same data, "
                 + (

@@ -27,7 +27,11 @@ class WrittenReport:
 
     page: Path
     data: Path
+    plan: Path | None
+    """None when no plan is proposed."""
     conclusions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    """What to beware of in them."""
 
 
 def write_report(study: Study, sliced: SlicedStudy, *, partial: bool = False) -> WrittenReport:
@@ -48,10 +52,18 @@ def write_report(study: Study, sliced: SlicedStudy, *, partial: bool = False) ->
     page, data = study.folder / "report.html", study.folder / "report.json"
     content = report_data(study, sliced, results, analysis, proposal, told)
     write_text_atomically(data, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    if proposal.plan is not None:
-        write_text_atomically(study.folder / "proposed_plan.yaml", proposal.plan)
+    plan = _write_plan(study, proposal)
     write_page(study, sliced, results, analysis, proposal, told, page)
-    return WrittenReport(page, data, told)
+    return WrittenReport(page, data, plan, told, analysis.warnings)
+
+
+def _write_plan(study: Study, proposal: Proposal) -> Path | None:
+    path = study.folder / "proposed_plan.yaml"
+    if proposal.plan is None:
+        path.unlink(missing_ok=True)  # an earlier report's: nobody is to train by what is no longer proposed
+        return None
+    write_text_atomically(path, proposal.plan)
+    return path
 
 
 def conclusions(study: Study, analysis: Analysis) -> list[str]:

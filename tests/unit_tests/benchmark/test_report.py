@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ from tests.unit_tests.benchmark.tiny_study import (
     study_content,
     write_results,
 )
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,35 @@ def test_a_report_without_all_results_is_refused_or_marked(tmp_path: Path) -> No
     with pytest.raises(StudyError, match=r"1 of 18 runs have no results: good-top40-seed1; .*--partial"):
         write_report(study, sliced)
     assert "Incomplete: 17 of 18" in write_report(study, sliced, partial=True).page.read_text()
+
+
+def test_a_plan_from_a_part_of_the_results_says_so_and_a_stale_one_is_removed(
+    tmp_path: Path,
+) -> None:
+    study, sliced = sliced_study(tmp_path)
+    write_results(study, sliced, informative)
+    plan = study.folder / "proposed_plan.yaml"
+    assert write_report(study, sliced).plan == plan
+    assert set(yaml.safe_load(plan.read_text())["sources"]) == {"good", "odd"}
+    assert "#" not in plan.read_text()
+    for run in sliced.runs:
+        if run.source == "odd":
+            result_path(study, run).unlink()
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study_content(tmp_path)))
+    command = [sys.executable, "tools/quantile_benchmark.py", "report", str(file), "--partial"]
+    shown = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    assert "warning: Incomplete: 9 of 18 runs have results.\n" in shown
+    head = "# Incomplete: 9 of 18 runs have results.\n# Not measured, and so not in the plan: odd.\n"
+    assert plan.read_text().startswith(head)
+    assert set(yaml.safe_load(plan.read_text())["sources"]) == {"good"}
+    advice = json.loads((study.folder / "report.json").read_text())["proposal"]["advice"]
+    assert advice[1]["reasons"] == ["Not measured: none of its runs has results."]
+    assert advice[1]["followed"] is False
+    for seed in (1, 2):
+        result_path(study, next(run for run in sliced.runs if run.name == f"good-top0-seed{seed}")).unlink()
+    assert write_report(study, sliced, partial=True).plan is None
+    assert not plan.exists()
 
 
 def test_a_report_on_one_seed_says_that_it_concludes_nothing(tmp_path: Path) -> None:
