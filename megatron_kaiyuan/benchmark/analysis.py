@@ -101,6 +101,11 @@ class Analysis:
     """Everything that a report says, before it is words."""
 
     cells: tuple[Cell, ...]
+    reaches: tuple[tuple[Fraction, Fraction], ...]
+    """Of each cell, from where to where the documents of its runs lie, as fractions from the best document.
+
+    Not around its nominal quantile at the ends, where a slice is moved inwards.
+    """
     seeds: tuple[int, ...]
     """Runs of each cell."""
     metrics: tuple[Metric, ...]
@@ -121,6 +126,11 @@ class Analysis:
     def unit(self) -> str:
         """Of all scores."""
         return "seed spreads" if max(self.seeds) > 1 else "spreads between slices"
+
+    @property
+    def places(self) -> list[float]:
+        """Of each cell, the middle of its documents, from 0 (the worst document) to 1 (the best)."""
+        return _places(self.reaches)
 
     def pair(self, score: str, first: int, second: int) -> Pair:
         """The comparison of two cells, in whichever order it was made."""
@@ -192,15 +202,16 @@ def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult])
     if len(groups) < 2:
         raise StudyError("fewer than two slices have results; there is nothing to compare")
     cells = tuple(groups)
+    reaches = tuple(_reach(runs) for runs in groups.values())
     metrics = _metrics(study, [[results[run.name] for run in runs] for runs in groups.values()])
     scores = _scores(metrics)
     seeds = tuple(len(runs) for runs in groups.values())
     refusals = _refusals(study, seeds)
     conclude = min(seeds) >= 2
-    trends = _trends(study, cells, scores) if conclude and study.slices.documents == "own" else ()
+    trends = _trends(study, cells, _places(reaches), scores) if conclude and study.slices.documents == "own" else ()
     pairs = _pairs(cells, scores, study.level / 2 if conclude else 0.0)
     warnings = (*_warnings(study, sliced, seeds, results), *_uneven_spreads(scores, seeds))
-    return Analysis(cells, seeds, metrics, scores, trends, pairs, refusals, warnings, study.level)
+    return Analysis(cells, reaches, seeds, metrics, scores, trends, pairs, refusals, warnings, study.level)
 
 
 def _uneven_spreads(scores: Mapping[str, Score], seeds: Sequence[int]) -> list[str]:
@@ -221,6 +232,15 @@ def _group(runs: Sequence[Run], results: Mapping[str, RunResult]) -> dict[Cell, 
         if run.name in results:
             groups.setdefault(Cell(run.source, Fraction(str(run.top))), []).append(run)
     return groups
+
+
+def _reach(runs: Sequence[Run]) -> tuple[Fraction, Fraction]:
+    ends = [run.reach for run in runs]
+    return min(best for best, _ in ends), max(worst for _, worst in ends)
+
+
+def _places(reaches: Sequence[tuple[Fraction, Fraction]]) -> list[float]:
+    return [float(1 - (best + worst) / 2) for best, worst in reaches]
 
 
 def _metrics(study: Study, cells: Sequence[Sequence[RunResult]]) -> tuple[Metric, ...]:
@@ -260,11 +280,13 @@ def _scores(metrics: Sequence[Metric]) -> dict[str, Score]:
     return {OVERALL: Composite(OVERALL, list(parts.values())), **parts}
 
 
-def _trends(study: Study, cells: Sequence[Cell], scores: Mapping[str, Score]) -> tuple[Trend, ...]:
+def _trends(
+    study: Study, cells: Sequence[Cell], places: Sequence[float], scores: Mapping[str, Score]
+) -> tuple[Trend, ...]:
     tested = [
         (source, name, contrast(score, coefficients))
         for source in study.sources
-        if (coefficients := _slope(cells, source)) is not None
+        if (coefficients := _slope(cells, places, source)) is not None
         for name, score in scores.items()
     ]
     adjusted = holm([estimate.p_value for _, _, estimate in tested])
@@ -274,14 +296,14 @@ def _trends(study: Study, cells: Sequence[Cell], scores: Mapping[str, Score]) ->
     )
 
 
-def _slope(cells: Sequence[Cell], source: str) -> NDArray[np.float64] | None:
+def _slope(cells: Sequence[Cell], places: Sequence[float], source: str) -> NDArray[np.float64] | None:
     """Coefficients of the rise from the worst to the best quantile of a source, by least squares."""
     inside = np.array([cell.source == source for cell in cells])
-    places = np.array([1.0 - float(cell.top) for cell in cells])
+    along = np.array(places)
     if inside.sum() < 2:
         return None
-    centred = np.where(inside, places - places[inside].mean(), 0.0)
-    return np.asarray(centred / (centred**2).sum() * np.ptp(places[inside]), dtype=np.float64)
+    centred = np.where(inside, along - along[inside].mean(), 0.0)
+    return np.asarray(centred / (centred**2).sum() * np.ptp(along[inside]), dtype=np.float64)
 
 
 def _pairs(cells: Sequence[Cell], scores: Mapping[str, Score], level: float) -> tuple[Pair, ...]:

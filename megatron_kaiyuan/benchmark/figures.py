@@ -61,7 +61,7 @@ def _curves(
     analysis: Analysis, score: Score, scale: float, centre: float, reversals: Iterable[tuple[int, bool]]
 ) -> go.Figure:
     figure = _figure(height=360 + 22 * max(0, len(_colours(analysis)) - 2))  # the legend grows above the plot
-    places = [1 - float(cell.top) for cell in analysis.cells]
+    places = analysis.places
     means = [(mean_estimate(score, cell).value - centre) * scale for cell in range(len(places))]
     for source, colour in _colours(analysis).items():
         cells = [number for number, cell in enumerate(analysis.cells) if cell.source == source]

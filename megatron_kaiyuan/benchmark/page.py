@@ -154,8 +154,8 @@ def _curves(analysis: Analysis, figures: Figures) -> list[str]:
         "<h2>Score against quantile</h2>",
         '<p class="read">Rings are single seeds, the line their mean, the band its 95 % confidence interval (spread '
         "between seeds, pooled over all slices). A triangle marks a slice that did better than its neighbour with the "
-        "higher score: filled where that is claimed, open where it is not. Bits per byte fall towards the right "
-        "where a score works.</p>",
+        "higher score: filled where that is claimed, open where it is not. A slice stands where its documents lie; at "
+        "the ends that is further inwards than its name. Bits per byte fall towards the right where a score works.</p>",
         *_plots(analysis, main, figures),
         *_further_curves(analysis, more, figures),
     ]

@@ -1,14 +1,15 @@
 """From what a study shows to a plan: which top part of which source, in which phase, and why.
 
-A slice speaks for the quantiles nearest to it, so keeping the slices from the best down to the one at `top_k` keeps the
-documents down to the middle between `top_k` and the next quantile that was measured. Of a dataset that was measured by
-several scores, the plan follows one.
+A slice speaks for the quantiles nearest to it, so keeping the slices from the best down to some one keeps the documents
+down to the middle of the gap between that slice and the next that was measured, and so all documents that earned it. Of
+a dataset that was measured by several scores, the plan follows one.
 """
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import yaml
@@ -186,11 +187,15 @@ def _loss(analysis: Analysis, cell: int, against: int) -> str:
 
 
 def _edge(analysis: Analysis, cells: Sequence[int], last: int) -> Fraction:
-    """The middle between a slice's quantile and the next one measured; 1 after the last."""
+    """The middle between the end of a slice and the start of the next one measured; 1 after the last."""
     place = list(cells).index(last)
     if place + 1 == len(cells):
         return Fraction(1)
-    return (analysis.cells[last].top + analysis.cells[cells[place + 1]].top) / 2
+    end, start = analysis.reaches[last][1], analysis.reaches[cells[place + 1]][0]
+    middle = (end + start) / 2
+    rounded = (Fraction(round(middle * parts), parts) for parts in (100, 1000, 10_000))
+    # never less than the slice itself: of neighbours without a gap, a millionth of the source more
+    return next((edge for edge in rounded if end <= edge <= start), Fraction(ceil(end * 10**6), 10**6))
 
 
 def _percent(fraction: Fraction) -> str:

@@ -16,6 +16,7 @@ from megatron_kaiyuan.benchmark.slices import Slice, choose_slices, open_sources
 from megatron_kaiyuan.benchmark.study import Study, top_name
 from megatron_kaiyuan.data import Plan, Source
 from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.data.selection import parse_keep
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.preprocess.manifest import load_manifest, manifest_path
 
@@ -54,6 +55,12 @@ class Run:
     plan_fingerprint: str
     digest: str
     """Identifies everything that its weights depend on."""
+
+    @property
+    def reach(self) -> tuple[Fraction, Fraction]:
+        """From where to where its documents lie, as fractions of the source from the best document."""
+        band = parse_keep(self.keep)
+        return 1 - band.high, 1 - band.low
 
 
 @dataclass(frozen=True, slots=True)

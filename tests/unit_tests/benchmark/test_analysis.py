@@ -1,6 +1,7 @@
 """Claims: rarely false where nothing is there, made where something is, and never from one seed."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron_kaiyuan.benchmark.results import Identity, check_comparable
 from megatron_kaiyuan.benchmark.runs import SlicedStudy
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data.selection import parse_fraction
 from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.benchmark.tiny_study import (
     Effect,
@@ -157,7 +159,7 @@ def test_the_proposal_keeps_the_good_top_and_loads_as_a_plan(sliced: tuple[Study
     study, _, _ = sliced
     proposal = propose(study, analysed(sliced, lambda source, top: top if source == "good" else 0.4, seed_spread=0.01))
     good, odd = proposal.advice
-    assert (good.broad, good.best, good.in_order) == ("top 60%", "top 20%", True)
+    assert (good.broad, good.best, good.in_order) == ("top 60%", "top 22%", True)
     assert (odd.broad, odd.best, odd.in_order) == ("all", None, False)
     assert proposal.plan is not None
     path = study.folder / "plan.yaml"
@@ -165,6 +167,32 @@ def test_the_proposal_keeps_the_good_top_and_loads_as_a_plan(sliced: tuple[Study
     plan = Plan.load(path)
     assert [phase.name for phase in plan.phases] == ["broad", "best"]
     assert list(plan.phases[1].streams) == ["good"]
+
+
+def test_a_plan_keeps_all_documents_of_the_slices_it_keeps(tmp_path: Path) -> None:
+    """The best slices reach down to a fifth of the source: further than half way to the quantile that lost."""
+    slices = study_content(tmp_path)["slices"] | {"tops": ["0%", "35%", "80%"], "tokens": 2560}
+    study, wide = sliced_study(tmp_path, slices=slices)
+    results = invent_results(wide, lambda source, top: 2 * top if source == "good" else 0.0, seed_spread=0.01)
+    analysis = analyse(study, wide, results)
+    best = [run for run in wide.runs if (run.source, run.top) == ("good", 0.0)]
+    end = max(run.reach[1] for run in best)
+    assert analysis.reaches[0] == (0, end)
+    assert end > Fraction(175, 1000)
+    assert analysis.places[0] == pytest.approx(1 - float(end) / 2)
+    (good, _) = propose(study, analysis).advice
+    assert good.best is not None
+    kept = parse_fraction(good.best.removeprefix("top "))
+    assert end <= kept <= analysis.reaches[1][0]
+
+
+def test_a_trend_is_a_line_through_where_the_documents_lie(sliced: tuple[Study, SlicedStudy, Path]) -> None:
+    analysis = analysed(sliced, informative, seed_spread=0.01)
+    trend = analysis.trend("good", OVERALL)
+    means = [float(runs.mean()) for runs in analysis.scores[OVERALL].run_means[:3]]
+    slope = np.polyfit(analysis.places[:3], means, 1)[0]
+    assert trend is not None
+    assert trend.estimate.value == pytest.approx(slope * (analysis.places[0] - analysis.places[2]))
 
 
 def test_without_claims_everything_is_kept(sliced: tuple[Study, SlicedStudy, Path]) -> None:

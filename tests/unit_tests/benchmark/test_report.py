@@ -143,8 +143,8 @@ def test_slices_that_go_against_the_score_are_marked_in_the_figures(tmp_path: Pa
     claimed, open_ = "against the score, claimed", "against the score, not claimed"
     for figure in (overall_figure(analysis), curve_figure(analysis, analysis.metrics[0])):
         spots = {trace.name: list(trace.x) for trace in figure.data if trace.name in (claimed, open_)}
-        assert spots[claimed] == [pytest.approx(0.2)]  # `good` at top 80 % beat its top 40 %
-        assert pytest.approx(0.2) in spots[open_]  # `odd` falls by less than its noise
+        assert spots[claimed] == [analysis.places[2]]  # `good` at top 80 % beat its top 40 %
+        assert analysis.places[5] in spots[open_]  # `odd` falls by less than its noise
     (good, odd) = heat_figure(analysis, "overall").data[0].text
     assert [text[-1] for text in good] == ["▲", good[1][-1], good[2][-1]]
     assert "▲" not in "".join(odd) + good[1] + good[2]
