@@ -63,8 +63,8 @@ def _add_monitor_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=50,
         metavar="STEPS",
-        help="stop with a diagnosis after so many skipped steps in a row, or of twice as many at the smallest loss scale "
-        "(default 50; 0 = never)",
+        help="stop with a diagnosis after so many skipped steps in a row, or among twice as many at the smallest loss "
+        "scale (default 50; 0 = never)",
     )
 
 
