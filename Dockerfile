@@ -28,4 +28,7 @@ ENV XDG_CACHE_HOME=/tmp/cache \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
     HF_HOME=/tmp/cache/huggingface
 
+# The examples leave the .venv of a mounted checkout alone: its torch is not the image's.
+ENV KAIYUAN_IGNORE_VENV=1
+
 WORKDIR /workspace

@@ -12,18 +12,24 @@
 #                   would do 2.68 M tokens/s: 3.1 s a step, 9.5 days. Real clusters scale less than perfectly.
 #
 # Disk: a checkpoint holds 14 bytes a parameter (FP16 weights; FP32 master weights and two Adam moments) x 2.03e9
-# = 28.4 GB. The final weights average the last 8, 400 steps (3.36e9 tokens) apart; 262 260 / 400 = 655 checkpoints
-# would be 18.6 TB, so save with SAVE_INTERVAL=4000 before the last phase (65 of them, 1.8 TB).
+# = 28.4 GB. One is saved every 1 000 steps (52 minutes at 3.1 s a step, which is what a crash costs at most), and of
+# these the newest 2 are kept: 262 of them would be 7.4 TB. Beside them the run saves and keeps what the plan's
+# `averaging` names, the last 8, 400 steps (3.36e9 tokens) apart. So there are never more than 8 + 2, and one that is being
+# written: 11 x 28.4 = 312 GB, towards the end; 85 GB before. KEEP_CHECKPOINTS= keeps all.
 set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# The environment of `make env`, where there is one.
-if [ -d "$ROOT/.venv/bin" ]; then PATH="$ROOT/.venv/bin:$PATH"; fi
+# The environment of `make env`, where there is one that starts: in a container which mounts the checkout, .venv names the
+# host's python. Our image sets KAIYUAN_IGNORE_VENV, because a .venv that does start would replace the image's torch.
+if [ -z "${KAIYUAN_IGNORE_VENV:-}" ] && "$ROOT/.venv/bin/torchrun" --help >/dev/null 2>&1; then
+    PATH="$ROOT/.venv/bin:$PATH"
+fi
 
 PLAN=${PLAN:-$ROOT/examples/kaiyuan_2b/plan.yaml}
 TOKENIZER=${TOKENIZER:-tokenizers/qwen2} # a folder with the Qwen2 tokenizer: 151 936 entries with the unused ones
 RUN=${RUN:-runs/kaiyuan_2b}              # checkpoints and TensorBoard files; on a disk that all nodes share
-SAVE_INTERVAL=${SAVE_INTERVAL:-400}
+SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
+KEEP_CHECKPOINTS=${KEEP_CHECKPOINTS-2}
 
 # Tensor and context parallelism before Blackwell need one hardware queue, so that collectives start in order.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
@@ -128,6 +134,7 @@ EVAL_AND_LOGGING_ARGS=(
     --log-throughput
     --tensorboard-dir "$RUN/tensorboard"
 )
+if [ -n "$KEEP_CHECKPOINTS" ]; then EVAL_AND_LOGGING_ARGS+=(--kaiyuan-keep-checkpoints "$KEEP_CHECKPOINTS"); fi
 
 exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_kaiyuan.pretrain \
     "${GPT_MODEL_ARGS[@]}" \

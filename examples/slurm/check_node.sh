@@ -4,8 +4,9 @@
 # "NODE FINGERPRINT VERSIONS", which must be the same on all nodes but for its first word; or says on stderr what is wrong
 # with which node, and exits with 1.
 #
-# PLAN, RUN as for the run itself; MIN_FREE_GB is the room that RUN must have, MAX_CLOCK_SECONDS how far clocks may differ
-# (what measures a time on one node and compares it on another breaks silently: caches, timeouts, file times).
+# PLAN, RUN as for the run itself; MIN_FREE_GB is the room that RUN must have free. Its default is the 312 GB of
+# examples/pretrain_kaiyuan_2b.sh less what the run's checkpoints take already, but at least two of 28.4 GB: the next one is
+# written before an older one is deleted. MAX_CLOCK_SECONDS is how far clocks may differ (what measures a time on one node and compares it on another breaks silently: caches, timeouts, file times).
 set -euo pipefail
 
 now=$EPOCHREALTIME
@@ -13,10 +14,8 @@ gpus=$1
 reference=$2
 plan=${PLAN:-examples/kaiyuan_2b/plan.yaml}
 run=${RUN:-runs/kaiyuan_2b}
-min_free_gb=${MIN_FREE_GB:-60} # two checkpoints of the 2B model, of 28.4 GB each
 max_clock_seconds=${MAX_CLOCK_SECONDS:-60}
 node=${SLURMD_NODENAME:-$(hostname)}
-if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 
 fail() {
     printf '%s: %s\n' "$node" "$1" >&2
@@ -29,9 +28,18 @@ awk -v a="$now" -v b="$reference" -v limit="$max_clock_seconds" 'BEGIN { d = a -
 
 if ! mkdir -p "$run" 2>/dev/null || ! [ -w "$run" ]; then fail "$run cannot be written; is its disk mounted here?"; fi
 free_gb=$(df -Pk "$run" | awk 'NR == 2 { print int($4 / 1000000) }')
+min_free_gb=${MIN_FREE_GB:-}
+if [ -z "$min_free_gb" ]; then
+    # What another node deletes meanwhile makes du complain.
+    used_gb=$({ du -sk "$run/checkpoints" 2>/dev/null || true; } | awk '{ print int($1 / 1000000) }')
+    min_free_gb=$((312 - ${used_gb:-0}))
+    if [ "$min_free_gb" -lt 57 ]; then min_free_gb=57; fi
+fi
 [ "$free_gb" -ge "$min_free_gb" ] ||
     fail "$run has $free_gb GB free, $min_free_gb GB are asked for; remove old checkpoints, or set MIN_FREE_GB"
 
+# Which environment, by the rule of examples/pretrain_kaiyuan_2b.sh.
+if [ -z "${KAIYUAN_IGNORE_VENV:-}" ] && .venv/bin/torchrun --help >/dev/null 2>&1; then PATH="$PWD/.venv/bin:$PATH"; fi
 [ -r "$plan" ] || fail "the plan $plan cannot be read; is its disk mounted here?"
 python -c 'import megatron_kaiyuan' || fail "megatron_kaiyuan is not installed; run make env, or start the container"
 python - "$gpus" <<'PYTHON' || fail "its GPUs are not fit for the run; see the line above"

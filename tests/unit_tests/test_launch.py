@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from megatron_kaiyuan.data.plan_schema import load_plan_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +46,7 @@ class Workplace:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
-    for name in ["pretrain_kaiyuan_2b.sh", "slurm/pretrain.sbatch"]:
+    for name in ["pretrain_kaiyuan_2b.sh", "slurm/pretrain.sbatch", "slurm/check_node.sh"]:
         target = tmp_path / "a clone/examples" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text((ROOT / "examples" / name).read_text())
@@ -104,6 +107,8 @@ def test_megatron_reads_the_2b_script_as_the_recipe_says(workplace: Workplace) -
         "qk_layernorm": True,
         "kaiyuan_sandwich_norm": True,
         "kaiyuan_logit_softcap": 30.0,
+        "save_interval": 1000,
+        "kaiyuan_keep_checkpoints": 2,
     }
     assert {name: values[name] for name in shape} == shape
     assert values["micro_batch_size"] == 2, "a flag given to the script must win over the script's own"
@@ -124,11 +129,78 @@ def test_paths_with_spaces_stay_one_argument(workplace: Workplace) -> None:
     assert started[started.index("--plan") + 1] == "my plan.yaml"
 
 
-def start_slurm_job(workplace: Workplace, training: str) -> subprocess.Popen[str]:
+def test_all_checkpoints_can_be_kept(workplace: Workplace) -> None:
+    assert "--kaiyuan-keep-checkpoints" not in torchrun_arguments(workplace, KEEP_CHECKPOINTS="")
+
+
+@pytest.mark.parametrize(
+    ("first_line", "ignore", "used"),
+    [("#!/usr/bin/env bash", "", "venv"), ("#!/host/only/bash", "", "other"), ("#!/usr/bin/env bash", "1", "other")],
+    ids=["starts", "of another machine", "not wanted"],
+)
+def test_the_environment_of_the_checkout_is_used_where_it_starts(
+    workplace: Workplace, first_line: str, ignore: str, used: str
+) -> None:
+    workplace.program(".venv/bin/torchrun", "printf venv")
+    ours = workplace.root / ".venv/bin/torchrun"
+    ours.write_text(ours.read_text().replace("#!/usr/bin/env bash", first_line))
+
+    started = torchrun_arguments(workplace, KAIYUAN_IGNORE_VENV=ignore)
+
+    assert ("venv" if started == ["venv"] else "other") == used
+
+
+def test_the_image_ignores_the_environment_of_a_checkout() -> None:
+    assert "\nENV KAIYUAN_IGNORE_VENV=1\n" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("free", "used", "complaint"),
+    [
+        (311, 0, "n1: run has 311 GB free, 312 GB are asked for"),
+        (100, 200, "n1: run has 100 GB free, 112 GB are asked for"),
+        (56, 300, "n1: run has 56 GB free, 57 GB are asked for"),
+        (112, 200, "n1: the plan nowhere.yaml cannot be read"),
+    ],
+    ids=["first start", "restart", "at the end", "enough"],
+)
+def test_a_node_asks_for_the_room_that_the_run_still_needs(
+    workplace: Workplace, free: int, used: int, complaint: str
+) -> None:
+    workplace.program("bin/df", f"printf 'Head\\ndisk 1 1 {free}000000 1 /\\n'")
+    workplace.program("bin/du", f'echo "{used}000000 $2"')
+    checked = subprocess.run(
+        ["bash", "-c", 'exec bash examples/slurm/check_node.sh 0 "$EPOCHREALTIME"'],
+        env=workplace.environment(SLURMD_NODENAME="n1", PLAN="nowhere.yaml", RUN="run"),
+        cwd=workplace.root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert checked.returncode == 1
+    assert checked.stderr.startswith(complaint)
+
+
+def test_the_sample_plan_of_the_readme_is_a_plan(tmp_path: Path) -> None:
+    [sample] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(sample)
+
+    rates = [phase.lr for phase in load_plan_spec(plan).phases]
+
+    assert [rate and (rate.start, rate.end) for rate in rates] == [(3.0e-3, 3.0e-3), (3.0e-3, 6.0e-4)]
+
+
+def start_slurm_job(
+    workplace: Workplace, training: str, check: str = 'echo "checked $1" >>calls', **environment: str
+) -> subprocess.Popen[str]:
     """Run the batch script where `srun` runs the command on this machine, and `training` stands for the ranks."""
-    workplace.program("bin/srun", 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 exec "$@"')
+    flags = 'flags=; while [[ $1 == --* ]]; do flags+="$1 "; shift; done; echo "${flags}of $SRUN_CPUS_PER_TASK" >>sruns'
+    workplace.program("bin/srun", f'{flags}; SLURM_NODEID=1 exec "$@"')
     workplace.program("bin/scontrol", 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >>calls; fi')
-    workplace.program("examples/slurm/check_node.sh", 'echo "checked $1" >>calls')
+    workplace.program("examples/slurm/check_node.sh", check)
     workplace.program("examples/pretrain_kaiyuan_2b.sh", training)
     return subprocess.Popen(
         ["bash", "examples/slurm/pretrain.sbatch", "--micro-batch-size", "2"],
@@ -137,7 +209,9 @@ def start_slurm_job(workplace: Workplace, training: str) -> subprocess.Popen[str
             SLURM_JOB_NODELIST="n[1-2]",
             SLURM_JOB_NUM_NODES="2",
             SLURM_GPUS_ON_NODE="8",
+            SLURM_CPUS_PER_TASK="64",
             TMPDIR=str(workplace.root),
+            **environment,
         ),
         cwd=workplace.root,
         text=True,
@@ -158,24 +232,71 @@ sys.exit(9)' &
 wait $!"""
 
 
-@pytest.mark.parametrize(("status", "afterwards"), [(0, ["requeue 123456"]), (1, [])], ids=["saved", "failed to save"])
-def test_a_job_near_its_limit_queues_itself_again_once_its_ranks_have_saved(
-    workplace: Workplace, status: int, afterwards: list[str]
-) -> None:
-    job = start_slurm_job(workplace, LISTENING_RANK.format(status=status))
+def wait_for_file(path: Path, job: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 30
-    while not (workplace.root / "rank.pid").exists():
+    while not path.exists():
         assert time.monotonic() < deadline
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
     time.sleep(0.2)
 
-    job.send_signal(signal.SIGUSR1)
+
+@pytest.mark.parametrize(
+    ("number", "status", "afterwards"),
+    [(signal.SIGUSR1, 0, ["requeue 123456"]), (signal.SIGUSR1, 1, []), (signal.SIGTERM, 0, [])],
+    ids=["saved", "failed to save", "preempted or cancelled"],
+)
+def test_a_job_near_its_limit_queues_itself_again_once_its_ranks_have_saved(
+    workplace: Workplace, number: signal.Signals, status: int, afterwards: list[str]
+) -> None:
+    job = start_slurm_job(workplace, LISTENING_RANK.format(status=status))
+    wait_for_file(workplace.root / "rank.pid", job)
+
+    job.send_signal(number)
 
     output, _ = job.communicate(timeout=30)
     calls = (workplace.root / "calls").read_text().splitlines()
     assert job.returncode == status, output
     assert calls == ["checked 8", *afterwards]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told", "afterwards"),
+    [(signal.SIGUSR1, 0, ["told"], "requeue 123456\n"), (signal.SIGTERM, 143, [], "")],
+    ids=["time limit", "cancelled"],
+)
+def test_a_signal_while_the_nodes_are_checked_is_not_lost(
+    workplace: Workplace, number: signal.Signals, status: int, told: list[str], afterwards: str
+) -> None:
+    """It must neither end the script before it can queue itself again nor leave ranks that nobody tells."""
+    workplace.program("bin/pkill", "touch told")
+    until_told = "for _ in {1..200}; do if [ -e told ]; then exit 0; fi; sleep 0.1; done; exit 9"
+    job = start_slurm_job(workplace, until_told, check="touch checking calls; sleep 0.5")
+    wait_for_file(workplace.root / "checking", job)
+
+    job.send_signal(number)
+
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == status, output
+    assert [path.name for path in workplace.root.glob("told")] == told
+    assert (workplace.root / "calls").read_text() == afterwards
+
+
+def test_the_ranks_of_a_node_get_its_cores_and_the_small_tasks_one(workplace: Workplace) -> None:
+    job = start_slurm_job(workplace, "exit 0")
+    job.communicate(timeout=30)
+
+    assert (workplace.root / "sruns").read_text().splitlines() == [
+        "--ntasks-per-node=1 --cpus-per-task=1 of 64",
+        "--kill-on-bad-exit=1 of 64",
+    ]
+
+
+@pytest.mark.parametrize(("given", "run"), [({}, "job-123456 allow"), ({"WANDB_RUN_ID": "mine"}, "mine allow")])
+def test_all_starts_of_a_job_are_one_wandb_run(workplace: Workplace, given: dict[str, str], run: str) -> None:
+    job = start_slurm_job(workplace, 'echo "$WANDB_RUN_ID $WANDB_RESUME"', **given)
+
+    assert job.communicate(timeout=30)[0].splitlines()[-1] == run
 
 
 def test_each_node_gets_its_rank_and_the_first_host(workplace: Workplace) -> None:
