@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_kaiyuan.benchmark.runs import my_share, read_slices, write_slices
 from megatron_kaiyuan.benchmark.slices import choose_slices, cut_band, open_sources
+from megatron_kaiyuan.benchmark.study import load_study, parse_study
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.data.order import StorageOrder
 from megatron_kaiyuan.data.runs import DocumentRuns
@@ -152,6 +153,24 @@ def test_the_size_that_a_refusal_names_is_the_largest_that_fits(tmp_path: Path) 
     write_slices(tiny_study(tmp_path, slices=slices | {"tokens": largest}, training=training))
     with pytest.raises(StudyError):
         write_slices(tiny_study(tmp_path, slices=slices | {"tokens": largest + 32}, training=training))
+
+
+def test_the_slices_of_the_full_study_fit_the_smaller_of_its_sources(tmp_path: Path) -> None:
+    """Its file cut from a hundred-thousandth of FineWeb-Edu's 190 B tokens."""
+    full = load_study(Path(__file__).parents[3] / "examples/quantile/full_study.yaml")
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(1, 40, size=95_000).tolist()
+    lengths += [20] * ((1_900_000 - sum(lengths)) // 20)
+    write_shard(tmp_path / "edu", [[1] * length for length in lengths], rng.permutation(len(lengths)).astype(float))
+    content = study_content(tmp_path)
+    content["sources"] = {"edu": {"shards": str(tmp_path / "edu"), "score": "score"}}
+    content["slices"] |= {
+        "tops": [str(top) for top in full.slices.tops],
+        "tokens": full.slices.tokens // 3_200_000 * 32,
+    }
+    content["training"] |= {"seeds": len(full.training.seeds), "global_batch_size": 1, "micro_batch_size": 1}
+    content["evaluation"] = {"held_out": {"edu": {"documents": 20}}}
+    assert len(write_slices(parse_study(content))[0].runs) == 15
 
 
 def test_constant_scores_are_refused(tmp_path: Path) -> None:
