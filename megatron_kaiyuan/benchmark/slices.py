@@ -6,6 +6,7 @@ than its last document has; a run trains on exactly `tokens` of them. With `docu
 neighbouring slices, turned by one from quantile to quantile, so that no seed is always nearest to the top.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -91,13 +92,19 @@ def open_sources(study: Study) -> dict[str, OpenedSource]:
 
 
 def _check_shared_shards(shards: Mapping[str, str | list[str]]) -> None:
-    prefixes = {name: set(resolve_prefixes(value)) for name, value in shards.items()}
-    for first, second in combinations(prefixes, 2):
-        shared = sorted(prefixes[first] & prefixes[second])
+    # by the file behind a path: it may be written in two ways, or be a link
+    files = {
+        name: {os.path.realpath(f"{prefix}.bin"): prefix for prefix in resolve_prefixes(value)}
+        for name, value in shards.items()
+    }
+    for first, second in combinations(files, 2):
+        shared = sorted(files[first].keys() & files[second].keys())
         if shared:
+            one, other = files[first][shared[0]], files[second][shared[0]]
             raise StudyError(
-                f"{first!r} and {second!r} both name the shard {shared[0]}: their slices would hold the same "
-                "documents, or be evaluated on what they were trained on; give every set shards of its own"
+                f"{first!r} and {second!r} both name the shard {one}{'' if one == other else f' (as {other})'}: their "
+                "slices would hold the same documents, or be evaluated on what they were trained on; give every set "
+                "shards of its own"
             )
 
 

@@ -194,6 +194,18 @@ def test_training_on_what_is_evaluated_is_refused(tmp_path: Path) -> None:
         write_slices(tiny_study(tmp_path, evaluation=held_out))
 
 
+@pytest.mark.parametrize("spelling", ["./odd", "../{name}/odd", "link/odd", "file"])
+def test_training_on_what_is_evaluated_is_refused_however_its_path_is_spelled(tmp_path: Path, spelling: str) -> None:
+    write_sources(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"file{suffix}").symlink_to(tmp_path / f"odd{suffix}")
+    path = f"{tmp_path}/{spelling.format(name=tmp_path.name)}"
+    held_out = {"held_out": {"clean": {"shards": path, "documents": 40}}}
+    with pytest.raises(StudyError, match=r"'odd' and 'clean' both name the shard .*/odd \(as "):
+        write_slices(tiny_study(tmp_path, evaluation=held_out))
+
+
 def test_too_few_held_out_documents_are_refused(tmp_path: Path) -> None:
     write_sources(tmp_path)
     held_out = {"held_out": {"clean": {"shards": str(tmp_path / "clean"), "documents": 19}}}
