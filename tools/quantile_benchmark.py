@@ -71,7 +71,7 @@ def _slice(study: Study, options: argparse.Namespace) -> None:
         for run in sliced.runs
     ]  # fmt: skip
     _print_table(f"{len(sliced.runs)} runs, plans in {study.folder / 'plans'}", columns, rows)
-    for line in cost.lines():
+    for line in [*(f"warning: {line}" for line in sliced.warnings), *cost.lines()]:
         print(line)
 
 

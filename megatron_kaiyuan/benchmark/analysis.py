@@ -359,6 +359,7 @@ def _warnings(
             found.append(
                 f"The bytes of the tokens of {name} are unknown: its losses are bits per token, of this tokenizer only."
             )
+    found += sliced.warnings
     if study.slices.documents == "own" and study.budget > study.slices.tokens:
         found.append(f"Each slice was seen {study.budget / study.slices.tokens:.3g} times.")
     return tuple(found)

@@ -14,7 +14,7 @@ import yaml
 from megatron_kaiyuan.benchmark.cost import CostEstimate, estimate_cost
 from megatron_kaiyuan.benchmark.slices import Slice, choose_slices, open_sources
 from megatron_kaiyuan.benchmark.study import Study, top_name
-from megatron_kaiyuan.data import Plan, Source
+from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.data.selection import parse_keep
 from megatron_kaiyuan.errors import StudyError
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 _FORMAT = "megatron_kaiyuan.quantile_slices/1"
+_UNKNOWN = "unknown"
+_MOST_NAMED = 4
 _STATED_SAVES = 5
 """Checkpoints of a run when the study does not say how often."""
 
@@ -73,6 +75,22 @@ class SlicedStudy:
     vocab_size: int
     cost: Mapping[str, Any]
     runs: tuple[Run, ...]
+    unmanifested: tuple[str, ...] = ()
+    """Shards that do not tell their tokenizer."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could not be checked of the data."""
+        if not self.unmanifested:
+            return []
+        names = ", ".join(self.unmanifested[:_MOST_NAMED])
+        more = len(self.unmanifested) - _MOST_NAMED
+        others = "no shard has one" if self.tokenizer == _UNKNOWN else "the other shards have one"
+        return [
+            f"Shards without a manifest ({others}): {names}{f' and {more} more' if more > 0 else ''}. Whether all "
+            "shards are of one tokenizer was not checked; models of different tokenizers do not compare. "
+            "tools/preprocess_data.py writes manifests."
+        ]
 
 
 def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
@@ -83,7 +101,10 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
     """
     opened = open_sources(study)
     slices = choose_slices(study, opened)
-    tokenizer, vocab_size = _tokenizer_of([source.source for source in opened.values()], study.training.flags)
+    shards = list(dict.fromkeys(shard.prefix for source in opened.values() for shard in source.source.shards))
+    told = [shard for shard in shards if manifest_path(shard).is_file()]
+    tokenizer, vocab_size = _tokenizer_of(told, study.training.flags)
+    unmanifested = tuple(sorted(set(shards) - set(told)))
     cost = estimate_cost(study, vocab_size)
     order = {top: number for number, top in enumerate(sorted(study.slices.tops))}
     runs = []
@@ -92,8 +113,8 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
             parts = [piece for piece in slices if piece.source == source and piece.top == top]
             for number, seed in enumerate(study.training.seeds):
                 runs.append(_write_run(study, parts[(number + order[top]) % len(parts)], seed))
-    told = {**asdict(cost), "share_of_main_run": cost.share_of_main_run}
-    sliced = SlicedStudy(study.training_digest, tokenizer, vocab_size, told, tuple(runs))
+    costs = {**asdict(cost), "share_of_main_run": cost.share_of_main_run}
+    sliced = SlicedStudy(study.training_digest, tokenizer, vocab_size, costs, tuple(runs), unmanifested)
     content = {"format": _FORMAT, **asdict(sliced)}
     write_text_atomically(study.folder / "slices.json", json.dumps(content, indent=1) + "\n")
     return sliced, cost
@@ -117,6 +138,7 @@ def read_slices(study: Study) -> SlicedStudy:
             "run `slice` again (runs that are not changed by it are kept)"
         )
     content["runs"] = tuple(Run(**run) for run in content["runs"])
+    content["unmanifested"] = tuple(content.get("unmanifested", ()))
     return SlicedStudy(**content)
 
 
@@ -216,17 +238,16 @@ def _plan_content(study: Study, piece: Slice, seed: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer_of(sources: Sequence[Source], flags: Sequence[str]) -> tuple[str, int]:
-    """Fingerprint of the tokenizer of all shards, and its vocabulary.
+def _tokenizer_of(shards: Sequence[str], flags: Sequence[str]) -> tuple[str, int]:
+    """Fingerprint of the tokenizer of all shards that have a manifest, and its vocabulary.
 
     Raises:
         StudyError: two shards have different tokenizers, or nothing tells the size of the vocabulary.
     """
     found: dict[str, tuple[str, int]] = {}
-    for shard in (shard for source in sources for shard in source.shards):
-        if manifest_path(shard.prefix).is_file():
-            record = load_manifest(shard.prefix).tokenizer
-            found.setdefault(record.fingerprint, (shard.prefix, record.vocab_size))
+    for shard in shards:
+        record = load_manifest(shard).tokenizer
+        found.setdefault(record.fingerprint, (shard, record.vocab_size))
     if len(found) > 1:
         (first, _), (second, _), *_ = found.values()
         raise StudyError(
@@ -241,4 +262,4 @@ def _tokenizer_of(sources: Sequence[Source], flags: Sequence[str]) -> tuple[str,
             "the size of the vocabulary is unknown: the shards have no manifest; build them with "
             'tools/preprocess_data.py, or add "--vocab-size", "N" to training.flags'
         )
-    return "unknown", int(flags[list(flags).index("--vocab-size") + 1])
+    return _UNKNOWN, int(flags[list(flags).index("--vocab-size") + 1])

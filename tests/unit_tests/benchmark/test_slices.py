@@ -1,5 +1,6 @@
 """Slices are exact, equal, disjoint and where they are said to be; what cannot be cut is refused with numbers."""
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_kaiyuan.benchmark.analysis import analyse
 from megatron_kaiyuan.benchmark.runs import my_share, read_slices, write_slices
 from megatron_kaiyuan.benchmark.slices import choose_slices, cut_band, open_sources
 from megatron_kaiyuan.benchmark.study import load_study, parse_study
@@ -17,8 +19,16 @@ from megatron_kaiyuan.data.order import StorageOrder
 from megatron_kaiyuan.data.runs import DocumentRuns
 from megatron_kaiyuan.data.source import open_source
 from megatron_kaiyuan.errors import StudyError
-from tests.unit_tests.benchmark.tiny_study import sliced_study, study_content, tiny_study, write_sources
+from tests.unit_tests.benchmark.tiny_study import (
+    invent_results,
+    nothing,
+    sliced_study,
+    study_content,
+    tiny_study,
+    write_sources,
+)
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
+from tests.unit_tests.training.test_plan_arguments import FINGERPRINT, write_manifest
 
 
 @settings(max_examples=25, deadline=None)
@@ -217,6 +227,28 @@ def test_slices_of_a_changed_study_are_not_used(tmp_path: Path) -> None:
     sliced_study(tmp_path)
     with pytest.raises(StudyError, match="run `slice` again"):
         read_slices(tiny_study(tmp_path, seed=5))
+
+
+def test_shards_whose_tokenizer_is_not_known_are_named(tmp_path: Path) -> None:
+    """A study of shards with manifests and one without; with a manifest for each, nothing is left to say."""
+    write_sources(tmp_path)
+    for name in ("good", "clean"):
+        write_manifest(tmp_path / name, vocab_size=96)
+    study = tiny_study(tmp_path)
+    write_slices(study)
+    sliced = read_slices(study)
+    assert (sliced.tokenizer, sliced.unmanifested) == (FINGERPRINT, (str(tmp_path / "odd"),))
+    (warning,) = sliced.warnings
+    assert warning.startswith(f"Shards without a manifest (the other shards have one): {tmp_path / 'odd'}. Whether all")
+    assert warning in analyse(study, sliced, invent_results(sliced, nothing)).warnings
+    write_manifest(tmp_path / "odd", vocab_size=96)
+    assert write_slices(study)[0].warnings == []
+
+
+def test_many_shards_without_a_manifest_are_named_in_part(tmp_path: Path) -> None:
+    _, sliced = sliced_study(tmp_path)
+    (warning,) = replace(sliced, unmanifested=tuple("abcdef")).warnings
+    assert warning.startswith("Shards without a manifest (no shard has one): a, b, c, d and 2 more. Whether all")
 
 
 def test_tasks_of_a_job_array_share_all_runs_between_them(tmp_path: Path) -> None:
