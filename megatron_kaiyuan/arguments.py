@@ -164,10 +164,13 @@ def _installed(module: str) -> bool:
 
 
 def check_save_arguments(args: argparse.Namespace) -> None:
-    """Refuse a run that is told where to save but not when; Megatron stops there with a bare assertion.
+    """Refuse a run that is told where to save but not when, or to report to wandb but not where.
+
+    Megatron stops at the first with a bare assertion, at the second with a TypeError of the last rank alone.
 
     Raises:
-        ConfigError: `--save` without `--save-interval`, or a negative interval of the monitor.
+        ConfigError: `--save` without `--save-interval`, a negative interval of the monitor, or `--wandb-project`
+            without what it needs.
     """
     for flag in ("--kaiyuan-activation-interval", "--kaiyuan-max-skipped-steps"):
         value = getattr(args, flag[2:].replace("-", "_"))
@@ -178,3 +181,15 @@ def check_save_arguments(args: argparse.Namespace) -> None:
             f"--save {args.save} without --save-interval: say how often, such as --save-interval 1000 (steps); the "
             "end of the run is saved anyway"
         )
+    if vars(args).get("wandb_project"):
+        _check_wandb_arguments(args)
+
+
+def _check_wandb_arguments(args: argparse.Namespace) -> None:
+    asked = f"--wandb-project {args.wandb_project}"
+    if not _installed("wandb"):
+        raise ConfigError(f"{asked}, but wandb is not installed: pip install wandb, or leave the flag out")
+    if not args.wandb_exp_name:
+        raise ConfigError(f"{asked} without --wandb-exp-name: give the run a name, such as --wandb-exp-name first")
+    if not (args.save or args.wandb_save_dir):
+        raise ConfigError(f"{asked} without a folder for its files: add --wandb-save-dir DIR, or --save DIR")

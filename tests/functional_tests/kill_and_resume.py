@@ -35,8 +35,8 @@ class Killed:
     """One start of the run that was ended."""
 
     how: str
-    latest: str
-    """What the tracker says then."""
+    latest: int
+    """What the tracker says then; 0 where there is none."""
     torn: list[str]
     """Folders without their last file."""
 
@@ -107,14 +107,18 @@ def lengthen(plan: Path, steps: int) -> None:
     )
 
 
+def saved_step(folder: Path) -> int:
+    """What the tracker says; 0 where nothing has been saved."""
+    tracker = folder / "saved" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.is_file() else 0
+
+
 def kill_often(folder: Path, plan: Path, steps: int, kills: int, interval: int, seed: int) -> list[Killed]:
-    """Kill at random steps, in every second start while it saves; then let the run come to its end."""
+    """Kill at random steps, in every second start while it saves; the run is left unfinished."""
     choice, history = random.Random(seed), []
     flags = flags_of(plan, interval)
     for number in range(kills):
-        latest = folder / "saved" / "latest_checkpointed_iteration.txt"
-        done = int(latest.read_text()) if latest.is_file() else 0
-        step = min(steps - 1, done + choice.randint(1, interval))
+        step = min(steps - 1, saved_step(folder) + choice.randint(1, interval))
         saving = number % 2 == 1
         marker = "saving checkpoint" if saving else f"iteration {step:8d}/"
         delay = choice.uniform(0, 0.06) if saving else choice.uniform(0, 0.03)
@@ -124,8 +128,7 @@ def kill_often(folder: Path, plan: Path, steps: int, kills: int, interval: int, 
         torn = [str(path.name) for path in (folder / "saved").glob("iter_*") if not (path / "metadata.json").exists()]
         how = f"{'while saving' if saving else f'at step {step}'} + {delay * 1000:.0f} ms"
         fell_back = " (after a fallback)" if "FALLING BACK" in output else ""
-        history.append(Killed(how + fell_back, latest.read_text() if latest.is_file() else "missing", sorted(torn)))
-    run_until(folder, "never printed", 0, *flags)
+        history.append(Killed(how + fell_back, saved_step(folder), sorted(torn)))
     return history
 
 
@@ -154,6 +157,7 @@ def main() -> None:
         run_until(folder / "undisturbed", "never printed", 0, *flags_of(plan, 3))
         for event in kill_often(folder / "killed", plan, steps, arguments.kills, 3, arguments.seed):
             print(f"killed {event.how}: tracker {event.latest}, torn {event.torn}", flush=True)
+        run_until(folder / "killed", "never printed", 0, *flags_of(plan, 3))
         different = different_tensors(folder / "undisturbed", folder / "killed", steps)
         print(f"{time.perf_counter() - began:.0f} s; tensors that differ at step {steps}: {different or 'none'}")
 

@@ -1,5 +1,6 @@
 """The launch scripts: run with stand-ins for torchrun and Slurm, their flags read by Megatron's own parser."""
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kaiyuan.arguments import add_kaiyuan_arguments
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,6 +193,14 @@ def test_the_sample_plan_of_the_readme_is_a_plan(tmp_path: Path) -> None:
     rates = [phase.lr for phase in load_plan_spec(plan).phases]
 
     assert [rate and (rate.start, rate.end) for rate in rates] == [(3.0e-3, 3.0e-3), (3.0e-3, 6.0e-4)]
+
+
+def test_every_flag_of_ours_is_in_the_table_of_the_documentation() -> None:
+    table = (ROOT / "docs/training.md").read_text().split("## Flags of this package")[1].split("\n## ")[0]
+    parser = add_kaiyuan_arguments(argparse.ArgumentParser(add_help=False))
+    flags = [action.option_strings[0] for action in parser._actions]
+    assert len(flags) > 10
+    assert [flag for flag in flags if f"`{flag}" not in table] == []
 
 
 def start_slurm_job(
