@@ -130,8 +130,9 @@ def _run_all(
                 slot = min(set(range(concurrent)) - {other.slot for other in active})
                 started = _start(study, waiting[0], slot, concurrent)
                 run = waiting.pop(0)
-                if started is None:
-                    outcomes[run.name] = RunOutcome(run, "busy", "another process holds its lock")
+                if isinstance(started, RunOutcome):
+                    outcomes[run.name] = started
+                    progress(study.steps if started.state == "already finished" else 0)
                 else:
                     active.append(started)
             for one in list(active):
@@ -146,7 +147,8 @@ def _run_all(
         _stop(active)
 
 
-def _start(study: Study, run: Run, slot: int, concurrent: int) -> _Active | None:
+def _start(study: Study, run: Run, slot: int, concurrent: int) -> _Active | RunOutcome:
+    """Start a run, or say why there is nothing to start."""
     folder = run_folder(study, run)
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("ab")
@@ -154,8 +156,11 @@ def _start(study: Study, run: Run, slot: int, concurrent: int) -> _Active | None
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        return None
+        return RunOutcome(run, "busy", "another process holds its lock")
     try:
+        if finished_run(study, run) is not None:  # by another task, after this one had looked
+            lock.close()
+            return RunOutcome(run, "already finished")
         _claim_folder(study, run)
     except StudyError:
         lock.close()
@@ -219,7 +224,12 @@ def _follow(one: _Active, progress: TrainingProgress) -> None:
 
 
 def _finish(study: Study, one: _Active) -> RunOutcome:
-    one.lock.close()
+    """Record what became of a run; its lock is kept until then, or another task would start it once more."""
+    with one.lock:
+        return _outcome(study, one)
+
+
+def _outcome(study: Study, one: _Active) -> RunOutcome:
     folder = run_folder(study, one.run)
     saved = _saved_step(folder / "checkpoints")
     if one.process.returncode != 0 or saved != study.steps:

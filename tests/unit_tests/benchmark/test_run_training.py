@@ -14,6 +14,7 @@ from megatron_kaiyuan.benchmark import training
 from megatron_kaiyuan.benchmark.runs import Run, SlicedStudy, run_folder
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.benchmark.training import finished_run, train_runs
+from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.benchmark.tiny_study import sliced_study
 
@@ -98,6 +99,36 @@ def test_a_run_that_another_process_trains_is_left_to_it(pretended: tuple[Study,
     assert calls(study) == [sliced.runs[1].name]
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_started_again(
+    pretended: tuple[Study, SlicedStudy],
+) -> None:
+    study, sliced = pretended
+    train_runs(study, sliced.runs[:1])
+    started = training._start(study, sliced.runs[0], 0, 1)
+    assert isinstance(started, training.RunOutcome)
+    assert started.state == "already finished"
+    assert len(calls(study)) == 1
+
+
+def test_the_lock_is_held_until_the_run_is_recorded(
+    pretended: tuple[Study, SlicedStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, sliced = pretended
+    held = []
+
+    def write_while_locked(path: Path, text: str) -> None:
+        with (path.parent / "lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(path.name)
+        write_text_atomically(path, text)
+
+    monkeypatch.setattr(training, "write_text_atomically", write_while_locked)
+    train_runs(study, sliced.runs[:1])
+    assert held == ["digest.txt", "run.json"]
+
+
 def test_a_folder_of_another_training_is_refused(pretended: tuple[Study, SlicedStudy]) -> None:
     study, sliced = pretended
     train_runs(study, sliced.runs[:1])
@@ -141,7 +172,7 @@ def test_no_process_is_left_when_training_is_interrupted(
     monkeypatch.setattr(training, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
     with pytest.raises(KeyboardInterrupt):
         train_runs(study, sliced.runs[:2], concurrent=2)
-    assert [one is not None and one.process.poll() for one in started] == [-signal.SIGTERM] * 2
+    assert [one.process.poll() for one in started if isinstance(one, training._Active)] == [-signal.SIGTERM] * 2
     assert finished_run(study, sliced.runs[0]) is None
 
 
