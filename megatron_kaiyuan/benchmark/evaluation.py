@@ -84,7 +84,7 @@ class EvaluationOutcome:
 def evaluate_runs(
     study: Study, sliced: SlicedStudy, runs: Sequence[Run], progress: Callable[[], None] = lambda: None
 ) -> EvaluationOutcome:
-    """Evaluate every finished run that has no results yet.
+    """Evaluate every finished run that has no results yet, or whose results lack a task that failed.
 
     Args:
         study: The study.
@@ -129,7 +129,9 @@ def _is_current(study: Study, run: Run) -> bool:
     if not path.is_file():
         return False
     result = read_result(path)
-    return result.digest == run.digest and result.identity.evaluation == study.evaluation_digest
+    # a task that failed may load once its cause is mended, so such a result is never final
+    complete = not result.not_evaluated
+    return complete and result.digest == run.digest and result.identity.evaluation == study.evaluation_digest
 
 
 class _Evaluator:

@@ -177,8 +177,9 @@ def _check_items(first: str, reference: RunResult, name: str, result: RunResult)
     for held_out in reference.held_out:
         if result.held_out[held_out].tokens != reference.held_out[held_out].tokens:
             raise StudyError(f"runs {first} and {name} were evaluated on different documents of {held_out!r}")
-    for task in reference.tasks:
-        if task not in result.tasks or result.tasks[task].items != reference.tasks[task].items:
+    for task in sorted(reference.tasks.keys() | result.tasks.keys()):
+        items = {one.tasks[task].items if task in one.tasks else None for one in (reference, result)}
+        if len(items) > 1:
             raise StudyError(
                 f"runs {first} and {name} do not compare: task {task!r} has other items, or was evaluated in one of "
                 "them only; run `evaluate` again for all runs"

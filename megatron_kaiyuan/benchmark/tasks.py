@@ -102,7 +102,9 @@ def _check_requirements(study: Study) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """The first lines of an error that say something; some, like the one of HumanEval, begin with empty ones."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
 def _prepare(loaded: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:

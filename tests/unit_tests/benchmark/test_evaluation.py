@@ -1,13 +1,18 @@
 """Held-out losses are booked to the document that each predicted token belongs to."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megatron_kaiyuan.benchmark import tasks
 from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
+from megatron_kaiyuan.benchmark.results import Identity, check_comparable
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
+from tests.unit_tests.benchmark.tiny_study import invent_results, nothing, sliced_study
 from tests.unit_tests.data.tiny import write_shard
 
 LENGTHS = [5, 9, 1, 14, 3, 8, 2, 30, 6, 4]
@@ -53,3 +58,44 @@ def test_batches_add_up_to_the_whole(tmp_path: Path) -> None:
 def test_held_out_documents_that_fill_no_window_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="less than one window of 32"):
         held_out(tmp_path, 3, seq_length=31)
+
+
+def test_a_task_that_only_a_later_run_has_does_not_compare(tmp_path: Path) -> None:
+    _, sliced = sliced_study(tmp_path)
+    results = invent_results(sliced, nothing, task=True)
+    check_comparable(results)
+    first = next(iter(results))
+    with pytest.raises(StudyError, match="task 'quiz' has other items, or was evaluated in one of them only"):
+        check_comparable({**results, first: replace(results[first], tasks={})})
+
+
+def test_the_reason_of_an_error_that_begins_with_empty_lines_is_told() -> None:
+    assert (
+        tasks._reason(ValueError("\n\n  ####\n  set HF_ALLOW_CODE_EVAL\nmore"))
+        == "ValueError: #### set HF_ALLOW_CODE_EVAL"
+    )
+    assert tasks._reason(KeyError()) == "KeyError: "
+
+
+def test_a_run_whose_task_failed_is_evaluated_again_until_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_kaiyuan import cpu_platform
+
+    cpu_platform.install()
+    from megatron_kaiyuan.benchmark import evaluation
+
+    study, sliced = sliced_study(tmp_path)
+    run = sliced.runs[0]
+    identity = Identity("tok", "model", 1024, study.evaluation_digest)
+    result = invent_results(sliced, nothing, identities={run.name: identity})[run.name]
+    failed = {"quiz": "no network"}
+    monkeypatch.setattr(evaluation, "finished_run", lambda *_: object())
+    evaluator = SimpleNamespace(measure=lambda *_: replace(result, not_evaluated=dict(failed)))
+    monkeypatch.setattr(evaluation, "_Evaluator", lambda *_: evaluator)
+    for _ in range(2):
+        outcome = evaluation.evaluate_runs(study, sliced, [run])
+        assert (outcome.evaluated, outcome.not_evaluated) == (1, failed)
+    failed.clear()
+    assert evaluation.evaluate_runs(study, sliced, [run]).evaluated == 1
+    assert evaluation.evaluate_runs(study, sliced, [run]).up_to_date == 1
