@@ -137,6 +137,12 @@ def read_results(study: Study, sliced: SlicedStudy, *, partial: bool) -> dict[st
     stale = [name for name, result in results.items() if result.digest != digests[name]]
     if stale:
         raise StudyError(f"results/{stale[0]}.json: of another training of this run; run `evaluate` again")
+    older = [name for name, result in results.items() if result.identity.evaluation != study.evaluation_digest]
+    if older:
+        raise StudyError(
+            f"results/{older[0]}.json: measured with another evaluation than the study file has now "
+            f"({len(older)} of {len(results)} results); run `evaluate` again"
+        )
     check_comparable(results)
     return results
 

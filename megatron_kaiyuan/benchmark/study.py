@@ -322,6 +322,8 @@ class Study(_Strict):
         """Identifies what the models are measured with. 16 hex digits."""
         names = {"max_windows", "tasks", "task_folders", "limit", "generate"}
         content = self.evaluation.model_dump(mode="json", include=names)
+        for task in content["tasks"] if isinstance(content["tasks"], list | tuple) else ():
+            del task["capability"]  # a label of the report; renaming it changes nothing that was measured
         text = json.dumps([self.training_digest, content], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

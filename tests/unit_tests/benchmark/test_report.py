@@ -24,6 +24,7 @@ from tests.unit_tests.benchmark.tiny_study import (
     nothing,
     sliced_study,
     study_content,
+    tiny_study,
     write_results,
 )
 
@@ -86,6 +87,16 @@ def test_a_report_without_all_results_is_refused_or_marked(tmp_path: Path) -> No
     with pytest.raises(StudyError, match=r"1 of 18 runs have no results: good-top40-seed1; .*--partial"):
         write_report(study, sliced)
     assert "Incomplete: 17 of 18" in write_report(study, sliced, partial=True).page.read_text()
+
+
+def test_results_of_another_evaluation_are_refused_and_a_renamed_capability_is_none(tmp_path: Path) -> None:
+    held_out = study_content(tmp_path)["evaluation"]["held_out"]
+    told = {"held_out": held_out, "tasks": [{"name": "quiz", "capability": "a"}]}
+    study, sliced = sliced_study(tmp_path, evaluation=told)
+    write_results(study, sliced, nothing, task=True)
+    write_report(tiny_study(tmp_path, evaluation=told | {"tasks": [{"name": "quiz", "capability": "b"}]}), sliced)
+    with pytest.raises(StudyError, match=r"another evaluation than the study file has now .18 of 18.*`evaluate` again"):
+        write_report(tiny_study(tmp_path, evaluation={"held_out": held_out}), sliced)
 
 
 def test_a_plan_from_a_part_of_the_results_says_so_and_a_stale_one_is_removed(

@@ -78,6 +78,8 @@ def write_results(
     identities: Mapping[str, Identity] | None = None,
 ) -> None:
     """Write invented results: common level per document, effect of the slice, noise of the run."""
+    current = Identity("tok", "model", 1024, study.evaluation_digest)
+    identities = identities or {run.name: current for run in sliced.runs}
     for name, result in invent_results(
         sliced, effect, seed_spread=seed_spread, rng=rng, task=task, identities=identities
     ).items():
