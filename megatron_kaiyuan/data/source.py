@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.build_check import require_whole_folder
-from megatron_kaiyuan.data.maps import advise_random
+from megatron_kaiyuan.data.maps import advise_random, open_maps
 from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.errors import ScoreError, ShardError
 
@@ -149,7 +149,7 @@ class Source:
         """Scores of these documents alone, float64 `[n]`; reads only their pages."""
         result = np.empty(len(documents), dtype=np.float64)
         for shard, where, local in self._by_shard(documents):
-            result[where] = _map_scores(shard, score, random=True)[local]
+            result[where] = _kept_scores(shard, score)[local]
         return result
 
     @cached_property
@@ -214,6 +214,13 @@ def score_path(prefix: str, score: str) -> Path:
 def load_score_sidecar(shard: Shard, score: str) -> NDArray[np.floating]:
     """Memory-map and check the scores of one shard."""
     return check_scores(_map_scores(shard, score), shard.documents, os.fspath(score_path(shard.prefix, score)))
+
+
+def _kept_scores(shard: Shard, score: str) -> NDArray[np.floating]:
+    """The scores of one shard, mapped once for many look-ups: a training sample asks for them two dozen times."""
+    attribute = f"_scores.{score}"
+    kept: NDArray[np.floating] | None = shard.__dict__.get(attribute)
+    return kept if kept is not None else open_maps().keep(shard, attribute, _map_scores(shard, score, random=True))
 
 
 def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np.floating]:

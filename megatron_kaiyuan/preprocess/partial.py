@@ -32,8 +32,11 @@ _SPOOL_CHUNK = 1 << 18
 
 def partial_path(final: Path) -> Path:
     """Where this process builds the file that will be called `final`."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
-    return Path(f"{final}.{host}-{os.getpid()}.partial")
+    return Path(f"{final}.{_host()}-{os.getpid()}.partial")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
 
 
 class HashedFile:
@@ -123,18 +126,18 @@ def remove_dead_partials(prefix: str) -> None:
     Raises:
         ConfigError: a process that is alive holds one of the files.
     """
-    found = list_partials(prefix)
+    dead: list[Path] = []
     deadline = time.monotonic() + _PATIENCE
-    for path in found:
-        while alive := _may_be_alive(path):
-            if time.monotonic() >= deadline:
-                break
+    for path in list_partials(prefix):
+        while (alive := _is_alive(path)) and time.monotonic() < deadline:
             time.sleep(0.05)
         if alive:
             raise ConfigError(
                 f"output {prefix}: another process is writing {path}; wait for it or choose another output"
             )
-    for path in sorted(found, key=lambda path: ".manifest." in path.name):
+        if alive is not None:
+            dead.append(path)
+    for path in sorted(dead, key=lambda path: ".manifest." in path.name):
         path.unlink(missing_ok=True)
 
 
@@ -145,18 +148,29 @@ def list_partials(prefix: str) -> list[Path]:
     return [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
 
 
-def _may_be_alive(path: Path) -> bool:
-    """Whether the process that writes a partial file may still run: its lock tells, or else the age of the file."""
+def _is_alive(path: Path) -> bool | None:
+    """Whether the process that writes a partial file still runs; None where that cannot be known yet.
+
+    Its lock tells. Without locks the process does, if it is of this host, and else a file that has long not grown.
+    """
     try:
-        with path.open("rb") as stream:
+        with path.open("r+b") as stream:  # NFS gives an exclusive lock to writers only
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:
         return False
     except OSError:  # a file system without locks
-        return time.time() - path.stat().st_mtime < _SECONDS_ALIVE
+        return _is_alive_without_locks(path)
     return False
+
+
+def _is_alive_without_locks(path: Path) -> bool | None:
+    writer = path.name.removesuffix(".partial").rpartition(".")[2]
+    host, _, process = writer.rpartition("-")
+    if host == _host() and process.isdigit():
+        return Path("/proc", process).exists() and int(process) != os.getpid()
+    return False if time.time() - path.stat().st_mtime > _SECONDS_ALIVE else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,3 +1,6 @@
+import errno
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +175,40 @@ def test_overwriting_removes_the_scores_of_the_earlier_run(tmp_path: Path) -> No
     write(tmp_path / "p", [[1]], np.int32)
     assert not (tmp_path / "p.scores.old.npy").exists()
     assert (tmp_path / "pp.scores.old.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("writer", "age", "left"),
+    [
+        ("{host}-999999999", 0.0, False),  # a process of this host that is gone
+        ("elsewhere-17", 1000.0, False),  # of another host, and long not written to
+        ("elsewhere-17", 0.0, True),  # perhaps alive: neither waited for nor removed
+    ],
+)
+def test_partial_files_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, age: float, *, left: bool
+) -> None:
+    def no_locks(_stream: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    own = partial.partial_path(tmp_path / "s.bin").name.removeprefix("s.bin.").rpartition("-")[0]
+    path = tmp_path / f"s.bin.{writer.format(host=own)}.partial"
+    path.touch()
+    os.utime(path, (time.time() - age,) * 2)
+    monkeypatch.setattr(partial.fcntl, "flock", no_locks)
+    partial.remove_dead_partials(str(tmp_path / "s"))
+    assert path.exists() == left
+
+
+def test_a_living_writer_of_this_host_is_respected_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(_stream: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    own = partial.partial_path(tmp_path / "s.bin").name.removeprefix("s.bin.").rpartition("-")[0]
+    (tmp_path / f"s.bin.{own}-{os.getppid()}.partial").touch()
+    monkeypatch.setattr(partial.fcntl, "flock", no_locks)
+    monkeypatch.setattr(partial, "_PATIENCE", 0.0)
+    with pytest.raises(ConfigError, match="another process is writing"):
+        partial.remove_dead_partials(str(tmp_path / "s"))
