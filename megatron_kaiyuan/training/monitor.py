@@ -226,6 +226,8 @@ class RunMonitor:
             self._write_source(name, source, step.iteration)
         if any(source.tokens for source in sums.values()):
             self.say(_line(step.iteration, sums))
+        if any(any(source.bands) for source in sums.values()):
+            self.say(_band_line(step.iteration, sums))
         if self.options.metrics is not None:
             entry = {
                 "iteration": step.iteration,
@@ -279,6 +281,15 @@ def _line(iteration: int, sums: dict[str, SourceSums]) -> str:
         if source.loss is not None
     ]
     return f" loss by source at step {iteration} (share of {total:,} tokens): {', '.join(parts)}"
+
+
+def _band_line(iteration: int, sums: dict[str, SourceSums]) -> str:
+    """Where in the ranking of its source the text of these steps stood."""
+    parts = []
+    for name, source in sums.items():
+        if total := sum(source.bands):
+            parts.append(f"{name} {' '.join(f'{band / total:.0%}' for band in source.bands)}")
+    return f" tokens by quantile band at step {iteration} (lowest scores first): {', '.join(parts)}"
 
 
 def _gathered(value: list[Any]) -> list[list[Any]]:

@@ -178,6 +178,11 @@ def test_tokens_are_counted_by_source_and_band_and_losses_add_up(single: tuple[P
     totals = finished.logged("source tokens/scored")
     assert totals[STEPS] == sum(sums["scored"][0] for _, sums in counted(folder) if "scored" in sums)
     assert "loss by source at step 6 (share of 256 tokens): " in finished.output
+    scored = [(step, sums["scored"][1]) for step, sums in counted(folder) if "scored" in sums]
+    assert scored
+    for step, bands in scored:
+        shares = " ".join(f"{band / sum(bands):.0%}" for band in bands)
+        assert f"tokens by quantile band at step {step} (lowest scores first): scored {shares}" in finished.output
 
 
 def held_out_lines(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
