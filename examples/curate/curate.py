@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """Deduplicate with MinHash, score with a classifier, build shards with scores; README.md here explains."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from settings import CurationSettings, parse_arguments
@@ -71,9 +74,16 @@ def executors(settings: CurationSettings) -> list[Any]:
         if settings.executor == "local":
             chain.append(LocalPipelineExecutor(**common, workers=settings.workers))
         else:
-            slurm = {"time": settings.time, "partition": settings.partition, "workers": settings.workers}
+            slurm = {"time": settings.time, "partition": settings.partition, "qos": settings.qos}
+            slurm |= {"workers": settings.workers, "env_command": job_environment()}
             chain.append(SlurmPipelineExecutor(**common, **slurm, job_name=stage.name, cpus_per_task=2))
     return chain
+
+
+def job_environment() -> str:
+    """Shell line that lets a job find datatrove's programs and the steps of this folder, which it loads by name."""
+    programs, here = Path(sys.executable).parent, Path(__file__).resolve().parent
+    return f'export PATH={shlex.quote(str(programs))}:"$PATH" PYTHONPATH={shlex.quote(str(here))}:"${{PYTHONPATH:-}}"'
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ class CurationSettings:
     executor: str
     """`local` or `slurm`."""
     partition: str
+    qos: str | None
+    """None: the cluster's default."""
     time: str
     project_python: str
     """Interpreter in which megatron_kaiyuan is installed; datatrove lives in another environment."""
@@ -102,6 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> CurationSettings:
     parser.add_argument("--workers", type=int, default=2, help="processes of a local run, tasks at once of a Slurm one")
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument("--partition", default="cpu", help="Slurm partition (default: cpu)")
+    parser.add_argument("--qos", help="Slurm quality of service (default: the cluster's)")
     parser.add_argument("--time", default="12:00:00", help="Slurm time limit of a task (default: 12:00:00)")
     parser.add_argument("--project-python", default="python", help="interpreter that has megatron_kaiyuan")
     try:

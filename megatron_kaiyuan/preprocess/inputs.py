@@ -16,9 +16,9 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.errors import ConfigError, PreprocessError
 
-__all__ = ["STDIN", "InputFile", "Kind", "Part", "cut_into_shards", "expand_inputs"]
+__all__ = ["STDIN", "InputFile", "Kind", "Part", "cut_into_shards", "expand_inputs", "refuse_output_among_inputs"]
 
 STDIN = "-"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -85,6 +85,20 @@ def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
         return [_inspect(names[0])]
     with ThreadPoolExecutor(_OPENING_THREADS) as pool:  # a network file system answers each question slowly
         return list(pool.map(_inspect, names))
+
+
+def refuse_output_among_inputs(patterns: Sequence[str], output: Path) -> None:
+    """A directory that is searched for input must not hold the output: the next start would read it as documents.
+
+    Raises:
+        ConfigError: `output`, the folder that is written to, lies in a directory of `patterns`.
+    """
+    for pattern in patterns:
+        if pattern != STDIN and Path(pattern).is_dir() and output.resolve().is_relative_to(Path(pattern).resolve()):
+            raise ConfigError(
+                f"--input {pattern} is searched for documents, and the output goes to {output}, inside it: the next "
+                "start would read manifests and tables as input; write to a folder outside, or name the input by a glob"
+            )
 
 
 def _expand(pattern: str) -> list[str]:

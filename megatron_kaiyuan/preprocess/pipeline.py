@@ -18,7 +18,7 @@ from megatron_kaiyuan.preprocess.build_record import BuildRecord, ShardTask, cla
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend
-from megatron_kaiyuan.preprocess.inputs import STDIN, Part, expand_inputs
+from megatron_kaiyuan.preprocess.inputs import STDIN, Part, expand_inputs, refuse_output_among_inputs
 from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord, load_manifest
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOutcome, build_shard
@@ -97,6 +97,7 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
         TokenizerError: no such tokenizer, or no end-of-document token where one is asked for.
         PreprocessError: input that cannot be read, a faulty row under `on_error="stop"`, no document left, a full disk.
     """
+    refuse_output_among_inputs(config.inputs, Path(config.output_dir or Path(config.output_prefix or "").parent))
     inputs = expand_inputs(config.inputs)
     tokenizer = _checked_tokenizer(config)
     described = _describe(config, tokenizer)

@@ -107,7 +107,7 @@ def read_blocks(parts: Sequence[Part], keys: Sequence[str], block_bytes: int = B
                 stop = min(first + block_bytes, end)
                 yield Block(source, stop - first, ByteRange(file.name, first, stop, file.bytes))
         elif file.kind == "parquet":
-            yield from _parquet_blocks(source, part, keys)
+            yield from _parquet_blocks(source, part, keys, block_bytes)
         elif file.kind == "stdin":
             yield from _stdin_blocks(source, block_bytes)
         else:
@@ -175,7 +175,7 @@ def _whole_lines(stream: _Readable, block_bytes: int) -> Iterator[Lines | LongLi
         yield Lines(b"".join(parts))
 
 
-def _parquet_blocks(source: int, part: Part, keys: Sequence[str]) -> Iterator[Block]:
+def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: int) -> Iterator[Block]:
     file = part.file
     done = rows = 0
     size = file.bytes
@@ -186,8 +186,9 @@ def _parquet_blocks(source: int, part: Part, keys: Sequence[str]) -> Iterator[Bl
             size = file.bytes * total // max(parquet.metadata.num_rows, 1) if part.stop is not None else file.bytes
             columns = tuple(parquet.schema_arrow.names)
             wanted = [key for key in keys if key.split(".")[0] in columns or key in columns]
+            size_of_batch = _rows_of_block(parquet.metadata, groups, wanted, block_bytes)
             batches = parquet.iter_batches(
-                batch_size=_PARQUET_ROWS, row_groups=groups, columns=wanted, use_threads=False
+                batch_size=size_of_batch, row_groups=groups, columns=wanted, use_threads=False
             )
             for batch in batches:
                 rows += batch.num_rows
@@ -196,6 +197,22 @@ def _parquet_blocks(source: int, part: Part, keys: Sequence[str]) -> Iterator[Bl
                 done = reached
     except (pa.ArrowException, OSError) as error:
         yield Block(source, size - done, Unreadable(f"not a whole Parquet file: {error}"))
+
+
+def _rows_of_block(metadata: pq.FileMetaData, groups: Sequence[int], wanted: Sequence[str], block_bytes: int) -> int:
+    """How many rows fill a block in the row group whose rows are the longest on average: books make short blocks."""
+    longest = 0.0
+    for number in groups:
+        group = metadata.row_group(number)
+        columns = [group.column(column) for column in range(group.num_columns)]
+        read = [column for column in columns if any(_is_part_of(column.path_in_schema, name) for name in wanted)]
+        longest = max(longest, sum(column.total_uncompressed_size for column in read) / max(group.num_rows, 1))
+    return max(1, min(_PARQUET_ROWS, int(block_bytes / max(longest, 1.0))))
+
+
+def _is_part_of(path: str, name: str) -> bool:
+    """Whether a leaf of the schema belongs to a field that is read, nested ones included."""
+    return path == name or path.startswith(f"{name}.") or name.startswith(f"{path.split('.')[0]}.")
 
 
 def _as_ipc(batch: pa.RecordBatch) -> bytes:

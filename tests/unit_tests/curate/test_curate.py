@@ -71,6 +71,18 @@ def test_everything_that_is_missing_is_named_before_anything_runs(curate: Any, t
 
 
 @needs_datatrove
+def test_a_slurm_job_finds_datatrove_and_the_steps_from_any_folder(tmp_path: Path) -> None:
+    line = run_there("-c", "import curate; print(curate.job_environment())").stdout.strip()
+    code = "import steps, shutil; print(shutil.which('launch_pickled_pipeline'), steps.__file__)"
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    job = ["bash", "-c", f'{line}; python -c "{code}"']
+    told = subprocess.run(job, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    programs, steps = told.stdout.split()
+    assert programs == str(CURATE_PYTHON.parent / "launch_pickled_pipeline"), told.stderr
+    assert steps == str(FOLDER / "steps.py")
+
+
+@needs_datatrove
 def test_the_stages_carry_the_settings() -> None:
     told = run_there(
         "-c",

@@ -169,6 +169,16 @@ def test_input_that_changed_is_refused_even_at_the_same_size(tmp_path: Path, inp
         build_folder(inputs[1:], tmp_path / "out", **SETTINGS)
 
 
+@pytest.mark.parametrize("searched", ["in", "."])
+def test_an_output_inside_a_searched_directory_is_refused(tmp_path: Path, inputs: list[Path], searched: str) -> None:
+    before = folder_bytes(tmp_path / "in")
+    for build_it, name in ((build_folder, "out"), (build, "out/one")):
+        with pytest.raises(ConfigError, match=r"is searched for documents, and the output goes to .* inside it"):
+            build_it([tmp_path / searched], tmp_path / "in" / name)
+    assert folder_bytes(tmp_path / "in") == before
+    build_folder(inputs, tmp_path / "in" / "out")  # files named one by one cannot be mistaken
+
+
 def test_a_folder_with_foreign_shards_is_refused(tmp_path: Path, inputs: list[Path]) -> None:
     build(inputs, tmp_path / "out" / "other")
     with pytest.raises(ConfigError, match=r"holds other_text_document\.idx, which this build did not make"):

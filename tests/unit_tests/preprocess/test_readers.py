@@ -2,6 +2,7 @@ import gzip
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,3 +138,16 @@ def test_a_file_that_changes_during_the_run_is_an_error(tmp_path: Path) -> None:
     assert isinstance(payload, ByteRange)
     with pytest.raises(PreprocessError, match="6 bytes now, 3 when the run began"):
         lines_of(payload)
+
+
+def test_blocks_of_parquet_are_as_small_as_their_texts_are_long(tmp_path: Path) -> None:
+    path = tmp_path / "books.parquet"
+    books = [f"{number:04d}" * 10_000 for number in range(60)]  # 40 KB each
+    pq.write_table(pa.table({"text": books, "score": [0.5] * 60, "unread": ["x" * 99_999] * 60}), path)
+    blocks = list(read_blocks(parts(path), ["text", "score"], 200_000))
+    sizes = [len(block.payload.data) for block in blocks if isinstance(block.payload, readers.ArrowRows)]
+    assert len(sizes) == len(blocks)
+    assert max(sizes) < 2 * 200_000
+    assert len(sizes) <= 15  # and not row by row: four or five books are a block
+    keys = FieldKeys(("text",), ("score",))
+    assert [text for block in blocks for (text,) in parse_block(block, keys).texts] == books
