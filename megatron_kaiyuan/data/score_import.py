@@ -39,11 +39,23 @@ def import_scores(source: Source, origin: str, score: str) -> None:
     """Check scores against the documents of a source and write them beside its shards, atomically.
 
     Raises:
-        ScoreError: not one number per document, or NaN among them.
+        ScoreError: not one number per document, NaN among them, or whole numbers that no float64 tells apart.
     """
-    scores = check_scores(read_scores(origin), source.num_documents, f"--scores {origin}")
-    kept = scores if scores.dtype == np.float64 else scores.astype(np.float32)
+    kept = _as_floats(check_scores(read_scores(origin), source.num_documents, f"--scores {origin}"), origin)
     for number, shard in enumerate(source.shards):
         first, last = source.document_offsets[number : number + 2].tolist()
         with atomic_file(score_path(shard.prefix, score)) as stream:
             np.save(stream, kept[first:last])
+
+
+def _as_floats(scores: NDArray[np.generic], origin: str) -> NDArray[np.floating]:
+    """The scores in float32, or in float64 where they need it: large whole numbers would else become ties."""
+    for dtype in (np.float64,) if scores.dtype == np.float64 else (np.float32, np.float64):
+        floats: NDArray[np.floating] = scores.astype(dtype, copy=False)
+        with np.errstate(invalid="ignore"):  # the largest whole numbers round up to what their type cannot hold
+            if np.array_equal(floats.astype(scores.dtype, copy=False), scores):
+                return floats
+    raise ScoreError(
+        f"--scores {origin}: {scores.dtype} numbers beyond 2^53 would lose their order as float64; subtract their "
+        "smallest, or give their ranks"
+    )

@@ -54,7 +54,10 @@ def folder(tmp_path):
 @pytest.fixture
 def plan_file(folder):
     lr = {"start": 1e-3, "end": 1e-4, "shape": "sqrt"}
-    phases = [phase_of("shuffled", {"web": "all"}, "a"), phase_of("curriculum", {"web": "top 20%"}, "b", lr=lr)]
+    phases = [
+        phase_of("shuffled", {"web": "all"}, "a", lr=lr | {"end": 1e-3}),
+        phase_of("curriculum", {"web": "top 20%"}, "b", lr=lr),
+    ]
     spec = plan_of({"web": {"shards": str(folder), "score": "score"}}, *phases)
     path = folder.parent / "plan.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
@@ -129,9 +132,20 @@ def test_scores_made_elsewhere_become_sidecars(folder, tmp_path, kind):
     assert index.order.tolist() == list(range(49, -1, -1))
 
 
+@pytest.mark.parametrize(("first", "stored"), [(0, np.float32), (1 << 24, np.float64), (1 << 40, np.float64)])
+def test_neighbouring_whole_numbers_stay_apart(folder, tmp_path, first, stored):
+    np.save(tmp_path / "numbers.npy", np.arange(first, first + 50)[::-1])
+    source = open_source("web", str(folder))
+    import_scores(source, str(tmp_path / "numbers.npy"), "when")
+    scores = source.load_scores("when")
+    assert scores.dtype == stored
+    assert scores.tolist() == list(range(first + 49, first - 1, -1))
+
+
 def test_scores_that_do_not_fit_are_refused_and_nothing_is_written(folder, tmp_path):
     np.save(tmp_path / "short.npy", np.zeros(49))
     np.save(tmp_path / "nan.npy", np.full(50, np.nan))
+    np.save(tmp_path / "huge.npy", np.arange((1 << 62) + 1, (1 << 62) + 51))
     (tmp_path / "text.npy").write_text("0.5\n")
     (tmp_path / "empty.npy").touch()
     (tmp_path / "bad.parquet").write_text("0.5\n")
@@ -141,6 +155,7 @@ def test_scores_that_do_not_fit_are_refused_and_nothing_is_written(folder, tmp_p
     for origin, message in (
         ("short.npy", r"shape \(49,\)"),
         ("nan.npy", "50 scores are NaN"),
+        ("huge.npy", r"beyond 2\^53"),
         ("text.npy", r"not a whole \.npy file"),
         ("empty.npy", r"not a whole \.npy file"),
         ("gone.npy", "no file"),
