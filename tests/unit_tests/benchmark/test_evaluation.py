@@ -12,6 +12,7 @@ from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
 from megatron_kaiyuan.benchmark.results import Identity, check_comparable
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
+from tests.helpers import run_distributed
 from tests.unit_tests.benchmark.tiny_study import invent_results, nothing, sliced_study
 from tests.unit_tests.data.tiny import write_shard
 
@@ -77,25 +78,26 @@ def test_the_reason_of_an_error_that_begins_with_empty_lines_is_told() -> None:
     assert tasks._reason(KeyError()) == "KeyError: "
 
 
-def test_a_run_whose_task_failed_is_evaluated_again_until_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron_kaiyuan import cpu_platform
-
-    cpu_platform.install()
+def evaluate_until_mended(_rank: int, folder: Path) -> None:
+    """Entry of `run_distributed`: importing the evaluation imports Megatron, which takes a process of its own."""
     from megatron_kaiyuan.benchmark import evaluation
 
-    study, sliced = sliced_study(tmp_path)
+    study, sliced = sliced_study(folder)
     run = sliced.runs[0]
     identity = Identity("tok", "model", 1024, study.evaluation_digest)
     result = invent_results(sliced, nothing, identities={run.name: identity})[run.name]
     failed = {"quiz": "no network"}
-    monkeypatch.setattr(evaluation, "finished_run", lambda *_: object())
     evaluator = SimpleNamespace(measure=lambda *_: replace(result, not_evaluated=dict(failed)))
-    monkeypatch.setattr(evaluation, "_Evaluator", lambda *_: evaluator)
-    for _ in range(2):
-        outcome = evaluation.evaluate_runs(study, sliced, [run])
-        assert (outcome.evaluated, outcome.not_evaluated) == (1, failed)
-    failed.clear()
-    assert evaluation.evaluate_runs(study, sliced, [run]).evaluated == 1
-    assert evaluation.evaluate_runs(study, sliced, [run]).up_to_date == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "finished_run", lambda *_: object())
+        patch.setattr(evaluation, "_Evaluator", lambda *_: evaluator)
+        for _ in range(2):
+            outcome = evaluation.evaluate_runs(study, sliced, [run])
+            assert (outcome.evaluated, outcome.not_evaluated) == (1, failed)
+        failed.clear()
+        assert evaluation.evaluate_runs(study, sliced, [run]).evaluated == 1
+        assert evaluation.evaluate_runs(study, sliced, [run]).up_to_date == 1
+
+
+def test_a_run_whose_task_failed_is_evaluated_again_until_it_does_not(tmp_path: Path) -> None:
+    run_distributed(evaluate_until_mended, 1, tmp_path)
