@@ -16,7 +16,7 @@ from megatron_kaiyuan.training.metrics_file import read_metrics
 from tests.functional_tests.training_run import train_well, write_corpus
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("wandb") is None, reason="wandb is not installed; make env installs it"
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra wandb)"
 )
 BLOCK, HEADER = 32_768, 7
 
