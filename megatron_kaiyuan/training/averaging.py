@@ -204,9 +204,10 @@ def complete_average(checkpoints: Sequence[Checkpoint], kind: str, output: Path)
         ConfigError: as there; an average that is there and is not this one is left alone.
     """
     last = checkpoints[-1]
-    if not is_average(output, [checkpoint.iteration for checkpoint in checkpoints], kind, last.folder):
+    if is_average(output, [checkpoint.iteration for checkpoint in checkpoints], kind, last.folder):
+        write_text_atomically(output / TRACKER_NAME, str(last.iteration))  # the cut may have come just before it
+    else:
         average_checkpoints(checkpoints, kind, output)
-    write_text_atomically(output / TRACKER_NAME, str(last.iteration))
 
 
 def is_average(output: Path, iterations: Sequence[int], kind: str, last: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
 
-__all__ = ["GradientCheck", "check_gradients", "depth", "merged", "why_loss_is_not_finite"]
+__all__ = ["GradientCheck", "check_gradients", "depth", "global_name", "merged", "why_loss_is_not_finite"]
 
 _WITHIN_LAYER = (
     "input_layernorm",
@@ -38,7 +38,7 @@ class GradientCheck:
 
 def check_gradients(models: list[Any]) -> GradientCheck:
     """Look at the gradients of this rank's model chunks. Waits for the device."""
-    named = [(_global_name(model, name), gradient) for model in models for name, gradient in _gradients(model)]
+    named = [(global_name(model, name), gradient) for model in models for name, gradient in _gradients(model)]
     if not named:
         return GradientCheck([], 0)
     finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in named]).tolist()
@@ -92,7 +92,8 @@ def _gradients(model: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, gradient) for name, gradient in named if gradient is not None]
 
 
-def _global_name(model: Any, name: str) -> str:
+def global_name(model: Any, name: str) -> str:
+    """A parameter's name with its layer's number in the whole model; `model` is a stage of it, wrapped or not."""
     if not name.startswith("decoder.layers."):
         return name
     _, _, local, rest = name.split(".", 3)

@@ -96,6 +96,8 @@ def load_checkpoint(_rank: int, cases: list[Case], folder: str) -> dict[str, Any
     """This rank's weights after loading: value, dimension of the split, tensor-parallel rank."""
     from megatron.core import dist_checkpointing, parallel_state
 
+    from megatron_kaiyuan.training.diagnosis import global_name
+
     loaded = {}
     for case in cases:
         tiny.initialize_parallel(case.tensor_parallel, case.pipeline_parallel)
@@ -106,7 +108,7 @@ def load_checkpoint(_rank: int, cases: list[Case], folder: str) -> dict[str, Any
         model.load_state_dict(dist_checkpointing.load(checkpoint_entries(model), folder))
         rank = parallel_state.get_tensor_model_parallel_rank()
         loaded[case.name] = {
-            tiny.global_name(model, name): (tiny.portable(parameter), tiny.split_dimension(parameter), rank)
+            global_name(model, name): (tiny.portable(parameter), tiny.split_dimension(parameter), rank)
             for name, parameter in model.named_parameters()
         }
     return loaded

@@ -163,14 +163,6 @@ def build_stage(case: Case) -> Any:
     return model.half() if case.half else model
 
 
-def global_name(model: Any, name: str) -> str:
-    """A parameter's name with its layer's number in the whole model."""
-    if not name.startswith("decoder.layers."):
-        return name
-    _, _, local, rest = name.split(".", 3)
-    return f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
-
-
 def split_dimension(parameter: Any) -> int:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1
 
@@ -188,6 +180,8 @@ def load_weights(model: Any, weights: dict[str, Tensor]) -> None:
     """Copy this rank's parts of the full weights into the model, all of them and nothing else."""
     from megatron.core import parallel_state
 
+    from megatron_kaiyuan.training.diagnosis import global_name
+
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
@@ -203,6 +197,7 @@ def train_step(case: Case) -> Outcome:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_kaiyuan.training.compat import fuse_weight_gradients_without_apex
+    from megatron_kaiyuan.training.diagnosis import global_name
 
     fuse_weight_gradients_without_apex()
     model = build_stage(case)

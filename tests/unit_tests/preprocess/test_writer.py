@@ -177,6 +177,17 @@ def test_overwriting_removes_the_scores_of_the_earlier_run(tmp_path: Path) -> No
     assert (tmp_path / "pp.scores.old.npy").exists()
 
 
+@pytest.fixture
+def own_host(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of this host in partial files, on a file system without locks."""
+
+    def no_locks(_stream: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(partial.fcntl, "flock", no_locks)
+    return partial.partial_path(Path("s.bin")).name.removeprefix("s.bin.").rpartition("-")[0]
+
+
 @pytest.mark.parametrize(
     ("writer", "age", "left"),
     [
@@ -186,29 +197,19 @@ def test_overwriting_removes_the_scores_of_the_earlier_run(tmp_path: Path) -> No
     ],
 )
 def test_partial_files_on_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, age: float, *, left: bool
+    tmp_path: Path, own_host: str, writer: str, age: float, *, left: bool
 ) -> None:
-    def no_locks(_stream: object, _operation: int) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    own = partial.partial_path(tmp_path / "s.bin").name.removeprefix("s.bin.").rpartition("-")[0]
-    path = tmp_path / f"s.bin.{writer.format(host=own)}.partial"
+    path = tmp_path / f"s.bin.{writer.format(host=own_host)}.partial"
     path.touch()
     os.utime(path, (time.time() - age,) * 2)
-    monkeypatch.setattr(partial.fcntl, "flock", no_locks)
     partial.remove_dead_partials(str(tmp_path / "s"))
     assert path.exists() == left
 
 
 def test_a_living_writer_of_this_host_is_respected_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_locks(_stream: object, _operation: int) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    own = partial.partial_path(tmp_path / "s.bin").name.removeprefix("s.bin.").rpartition("-")[0]
-    (tmp_path / f"s.bin.{own}-{os.getppid()}.partial").touch()
-    monkeypatch.setattr(partial.fcntl, "flock", no_locks)
+    (tmp_path / f"s.bin.{own_host}-{os.getppid()}.partial").touch()
     monkeypatch.setattr(partial, "_PATIENCE", 0.0)
     with pytest.raises(ConfigError, match="another process is writing"):
         partial.remove_dead_partials(str(tmp_path / "s"))
