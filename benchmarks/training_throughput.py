@@ -253,6 +253,8 @@ class Session:
             "NPROC_PER_NODE": "1", "PLAN": str(self.plan(row).resolve()), "RUN": str(self.args.logs / row.key),
             "PYTHONPATH": search_path(row, self.args.te_site, os.environ.get("PYTHONPATH", "")),
             "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1",
+            # Nothing is saved here, and the script's default of keeping two is refused then.
+            "KEEP_CHECKPOINTS": "",
         }  # fmt: skip
         return os.environ | row.environment | own
 
