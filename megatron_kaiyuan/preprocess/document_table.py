@@ -1,8 +1,9 @@
 """`P.documents.parquet`: one row a document, saying where it came from; readable by any Parquet tool.
 
-Columns: `file` and `row` (from 0, in the part of the file that the shard holds), `offset` (byte of the line in its
-file; null for compressed input and Parquet), `tokens` (as in the `.idx`), one `score.<key>` for each score, and `id`
-where `--id-key` is given. Repeated and consecutive values cost next to nothing.
+Columns: `file`, `row` (in the file, from 0; null in a shard that begins within a plain JSONL file, where only reading
+all before it would tell), `offset` (byte of the line in its file; null for compressed input and Parquet), `tokens` (as
+in the `.idx`), one `score.<key>` for each score, and `id` where `--id-key` is given. A file and a row, or a file and an
+offset, name one document. Repeated and consecutive values cost next to nothing.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ class Origins:
     """Where some documents of one file come from."""
 
     file: str
-    rows: NDArray[np.int64]
-    """Row of each document, from 0 at the start of the file or of the part of it that the shard holds."""
+    rows: NDArray[np.int64] | None
+    """Row of each document in its file, from 0; None where it is not known, and then `offsets` are."""
     offsets: NDArray[np.int64] | None = None
     ids: Sequence[str] | None = None
 

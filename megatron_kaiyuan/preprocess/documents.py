@@ -73,6 +73,8 @@ class Fault:
     """Counted from 0 at the start of the block."""
     reason: Reason
     detail: str
+    byte: int | None = None
+    """Where its line begins in the file, of plain JSONL."""
 
 
 class RowError(Exception):

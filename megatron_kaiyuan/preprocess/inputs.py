@@ -1,24 +1,16 @@
-"""From `--input` arguments to input files, and from files to the parts that each shard is built from.
-
-The cut into shards is a function of the list of files and the size of a shard alone, so every task of a job array
-finds the same one without talking to the others.
-"""
+"""From `--input` arguments to input files; shard_cut.py goes on from files to the parts of each shard."""
 
 import glob as globbing
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_kaiyuan.errors import ConfigError, PreprocessError
 
-__all__ = ["STDIN", "InputFile", "Kind", "Part", "cut_into_shards", "expand_inputs", "refuse_output_among_inputs"]
+__all__ = ["STDIN", "InputFile", "Kind", "Part", "expand_inputs", "refuse_output_among_inputs"]
 
 STDIN = "-"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -148,52 +140,3 @@ def _inspect(name: str) -> InputFile:
         problem = f"its first bytes {head[:4]!r} belie its suffix"
         return InputFile(name=name, bytes=size, kind="unreadable", problem=problem, probe=probe)
     return InputFile(name=name, bytes=size, kind=kind, probe=probe)
-
-
-def cut_into_shards(inputs: Sequence[InputFile], shard_bytes: int) -> list[tuple[Part, ...]]:
-    """Parts of each shard: about `shard_bytes` of input as it lies on disk, in order, nothing left out or twice.
-
-    Plain files are cut at any byte, Parquet files between row groups; a compressed file is never cut, because reading
-    it begins at its start. Small files share a shard.
-    """
-    shards: list[tuple[Part, ...]] = []
-    current: list[Part] = []
-    filled = 0
-    for file in inputs:
-        for part, size in _pieces(file, shard_bytes, shard_bytes - filled if current else shard_bytes):
-            if current and filled + size > shard_bytes:
-                shards.append(tuple(current))
-                current, filled = [], 0
-            current.append(part)
-            filled += size
-    if current:
-        shards.append(tuple(current))
-    return shards
-
-
-def _pieces(file: InputFile, shard_bytes: int, room: int) -> list[tuple[Part, int]]:
-    """Pieces of one file with their sizes; the first fits into `room`, where a plain file allows it."""
-    if file.kind == "plain" and file.bytes > max(room, 0):
-        edges = [0, *range(room, file.bytes, shard_bytes), file.bytes] if room > 0 else []
-        edges = edges or [*range(0, file.bytes, shard_bytes), file.bytes]
-        return [(Part(file, start, stop), stop - start) for start, stop in pairwise(edges)]
-    if file.kind == "parquet" and file.bytes > shard_bytes:
-        return _row_group_pieces(file, shard_bytes)
-    return [(Part(file), file.bytes)]
-
-
-def _row_group_pieces(file: InputFile, shard_bytes: int) -> list[tuple[Part, int]]:
-    try:
-        with pq.ParquetFile(file.name) as parquet:
-            rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    except (pa.ArrowException, OSError):
-        return [(Part(file), file.bytes)]  # reading it will tell what is wrong
-    total = max(sum(rows), 1)
-    pieces: list[tuple[Part, int]] = []
-    start = taken = 0
-    for group, count in enumerate(rows):
-        taken += count
-        if file.bytes * taken // total >= shard_bytes or group == len(rows) - 1:
-            pieces.append((Part(file, start, group + 1), file.bytes * taken // total))
-            start, taken = group + 1, 0
-    return pieces or [(Part(file), file.bytes)]

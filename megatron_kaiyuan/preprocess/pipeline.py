@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
-from megatron_kaiyuan.preprocess.build_record import BuildRecord, ShardTask, claim_folder, plan_build
+from megatron_kaiyuan.preprocess.build_folder import changed_inputs, claim_folder
+from megatron_kaiyuan.preprocess.build_record import BuildRecord, ShardTask, load_build, plan_build, shard_tasks
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend
-from megatron_kaiyuan.preprocess.inputs import STDIN, Part, expand_inputs, refuse_output_among_inputs
+from megatron_kaiyuan.preprocess.inputs import STDIN, InputFile, Part, expand_inputs, refuse_output_among_inputs
 from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord, load_manifest
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOutcome, build_shard
+from megatron_kaiyuan.preprocess.shard_cut import part_bytes
+from megatron_kaiyuan.preprocess.shard_state import is_complete, is_of_build, refuse_existing
 from megatron_kaiyuan.preprocess.tokenize import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, warm_up, worker_died
-from megatron_kaiyuan.preprocess.writer import is_complete, is_of_build, optimal_dtype, refuse_existing
+from megatron_kaiyuan.preprocess.writer import optimal_dtype
 
 __all__ = ["Progress", "Reporter", "RunSummary", "preprocess"]
 
@@ -101,11 +104,13 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
     inputs = expand_inputs(config.inputs)
     tokenizer = _checked_tokenizer(config)
     described = _describe(config, tokenizer)
-    record, tasks = plan_build(config, inputs, described)
+    record = _claimed(config, inputs, described, reporter)
+    tasks = shard_tasks(config, record, inputs)
     mine = [task for task in tasks if task.number % config.num_tasks == config.task_id]
     summary = RunSummary(shards_of_others=len(tasks) - len(mine))
-    todo = list(_unfinished(mine, record, config, summary))
-    _check_output(config, record, todo)
+    todo = list(_unfinished(mine, config, summary))
+    if config.output_dir is None and not config.overwrite:
+        _refuse_other_output(config, todo)
     if todo:
         if config.workers > 1:
             warm_up()
@@ -113,16 +118,31 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
         build = BuildJob(
             job=job,
             tokenizer=described,
-            build=record.build,
             on_error=config.on_error,
-            overwrite=config.overwrite,
+            overwrite=config.overwrite or config.output_dir is not None,
             block_bytes=config.block_bytes,
             empty_allowed=config.output_dir is not None,
         )
-        reporter.start(sum(_input_bytes(part) for task in todo for part in task.parts))
+        reporter.start(sum(part_bytes(part) for task in todo for part in task.parts))
         for outcome in _build_all(todo, build, config.workers, _Totals(reporter)):
             summary.add(outcome)
     return summary
+
+
+def _claimed(
+    config: PreprocessConfig, inputs: Sequence[InputFile], described: TokenizerRecord, reporter: Reporter
+) -> BuildRecord:
+    """The record of this build; its folder is claimed for it."""
+    if config.output_dir is None:
+        return plan_build(config, inputs, described)
+    folder = Path(config.output_dir)
+    found = load_build(folder)
+    record = plan_build(config, inputs, described, found)
+    gone = claim_folder(folder, found, record, overwrite=config.overwrite)
+    if found is not None and not config.overwrite and (changed := changed_inputs(found, record)):
+        more = f" and {len(changed) - 1} others" if len(changed) > 1 else ""
+        reporter.note(f"{changed[0]}{more} since the build began; {gone} finished shards of it are built again")
+    return record
 
 
 def _describe(config: PreprocessConfig, tokenizer: DocumentTokenizer) -> TokenizerRecord:
@@ -135,31 +155,26 @@ def _describe(config: PreprocessConfig, tokenizer: DocumentTokenizer) -> Tokeniz
     )
 
 
-def _unfinished(
-    tasks: Sequence[ShardTask], record: BuildRecord, config: PreprocessConfig, summary: RunSummary
-) -> Iterator[ShardTask]:
+def _unfinished(tasks: Sequence[ShardTask], config: PreprocessConfig, summary: RunSummary) -> Iterator[ShardTask]:
     """Shards that are still to be built; what was read from a pipe cannot be known to be the same again."""
     for task in tasks:
-        if STDIN not in config.inputs and all(is_complete(prefix, record.build) for prefix in task.prefixes):
+        if STDIN not in config.inputs and all(is_complete(prefix, task.build) for prefix in task.prefixes):
             summary.keep(task.prefixes)
         else:
             yield task
 
 
-def _check_output(config: PreprocessConfig, record: BuildRecord, todo: Sequence[ShardTask]) -> None:
-    """Refuse before any work what would be refused at the end of it."""
-    if config.output_dir is not None:
-        claim_folder(Path(config.output_dir), record, overwrite=config.overwrite)
-    elif not config.overwrite:
-        for task in todo:
-            for prefix in task.prefixes:
-                if STDIN in config.inputs and is_complete(prefix, record.build):
-                    raise ConfigError(
-                        f"--output-prefix: {prefix} is there already, and whether standard input is the same again "
-                        "cannot be known; give --overwrite to replace it, or another prefix"
-                    )
-                if not is_of_build(prefix, record.build):
-                    refuse_existing(prefix, config.score_keys)
+def _refuse_other_output(config: PreprocessConfig, todo: Sequence[ShardTask]) -> None:
+    """Refuse before any work what would be refused at the end of it; `claim_folder` does so for a folder."""
+    for task in todo:
+        for prefix in task.prefixes:
+            if STDIN in config.inputs and is_complete(prefix, task.build):
+                raise ConfigError(
+                    f"--output-prefix: {prefix} is there already, and whether standard input is the same again "
+                    "cannot be known; give --overwrite to replace it, or another prefix"
+                )
+            if not is_of_build(prefix, task.build):
+                refuse_existing(prefix, config.score_keys)
 
 
 def _checked_tokenizer(config: PreprocessConfig) -> DocumentTokenizer:
@@ -201,13 +216,6 @@ def _sample_texts(parts: Sequence[Part], keys: FieldKeys, block_bytes: int) -> l
             found = [text for row in parse_block(block, keys).texts for text in row]
             texts += [text[:_SAMPLE_CHARACTERS] for text in found[:: max(len(found) // share, 1)][:share]]
     return texts
-
-
-def _input_bytes(part: Part) -> int:
-    if part.stop is None:
-        return part.file.bytes
-    # the share of a piece of a Parquet file is known when it is read; until then its file counts in full once
-    return part.stop - part.start if part.file.kind == "plain" else (part.file.bytes if part.start == 0 else 0)
 
 
 class _Totals:

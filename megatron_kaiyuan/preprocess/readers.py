@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.inputs import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC, InputFile, Part
+from megatron_kaiyuan.preprocess.shard_cut import part_bytes
 
 __all__ = [
     "BLOCK_BYTES",
@@ -178,12 +179,11 @@ def _whole_lines(stream: _Readable, block_bytes: int) -> Iterator[Lines | LongLi
 def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: int) -> Iterator[Block]:
     file = part.file
     done = rows = 0
-    size = file.bytes
+    size = part_bytes(part)
     try:
         with pq.ParquetFile(file.name) as parquet:
             groups = list(range(parquet.num_row_groups))[part.start : part.stop]
             total = max(sum(parquet.metadata.row_group(group).num_rows for group in groups), 1)
-            size = file.bytes * total // max(parquet.metadata.num_rows, 1) if part.stop is not None else file.bytes
             columns = tuple(parquet.schema_arrow.names)
             wanted = [key for key in keys if key.split(".")[0] in columns or key in columns]
             size_of_batch = _rows_of_block(parquet.metadata, groups, wanted, block_bytes)

@@ -10,10 +10,11 @@ import numpy as np
 from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.build_record import ShardTask
 from megatron_kaiyuan.preprocess.document_table import Origins
-from megatron_kaiyuan.preprocess.documents import Reason
+from megatron_kaiyuan.preprocess.documents import Fault, Reason
 from megatron_kaiyuan.preprocess.inputs import Part
 from megatron_kaiyuan.preprocess.manifest import InputRecord, Manifest, TokenizerRecord, created_by
 from megatron_kaiyuan.preprocess.readers import read_blocks
+from megatron_kaiyuan.preprocess.shard_cut import first_row, part_bytes
 from megatron_kaiyuan.preprocess.workers import BlockResult, Job, ordered_results
 from megatron_kaiyuan.preprocess.writer import ShardWriter
 
@@ -35,7 +36,6 @@ class BuildJob:
 
     job: Job
     tokenizer: TokenizerRecord
-    build: str
     on_error: Literal["stop", "skip"]
     overwrite: bool
     block_bytes: int
@@ -62,6 +62,7 @@ class Tally:
         self.examples: dict[str, str] = {}
         self._parts = parts
         self._rows = [0] * len(parts)
+        self._first_rows = [first_row(part) for part in parts]
         self._stop = on_error == "stop"
 
     @property
@@ -71,9 +72,10 @@ class Tally:
 
     def origins(self, result: BlockResult) -> Origins:
         """Where the documents of the next block come from; asked before the block is added."""
-        base = self._rows[result.source]
+        first, before = self._first_rows[result.source], self._rows[result.source]
         file = self._parts[result.source].file.name
-        return Origins(file, result.row_numbers + base, result.offsets, result.ids)
+        rows = None if first is None else result.row_numbers + first + before
+        return Origins(file, rows, result.offsets, result.ids)
 
     def add(self, result: BlockResult) -> None:
         """Count the next block.
@@ -82,8 +84,7 @@ class Tally:
             PreprocessError: it has a fault, and `on_error` is `stop`.
         """
         for fault in sorted(result.first_faults, key=lambda fault: fault.row):
-            whole = fault.reason is Reason.UNREADABLE_FILE
-            place = self._parts[result.source].file.name if whole else self._place(result.source, fault.row)
+            place = self._place(result.source, fault)
             if self._stop and fault.reason.is_error:
                 raise PreprocessError(
                     f"{place}: {fault.detail}; mend it, or give --on-error skip to leave such rows out"
@@ -93,12 +94,13 @@ class Tally:
             self.skipped[reason.value] = self.skipped.get(reason.value, 0) + count
         self._rows[result.source] += result.rows
 
-    def _place(self, source: int, row: int) -> str:
-        part, number = self._parts[source], self._rows[source] + row + 1
-        if part.start == 0:
-            return f"{part.file.name}:{number}"
-        unit = "byte" if part.file.kind == "plain" else "row group"
-        return f"{part.file.name}, row {number} of those that begin at {unit} {part.start} or after"
+    def _place(self, source: int, fault: Fault) -> str:
+        file, first = self._parts[source].file.name, self._first_rows[source]
+        if fault.reason is Reason.UNREADABLE_FILE:
+            return file
+        if first is None:
+            return f"{file}, the line at byte {fault.byte}"
+        return f"{file}:{first + self._rows[source] + fault.row + 1}"
 
     def explain(self) -> str:
         """Why there may be no document."""
@@ -134,8 +136,9 @@ def _write_shard(
     task: ShardTask, build: BuildJob, results: Iterable[BlockResult], report: Callable[[Progress], None]
 ) -> ShardOutcome:
     tally = Tally(task.parts, build.on_error)
+    left = sum(part_bytes(part) for part in task.parts)
     with ExitStack() as stack:
-        writers = [stack.enter_context(_open_writer(prefix, build)) for prefix in task.prefixes]
+        writers = [stack.enter_context(_open_writer(prefix, build, task.build)) for prefix in task.prefixes]
         for result in results:
             origins = tally.origins(result)
             tally.add(result)
@@ -143,13 +146,15 @@ def _write_shard(
                 writer.append(output.tokens, output.lengths, result.scores, origins)
             tokens = sum(len(output.tokens) for output in result.outputs)
             report(Progress(len(result.row_numbers), tokens, result.input_bytes))
+            left -= result.input_bytes
+        report(Progress(0, 0, max(left, 0)))  # files without a row; of standard input nothing is expected
         if not writers[0].documents and not build.empty_allowed:
             raise PreprocessError(f"--input: no document in {tally.rows} rows; {tally.explain()}")
-        manifests = dict(_finish(build, writers, tally))
+        manifests = dict(_finish(build, task.build, writers, tally))
     return ShardOutcome(manifests, tally.rows, tally.skipped, tally.examples)
 
 
-def _open_writer(prefix: str, build: BuildJob) -> ShardWriter:
+def _open_writer(prefix: str, build: BuildJob, fingerprint: str) -> ShardWriter:
     keys = build.job.keys
     return ShardWriter(
         prefix,
@@ -157,11 +162,13 @@ def _open_writer(prefix: str, build: BuildJob) -> ShardWriter:
         keys.scores,
         with_ids=keys.id is not None,
         overwrite=build.overwrite,
-        build=build.build,
+        build=fingerprint,
     )
 
 
-def _finish(build: BuildJob, writers: Sequence[ShardWriter], tally: Tally) -> Iterator[tuple[str, Manifest]]:
+def _finish(
+    build: BuildJob, fingerprint: str, writers: Sequence[ShardWriter], tally: Tally
+) -> Iterator[tuple[str, Manifest]]:
     """Put every text key on disk in full before the first of them gets its final name."""
     composed = [writer.compose() for writer in writers]
     for key, writer, (files, scores) in zip(build.job.keys.text, writers, composed, strict=True):
@@ -178,7 +185,7 @@ def _finish(build: BuildJob, writers: Sequence[ShardWriter], tally: Tally) -> It
             skipped=dict(sorted(tally.skipped.items())),
             json_key=key,
             created_by=created_by(),
-            build=build.build,
+            build=fingerprint,
         )
         writer.publish(manifest)
         yield writer.prefix, manifest

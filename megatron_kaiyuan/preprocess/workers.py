@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from multiprocessing import forkserver
 from typing import Any
@@ -153,7 +153,8 @@ def process_block(block: Block, job: Job) -> BlockResult:
     outputs = tuple(_selected(tokens, kept, eod_id, np.dtype(job.dtype)) for tokens in encoded)
     first: dict[Reason, Fault] = {}
     for fault in sorted(batch.faults, key=lambda fault: fault.row):
-        first.setdefault(fault.reason, fault)
+        byte = None if batch.offsets is None else int(batch.offsets[fault.row])
+        first.setdefault(fault.reason, replace(fault, byte=byte))
     return BlockResult(
         source=block.source,
         input_bytes=block.input_bytes,

@@ -8,7 +8,6 @@ Nothing carries its final name before everything is on disk. All files are first
 partial.py); `publish` renames them, the manifest last, so a manifest means a whole shard.
 """
 
-import re
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,14 +17,14 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
+from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.document_table import DocumentTable, Origins
-from megatron_kaiyuan.preprocess.manifest import FileRecord, Manifest, ScoreSummary, load_manifest, manifest_path
-from megatron_kaiyuan.preprocess.partial import HashedFile, Spool, list_partials, remove_dead_partials, sync_folder
+from megatron_kaiyuan.preprocess.manifest import FileRecord, Manifest, ScoreSummary, manifest_path
+from megatron_kaiyuan.preprocess.partial import HashedFile, Spool, remove_dead_partials, sync_folder
+from megatron_kaiyuan.preprocess.shard_state import is_of_build, refuse_existing, remove_existing
 
-__all__ = ["ShardWriter", "is_complete", "is_of_build", "optimal_dtype", "refuse_existing"]
+__all__ = ["ShardWriter", "optimal_dtype"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -100,7 +99,7 @@ class ShardWriter:
         """Clear away what a killed run left; torn files go before the partial manifest that tells whose they are."""
         self._replaced = replaced
         if replaced and not overwrite and not manifest_path(self.prefix).exists():
-            _remove_existing(self.prefix)
+            remove_existing(self.prefix)
         remove_dead_partials(self.prefix)
 
     @property
@@ -157,7 +156,7 @@ class ShardWriter:
         record.write(manifest.model_dump_json(indent=2).encode() + b"\n")
         record.sync()
         if self._replaced:
-            _remove_existing(self.prefix)
+            remove_existing(self.prefix)
         index, *sidecars, last = self._composed
         for file in (self._bin, *sidecars, index, last):
             file.publish()
@@ -199,57 +198,3 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._begun.close()
-
-
-def is_of_build(prefix: str, build: str | None) -> bool:
-    """Whether what lies under the final names of `prefix` was put there by this very command.
-
-    The manifest tells, or, where a kill came between two renames, the partial manifest that was written before them.
-    """
-    if build is None:
-        return False
-    if manifest_path(prefix).exists():
-        try:
-            return load_manifest(prefix).build == build
-        except ShardError:
-            return False
-    for path in list_partials(prefix):
-        if ".manifest." in path.name:
-            try:
-                if Manifest.model_validate_json(path.read_bytes()).build == build:
-                    return True
-            except (ValidationError, FileNotFoundError):  # torn while it was written: nothing was renamed yet
-                continue
-    return False
-
-
-def is_complete(prefix: str, build: str) -> bool:
-    """Whether the shard of this build is there: its manifest, and every file with the size that it tells."""
-    if not (manifest_path(prefix).exists() and is_of_build(prefix, build)):
-        return False
-    folder = manifest_path(prefix).parent
-    files = load_manifest(prefix).files.values()
-    return all((path := folder / file.name).is_file() and path.stat().st_size == file.bytes for file in files)
-
-
-def refuse_existing(prefix: str, score_keys: Sequence[str] = ()) -> None:
-    """Raise ConfigError if any final file of the shard `prefix` exists."""
-    names = [f"{prefix}.bin", f"{prefix}.idx", *(f"{prefix}.scores.{key}.npy" for key in score_keys)]
-    for path in [*map(Path, names), manifest_path(prefix)]:
-        if path.exists():
-            whole = "" if manifest_path(prefix).exists() else " (without a manifest: interrupted, or another tool's)"
-            raise ConfigError(
-                f"output: {path} exists{whole} and comes from other input, other flags or another tool; give "
-                "--overwrite to replace this shard, or another output"
-            )
-
-
-def _remove_existing(prefix: str) -> None:
-    """The manifest and the index go first, so that no reader can open a mixture of the old and the new shard."""
-    manifest_path(prefix).unlink(missing_ok=True)
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    name = re.escape(Path(prefix).name)
-    for path in Path(prefix).parent.iterdir():
-        # a score key or an id key of the earlier run may not be written again
-        if re.fullmatch(rf"{name}\.(bin|documents\.parquet|scores\..+\.npy)", path.name):
-            path.unlink(missing_ok=True)

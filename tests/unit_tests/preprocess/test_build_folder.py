@@ -15,12 +15,24 @@ from megatron_kaiyuan.data import open_source
 from megatron_kaiyuan.data.inspection import describe_source
 from megatron_kaiyuan.data.integrity import verify_shards
 from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
-from megatron_kaiyuan.preprocess import load_build, load_manifest, missing_shards
-from megatron_kaiyuan.preprocess.inputs import InputFile, cut_into_shards
+from megatron_kaiyuan.preprocess import (
+    load_build,
+    load_manifest,
+    missing_shards,
+    pipeline,
+    preprocess,
+    shard_state,
+    verify_manifest,
+)
+from megatron_kaiyuan.preprocess.inputs import InputFile
+from megatron_kaiyuan.preprocess.partial import HashedFile, list_partials
+from megatron_kaiyuan.preprocess.shard_cut import cut_into_shards
 from tests.unit_tests.preprocess.corpus import (
+    SilentReporter,
     build,
     build_folder,
     folder_bytes,
+    folder_config,
     number_rows,
     read_shard_by_hand,
     write_jsonl,
@@ -28,6 +40,8 @@ from tests.unit_tests.preprocess.corpus import (
 )
 
 ROWS = [{**row, "id": f"doc-{number}"} for number, row in enumerate(number_rows(120))]
+STARTS = [0, 70, 90, 100]
+"""First row of each input file."""
 SETTINGS: dict[str, Any] = {"score_keys": ("score", "metadata.quality"), "id_key": "id", "shard_bytes": 1500}
 
 
@@ -36,10 +50,10 @@ def inputs(tmp_path: Path) -> list[Path]:
     folder = tmp_path / "in"
     folder.mkdir()
     return [
-        write_jsonl(folder / "a.jsonl", ROWS[:70]),
-        write_parquet(folder / "b.parquet", ROWS[70:90]),
-        write_jsonl(folder / "c.jsonl.gz", ROWS[90:100]),
-        write_jsonl(folder / "d.jsonl.zst", ROWS[100:]),
+        write_jsonl(folder / "a.jsonl", ROWS[: STARTS[1]]),
+        write_parquet(folder / "b.parquet", ROWS[STARTS[1] : STARTS[2]]),
+        write_jsonl(folder / "c.jsonl.gz", ROWS[STARTS[2] : STARTS[3]]),
+        write_jsonl(folder / "d.jsonl.zst", ROWS[STARTS[3] :]),
     ]
 
 
@@ -61,24 +75,30 @@ def test_a_folder_holds_the_documents_of_one_shard_in_their_order(tmp_path: Path
 
 
 def test_the_table_says_where_each_document_comes_from(tmp_path: Path, inputs: list[Path]) -> None:
+    """By the row in the file, or, in a shard that begins within a plain file, by the byte; never by a row of a part."""
     build_folder(inputs, tmp_path / "out", **SETTINGS)
-    found = []
+    lines = inputs[0].read_bytes().split(b"\n")
+    ids_of = {str(path): [row["id"] for row in ROWS[first:]] for path, first in zip(inputs, STARTS, strict=True)}
+    found, without_row, places = [], 0, set()
     for index in sorted((tmp_path / "out").glob("*.idx")):
         prefix = str(index.with_suffix(""))
         table = pq.read_table(f"{prefix}.documents.parquet").to_pylist()
-        starts = {record.name: record.start for record in load_manifest(prefix).inputs}
         for entry, document in zip(table, read_shard_by_hand(prefix), strict=True):
             assert entry["tokens"] == len(document)
+            places.add((entry["file"], entry["row"], entry["offset"]))
             if entry["offset"] is not None:
-                line = Path(entry["file"]).read_bytes()[entry["offset"] :].split(b"\n")[0]
+                line = inputs[0].read_bytes()[entry["offset"] :].split(b"\n")[0]
                 assert f'"id": "{entry["id"]}"'.encode() in line
-                lines = Path(entry["file"]).read_bytes()
-                after = lines[: starts[entry["file"]]].count(b"\n") + (
-                    starts[entry["file"]] > 0 and lines[starts[entry["file"]] - 1 : starts[entry["file"]]] != b"\n"
-                )
-                assert lines.split(b"\n")[after + entry["row"]] == line
+                assert entry["row"] is None or lines[entry["row"]] == line
+            if entry["row"] is None:
+                assert entry["file"] == str(inputs[0])
+                without_row += 1
+            else:
+                assert ids_of[entry["file"]][entry["row"]] == entry["id"]
             found.append((entry["id"], entry["score.score"], entry["score.metadata.quality"]))
     assert found == [(row["id"], np.float32(row["score"]), row["metadata"]["quality"]) for row in ROWS]
+    assert 0 < without_row < STARTS[1]
+    assert len(places) == len(ROWS)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 3])
@@ -214,8 +234,9 @@ def test_names_stay_with_their_documents_where_rows_are_skipped(tmp_path: Path) 
 
 def test_a_fault_in_a_cut_file_is_found_by_its_place(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "1"}] * 10 + [{"text": ""}])
-    with pytest.raises(PreprocessError, match=r"a\.jsonl, row 2 of those that begin at byte 120 or after: "):
+    with pytest.raises(PreprocessError, match=r"a\.jsonl, the line at byte 140: "):
         build_folder([path], tmp_path / "out", shard_bytes=40)
+    assert path.read_bytes()[140:] == b'{"text": ""}\n'
     assert len(list((tmp_path / "out").glob("*.manifest.json"))) == 3
 
 
@@ -290,3 +311,94 @@ def test_a_shard_whose_rows_were_all_skipped_is_whole(tmp_path: Path) -> None:
 
 def manifest_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.manifest.json"))
+
+
+@pytest.mark.parametrize(("files", "workers"), [(1, 1), (4, 1), (4, 2)])
+def test_progress_ends_at_all_of_the_input_whichever_parts_a_task_has(tmp_path: Path, files: int, workers: int) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    paths = [
+        write_parquet(folder / "a.parquet", ROWS, row_group_size=3),
+        write_jsonl(folder / "b.jsonl", ROWS),
+        write_parquet(folder / "c.parquet", [], row_group_size=3),
+        write_jsonl(folder / "d.jsonl.gz", []),
+    ][:files]
+    totals = []
+    for task in range(3):
+        reporter = SilentReporter([])
+        config = folder_config(paths, tmp_path / "out", shard_bytes=900, num_tasks=3, task_id=task, workers=workers)
+        preprocess(config, reporter)
+        assert reporter.last is not None
+        assert reporter.last.input_bytes == reporter.total_bytes
+        totals.append(reporter.total_bytes)
+    assert min(totals) > 0
+    assert sum(totals) == sum(path.stat().st_size for path in paths)
+
+
+def folder_of_another_command(tmp_path: Path) -> list[Path]:
+    paths = [write_jsonl(tmp_path / "a.jsonl", ROWS)]
+    build_folder(paths, tmp_path / "out", shard_bytes=1500, append_eod=True)
+    return paths
+
+
+def test_a_task_leaves_to_others_what_they_are_writing(tmp_path: Path) -> None:
+    paths = folder_of_another_command(tmp_path)
+    partials = [
+        HashedFile(tmp_path / "out" / f"shard_00001_text_document.{suffix}", locked=True) for suffix in ("bin", "idx")
+    ]
+    summary = build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=3, task_id=0)
+    assert summary.shards_built > 1
+    assert all(partial.partial.exists() for partial in partials)
+    assert not (tmp_path / "out" / "shard_00001_text_document.manifest.json").exists()
+    for partial in partials:
+        partial.discard()
+    for task in range(3):
+        build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=3, task_id=task)
+    for task in range(3):
+        build_folder(paths, tmp_path / "fresh", shard_bytes=1500, num_tasks=3, task_id=task)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "fresh")
+
+
+def test_a_shard_that_another_task_finishes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the moment when its old manifest is read and the one when it is taken away."""
+    paths = folder_of_another_command(tmp_path)
+    build_folder(paths, tmp_path / "new", shard_bytes=1500)
+    published: list[str] = []
+
+    def publish(prefix: str) -> list[Path]:
+        if not published:
+            for path in (tmp_path / "new").glob(f"{Path(prefix).name}.*"):
+                (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
+            published.append(prefix)
+        return list_partials(prefix)
+
+    monkeypatch.setattr(shard_state, "list_partials", publish)
+    build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=50, task_id=49)
+    (prefix,) = published
+    assert verify_manifest(prefix).build == load_manifest(str(tmp_path / "new" / Path(prefix).name)).build
+    assert len(list((tmp_path / "out").glob("*.idx"))) == 1, "those of the other command are gone"
+
+
+def test_a_folder_that_another_task_claims_meanwhile_is_not_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write_jsonl(tmp_path / "a.jsonl", ROWS)]
+
+    def just_before(folder: Path) -> None:
+        """The record is not there yet when it is looked for; then the other task begins to publish."""
+        monkeypatch.undo()
+        build_folder(paths, folder, shard_bytes=1500, num_tasks=2, task_id=0)
+        (folder / "shard_00000_text_document.manifest.json").unlink()
+
+    monkeypatch.setattr(pipeline, "load_build", just_before)
+    build_folder(paths, tmp_path / "out", shard_bytes=1500, num_tasks=2, task_id=1)
+    build_folder(paths, tmp_path / "out", shard_bytes=1500, num_tasks=2, task_id=0)
+    assert open_source("numbers", str(tmp_path / "out")).num_documents == len(ROWS)
+
+
+def test_a_shard_without_its_manifest_is_built_again(tmp_path: Path, inputs: list[Path]) -> None:
+    build_folder(inputs, tmp_path / "out", **SETTINGS)
+    before = folder_bytes(tmp_path / "out")
+    (tmp_path / "out" / "shard_00001_text_document.manifest.json").unlink()
+    assert build_folder(inputs, tmp_path / "out", **SETTINGS).shards_built == 1
+    assert folder_bytes(tmp_path / "out") == before

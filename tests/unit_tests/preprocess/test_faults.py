@@ -209,6 +209,27 @@ def test_tasks_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "one")
 
 
+def test_tasks_that_start_at_once_with_overwrite_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(8_000))
+    build_folder([path], tmp_path / "out", shard_bytes=20_000, append_eod=True)
+    command = [*TOOL, "--input", str(path), "--output-dir", str(tmp_path / "out"), *NULL, "--shard-size", "20KB"]
+    tasks = [
+        subprocess.Popen(
+            [*command, "--overwrite", "--num-tasks", "3", "--task-id", task, "--workers", "1"],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in "012"
+    ]
+    told = [task.communicate()[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0], told
+    for task in range(3):
+        build_folder([path], tmp_path / "one", shard_bytes=20_000, num_tasks=3, task_id=task)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "one")
+
+
 def test_two_runs_on_one_shard_are_refused_while_the_first_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
