@@ -6,7 +6,8 @@ stream to wait for. `install()` answers those questions with the CPU, so that th
 import Megatron; nothing else does, and it changes nothing on a machine that has CUDA.
 
 Price: one CPU generator plays both the CPU and the CUDA random state, and every torch call pays a Python hook of about
-a microsecond. Neither matters for correctness; both make this a platform for small runs.
+a microsecond. Neither matters for correctness; both make this a platform for small runs. FP16 products are computed in
+FP32 and rounded once: `cpu_products.py`.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_kaiyuan.cpu_products import multiply_half_in_float
 from megatron_kaiyuan.errors import ConfigError
 
 __all__ = ["CPU_ARGUMENT_DEFAULTS", "install", "is_installed"]
@@ -74,6 +76,7 @@ def install() -> bool:
         for name, replacement in substitutions.items():
             setattr(owner, name, replacement)
     contextlib.ExitStack().enter_context(_SendToCpu())
+    multiply_half_in_float()
     # Megatron asks for this with tensor parallelism: it orders kernels on a GPU's queues.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     setattr(torch.cuda, _MARK, True)
