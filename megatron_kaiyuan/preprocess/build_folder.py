@@ -11,7 +11,7 @@ from megatron_kaiyuan.preprocess.manifest import Manifest
 from megatron_kaiyuan.preprocess.partial import remove_dead_partials
 from megatron_kaiyuan.preprocess.shard_state import is_complete, remove_existing, retire
 
-__all__ = ["changed_inputs", "claim_folder"]
+__all__ = ["changed_inputs", "check_claim", "claim_folder"]
 
 
 def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *, overwrite: bool) -> int:
@@ -41,6 +41,24 @@ def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *
     gone = sum(retire(prefix, partial(_is_of, build)) for prefix, build in builds.items())
     write_text_atomically(folder / BUILD_FILE, record.model_dump_json(indent=1) + "\n")
     return gone
+
+
+def check_claim(folder: Path, record: BuildRecord, prefixes: Collection[str]) -> None:
+    """Take shards away that were finished after a later start had claimed the folder for other input.
+
+    Raises:
+        ConfigError: one of `prefixes` was.
+    """
+    current = load_build(folder)
+    if current is None or current == record:
+        return
+    builds = current.builds(folder)
+    gone = [prefix for prefix in prefixes if retire(prefix, partial(_is_of, builds.get(prefix, "")))]
+    if gone:
+        raise ConfigError(
+            f"--output-dir {folder}: a file of the input, or the flags, changed while this ran, and another start took "
+            f"the folder over; {Path(gone[0]).name} is of before and was taken away: run the same command again"
+        )
 
 
 def _is_of(build: str, manifest: Manifest) -> bool:

@@ -94,6 +94,12 @@ class Manifest(_Record):
     created_by: str
     build: str | None = None
     """Identifies the input and the flags that decide the bytes: the same command finds its own work again by it."""
+    tokenized_by: str | None = None
+    """`gigatoken <version>` where it made the ids; None: the reference tokenizer."""
+
+    def to_json(self) -> str:
+        """Content of the file; what the reference made has no `tokenized_by`."""
+        return self.model_dump_json(indent=2, exclude={"tokenized_by"} if self.tokenized_by is None else None)
 
 
 def created_by() -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
-from megatron_kaiyuan.preprocess.build_folder import changed_inputs, claim_folder
+from megatron_kaiyuan.preprocess.build_folder import changed_inputs, check_claim, claim_folder
 from megatron_kaiyuan.preprocess.build_record import BuildRecord, ShardTask, load_build, plan_build, shard_tasks
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
-from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend
+from megatron_kaiyuan.preprocess.fast_shards import FastShards, gigatoken_name, named
+from megatron_kaiyuan.preprocess.fast_tokenize import TokenizersDiffer, choose_backend
 from megatron_kaiyuan.preprocess.inputs import STDIN, InputFile, Part, expand_inputs, refuse_output_among_inputs
 from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord, load_manifest
 from megatron_kaiyuan.preprocess.readers import read_blocks
@@ -105,6 +106,9 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
     tokenizer = _checked_tokenizer(config)
     described = _describe(config, tokenizer)
     record = _claimed(config, inputs, described, reporter)
+    fast_shards = FastShards(_folder(config), record, described)
+    if fast_shards.known_difference():
+        fast_shards.withdraw()  # again: whoever found it may have been killed before the end
     tasks = shard_tasks(config, record, inputs)
     mine = [task for task in tasks if task.number % config.num_tasks == config.task_id]
     summary = RunSummary(shards_of_others=len(tasks) - len(mine))
@@ -114,19 +118,36 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
     if todo:
         if config.workers > 1:
             warm_up()
-        job = _plan_job(config, [part for task in todo for part in task.parts], tokenizer, reporter)
-        build = BuildJob(
-            job=job,
-            tokenizer=described,
-            on_error=config.on_error,
-            overwrite=config.overwrite or config.output_dir is not None,
-            block_bytes=config.block_bytes,
-            empty_allowed=config.output_dir is not None,
-        )
-        reporter.start(sum(part_bytes(part) for task in todo for part in task.parts))
-        for outcome in _build_all(todo, build, config.workers, _Totals(reporter)):
+        parts = [part for task in todo for part in task.parts]
+        fast = _choose_fast(config, parts, fast_shards, reporter)
+        if fast is None:  # finished shards were taken away, so there is more to do
+            return preprocess(config, reporter)
+        reporter.start(sum(part_bytes(part) for part in parts))
+        build = _build_job(config, tokenizer, described, fast=fast)
+        for outcome in _checked(
+            _build_all(todo, build, config.workers, _Totals(reporter)), config, record, fast_shards
+        ):
             summary.add(outcome)
     return summary
+
+
+def _folder(config: PreprocessConfig) -> Path | None:
+    return None if config.output_dir is None else Path(config.output_dir)
+
+
+def _checked(
+    outcomes: Iterator[ShardOutcome], config: PreprocessConfig, record: BuildRecord, fast_shards: FastShards
+) -> Iterator[ShardOutcome]:
+    """The outcomes, none of a shard that must not stay."""
+    try:
+        for outcome in outcomes:
+            if config.output_dir is not None:
+                check_claim(Path(config.output_dir), record, outcome.manifests)
+            if any(manifest.tokenized_by for manifest in outcome.manifests.values()):
+                fast_shards.check()
+            yield outcome
+    except TokenizersDiffer as difference:
+        raise fast_shards.stopped_by(difference) from difference
 
 
 def _claimed(
@@ -187,21 +208,47 @@ def _checked_tokenizer(config: PreprocessConfig) -> DocumentTokenizer:
     return tokenizer
 
 
-def _plan_job(config: PreprocessConfig, parts: Sequence[Part], tokenizer: DocumentTokenizer, reporter: Reporter) -> Job:
-    keys = FieldKeys(config.json_keys, config.score_keys, config.id_key)
-    fast = False
-    if config.backend == "auto":
-        choice = choose_backend(config.tokenizer, _sample_texts(parts, keys, config.block_bytes))
-        fast = choice.fast
-        reporter.note(f"tokenizer: {'gigatoken' if fast else 'reference'}; {choice.reason}")
-    return Job(
-        keys=keys,
+def _choose_fast(
+    config: PreprocessConfig, parts: Sequence[Part], fast_shards: FastShards, reporter: Reporter
+) -> bool | None:
+    """Whether gigatoken makes the ids; None where it was found wrong, and had made shards that are there no more."""
+    if config.backend == "reference":
+        return False
+    if known := fast_shards.known_difference():
+        reporter.note(f"tokenizer: reference; {known}, as an earlier start found")
+        return False
+    choice = choose_backend(config.tokenizer, _sample_texts(parts, _field_keys(config), config.block_bytes))
+    reporter.note(f"tokenizer: {'gigatoken' if choice.fast else 'reference'}; {choice.reason}")
+    if choice.differs and (gone := fast_shards.condemn(choice.reason)):
+        reporter.note(f"{named(gone)} taken away, because gigatoken had made them in an earlier start")
+        return None
+    return choice.fast
+
+
+def _build_job(
+    config: PreprocessConfig, tokenizer: DocumentTokenizer, described: TokenizerRecord, *, fast: bool
+) -> BuildJob:
+    job = Job(
+        keys=_field_keys(config),
         tokenizer=config.tokenizer,
         fast=fast,
         append_eod=config.append_eod,
         max_tokens=config.max_document_tokens,
         dtype=optimal_dtype(tokenizer.vocab_size).name,
     )
+    return BuildJob(
+        job=job,
+        tokenizer=described,
+        tokenized_by=gigatoken_name() if fast else None,
+        on_error=config.on_error,
+        overwrite=config.overwrite or config.output_dir is not None,
+        block_bytes=config.block_bytes,
+        empty_allowed=config.output_dir is not None,
+    )
+
+
+def _field_keys(config: PreprocessConfig) -> FieldKeys:
+    return FieldKeys(config.json_keys, config.score_keys, config.id_key)
 
 
 def _sample_texts(parts: Sequence[Part], keys: FieldKeys, block_bytes: int) -> list[str]:

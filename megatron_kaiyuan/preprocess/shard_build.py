@@ -36,6 +36,8 @@ class BuildJob:
 
     job: Job
     tokenizer: TokenizerRecord
+    tokenized_by: str | None
+    """See `Manifest`."""
     on_error: Literal["stop", "skip"]
     overwrite: bool
     block_bytes: int
@@ -186,6 +188,7 @@ def _finish(
             json_key=key,
             created_by=created_by(),
             build=fingerprint,
+            tokenized_by=build.tokenized_by,
         )
         writer.publish(manifest)
         yield writer.prefix, manifest

@@ -153,7 +153,7 @@ class ShardWriter:
         target = manifest_path(self.prefix)
         record = self._begin(HashedFile(target))
         self._composed.append(record)
-        record.write(manifest.model_dump_json(indent=2).encode() + b"\n")
+        record.write(manifest.to_json().encode() + b"\n")
         record.sync()
         if self._replaced:
             remove_existing(self.prefix)
