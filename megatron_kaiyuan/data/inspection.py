@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from megatron_kaiyuan.data.shard_files import (
 )
 from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.data.source import Source
+from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.preprocess.manifest import Manifest, load_manifest
 
@@ -34,7 +34,6 @@ BANDS = 10
 """Bands of equally many documents, by score, whose tokens are told."""
 _BINS = 40
 _SCORE_VALUES = 48  # so many different scores or fewer are grades: one bar each
-_OPENING_THREADS = 16
 
 
 def describe_source(
@@ -114,24 +113,25 @@ def _open(files: Sequence[ShardFiles]) -> tuple[dict[str, Shard], list[Finding]]
         except (ShardError, OSError) as error:
             return Finding("unreadable", str(entry.idx), without_file(str(error), entry.idx))
 
-    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-        for entry, result in zip(files, pool.map(attempt, files), strict=True):
-            if isinstance(result, Shard):
-                opened[entry.prefix] = result
-            else:
-                findings.append(result)
+    for entry, result in zip(files, side_by_side(attempt, files), strict=True):
+        if isinstance(result, Shard):
+            opened[entry.prefix] = result
+        else:
+            findings.append(result)
     return opened, findings
 
 
 def _manifests(files: Sequence[ShardFiles], findings: list[Finding]) -> dict[str, Manifest]:
-    manifests = {}
-    for entry in files:
-        if entry.has_manifest:
-            try:
-                manifests[entry.prefix] = load_manifest(entry.prefix)
-            except (ShardError, OSError) as error:
-                findings.append(Finding("manifest", str(entry.manifest), without_file(str(error), entry.manifest)))
-    return manifests
+    def attempt(entry: ShardFiles) -> Manifest | Finding:
+        try:
+            return load_manifest(entry.prefix)
+        except (ShardError, OSError) as error:
+            return Finding("manifest", str(entry.manifest), without_file(str(error), entry.manifest))
+
+    present = [entry for entry in files if entry.has_manifest]
+    read = side_by_side(attempt, present)
+    findings += [result for result in read if isinstance(result, Finding)]
+    return {entry.prefix: result for entry, result in zip(present, read, strict=True) if isinstance(result, Manifest)}
 
 
 def _describe_manifests(files: Sequence[ShardFiles], manifests: Mapping[str, Manifest]) -> dict[str, Any]:

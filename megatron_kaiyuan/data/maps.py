@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OpenMaps", "advise_random", "map_array", "open_maps"]
+__all__ = ["OpenMaps", "advise_random", "look_up", "map_array", "open_maps"]
 
 _FEWEST = 64
 _MOST = 1 << 14
+_RAW = {size: np.dtype(f"V{size}") for size in (1, 2, 4, 8, 16)}
+_FEW_PAGES = 64  # of an array; asking for them ahead would cost as much as it saves
 
 
 def map_array(
@@ -52,6 +54,35 @@ def advise_random(mapped: "np.memmap[Any, Any]") -> None:
     mapping = getattr(mapped, "_mmap", None)
     if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
         mapping.madvise(mmap.MADV_RANDOM)
+
+
+def look_up(numbers: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
+    """`numbers[places]` of a mapped array, for many places or from several threads.
+
+    Other threads run while pages are read from disk. Where most pages of the array will be needed the kernel is asked
+    for all of them first, since it reads a whole file much faster than one page after another.
+
+    Args:
+        numbers: as `map_array` gives them, `[N]`; need not be aligned.
+        places: int64 `[n]`, `0 <= place < N`.
+    """
+    pages = numbers.nbytes // mmap.PAGESIZE
+    if len(places) > pages // 4 and pages > _FEW_PAGES:
+        _read_ahead(numbers)
+    # without a type numpy need not align: indexing copies the whole array for that, and holds the interpreter's lock
+    return numbers.view(_RAW[numbers.itemsize]).take(places).view(numbers.dtype)
+
+
+def _read_ahead(numbers: NDArray[Any]) -> None:
+    owner: Any = numbers
+    first = numbers
+    while isinstance(owner, np.ndarray):
+        first, owner = owner, owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        # the first array begins within the first page of the map
+        skipped = numbers.__array_interface__["data"][0] - first.__array_interface__["data"][0]
+        begin = max(0, skipped // mmap.PAGESIZE * mmap.PAGESIZE)
+        owner.madvise(mmap.MADV_WILLNEED, begin, min(len(owner) - begin, numbers.nbytes + 2 * mmap.PAGESIZE))
 
 
 class OpenMaps:

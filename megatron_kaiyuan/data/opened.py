@@ -1,5 +1,6 @@
 """A source of a plan with its files opened: its orders, and which of its documents are held out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import SourceSpec
-from megatron_kaiyuan.data.rank_index import RankIndex, load_or_rank
+from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, load_or_rank
 from megatron_kaiyuan.data.ranking import STRIDE
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
-from megatron_kaiyuan.data.source import Source, open_source
+from megatron_kaiyuan.data.source import Source, open_sources
+from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError, ShardError
 
-__all__ = ["OpenedSource", "open_plan_source"]
+__all__ = ["OpenedSource", "open_plan_source", "open_plan_sources"]
 
 _PROBES = 64
 
@@ -75,8 +77,7 @@ class OpenedSource:
         starts, lengths = self.source.token_starts(documents), self.source.lengths(documents)
         self._check_ends(documents, starts + lengths)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            tokens = np.empty(min(length, _PROBES), dtype=np.int64)
-            self.source.read_tokens(start, tokens)
+            tokens = self.source.probe_tokens(start, min(length, _PROBES))
             digest.update(start.to_bytes(8, "little") + length.to_bytes(8, "little") + tokens.tobytes())
         if self.spec.score is not None:
             digest.update(self.source.scores_of(self.spec.score, documents).tobytes())
@@ -101,36 +102,60 @@ class OpenedSource:
         tokens = index.token_marks[ranks // STRIDE]
         return sha256(f"{index.seed} {index.order[ranks].tolist()} {tokens.tolist()}".encode()).hexdigest()[:16]
 
-    def require_ranking(self) -> None:
-        """Open the rank index now, so that one that is missing stops a run before it starts and not at a report."""
-        _ = self.ranked_order
-
     @cached_property
     def _rank_index(self) -> RankIndex:
-        assert self.spec.score is not None
-        path = Path(self.spec.rank_index) if self.spec.rank_index else None
-        return load_or_rank(self.source, self.spec.score, path)
+        return _load_index(self.source, self.spec, None)
 
 
 def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
-    """Open the shards of a source and draw its held-out documents.
+    """Open the shards of a source and draw its held-out documents; errors as `open_plan_sources`."""
+    return open_plan_sources({name: spec}, {name: held_out}, seed)[name]
 
-    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone.
+
+def open_plan_sources(
+    specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
+) -> dict[str, OpenedSource]:
+    """Open the shards of all sources of a plan and draw their held-out documents.
+
+    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone. A rank
+    index is opened here, so that one that is missing stops a run before it starts and not at a report.
+
+    Args:
+        specs: the sources.
+        held_out: how many documents to hold out of each.
+        seed: of the plan.
 
     Raises:
         ShardError: shards are missing or damaged.
-        ScoreError, RankIndexError: the source names a score, and its sidecars or its rank index are missing or stale.
+        ScoreError, RankIndexError: a source names a score, and its sidecars or its rank index are missing or stale.
         PlanError: fewer documents than are to be held out.
     """
-    source = open_source(name, spec.shards)
+    sources = open_sources({name: spec.shards for name, spec in specs.items()})
+    opened = {
+        name: OpenedSource(name, spec, sources[name], _draw(sources[name], held_out[name], seed))
+        for name, spec in specs.items()
+    }
+    scored = [source for source in opened.values() if source.spec.score is not None]
+    digests = content_digests([(source.source, source.spec.score) for source in scored])
+    indices = side_by_side(
+        lambda pair: _load_index(pair[0].source, pair[0].spec, pair[1]), list(zip(scored, digests, strict=True))
+    )
+    for source, index in zip(scored, indices, strict=True):
+        source.__dict__["_rank_index"] = index  # what the cached property would find
+    return opened
+
+
+def _draw(source: Source, held_out: int, seed: int) -> NDArray[np.int64]:
+    """Numbers of the held-out documents, ascending."""
     if held_out >= source.num_documents:
         raise PlanError(
-            f"validation.{name}.documents: {held_out} to be held out of {source.num_documents} documents leaves "
-            "none to train "
-            "on; hold out fewer"
+            f"validation.{source.name}.documents: {held_out} to be held out of {source.num_documents} documents leaves "
+            "none to train on; hold out fewer"
         )
-    drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))
-    opened = OpenedSource(name, spec, source, np.sort(drawn))
-    if spec.score is not None:
-        opened.require_ranking()
-    return opened
+    drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", source.name))
+    return np.sort(drawn.many(np.arange(held_out)))
+
+
+def _load_index(source: Source, spec: SourceSpec, digest: str | None) -> RankIndex:
+    assert spec.score is not None
+    return load_or_rank(source, spec.score, Path(spec.rank_index) if spec.rank_index else None, digest)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.maps import look_up
 from megatron_kaiyuan.data.rank_index import RankIndex
 from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
 from megatron_kaiyuan.data.source import Segment, Source
@@ -127,13 +128,13 @@ class RankedOrder:
     def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of all documents that rank below each position."""
         marks = positions // STRIDE
-        result = self.index.token_marks[marks].copy()
+        result = look_up(self.index.token_marks, marks)
         inside = positions - marks * STRIDE
         if not inside.any():
             return result
         members = marks[:, None] * STRIDE + np.arange(STRIDE - 1)
         used = np.arange(STRIDE - 1) < inside[:, None]
-        documents = self.index.order[members[used]].astype(np.int64)
+        documents = look_up(self.index.order, members[used]).astype(np.int64)
         lengths = np.zeros(used.shape, dtype=np.int64)
         lengths[used] = self.source.lengths(documents)
         return result + lengths.sum(axis=1)

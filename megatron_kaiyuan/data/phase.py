@@ -17,6 +17,7 @@ from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec,
 from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.data.stream import Stream, thinned
+from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = ["Phase", "build_phase"]
@@ -114,9 +115,11 @@ def build_phase(
     Raises:
         PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
     """
-    streams = {
-        name: _build_stream(spec, name, part, sources[name], seq_length, seed) for name, part in spec.sources.items()
-    }
+    built = side_by_side(
+        lambda item: _build_stream(spec, item[0], item[1], sources[item[0]], seq_length, seed),
+        list(spec.sources.items()),
+    )
+    streams = dict(zip(spec.sources, built, strict=True))
     natural = np.array([stream.num_windows for stream in streams.values()], dtype=np.int64)
     weights = [part.weight for part in spec.sources.values()]
     rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)

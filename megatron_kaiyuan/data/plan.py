@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import describe_plan
-from megatron_kaiyuan.data.opened import OpenedSource, open_plan_source
+from megatron_kaiyuan.data.opened import OpenedSource, open_plan_sources
 from megatron_kaiyuan.data.phase import Phase, build_phase
 from megatron_kaiyuan.data.plan_schema import (
     AveragingSpec,
@@ -25,7 +25,7 @@ from megatron_kaiyuan.data.plan_schema import (
     parse_plan_spec,
 )
 from megatron_kaiyuan.data.resume import check_resume, order_record
-from megatron_kaiyuan.data.simulation import simulate_plan_source
+from megatron_kaiyuan.data.simulation import simulate_plan_sources
 from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
 
 __all__ = ["Plan"]
@@ -58,10 +58,8 @@ class Plan:
         """Resolve a plan given as data; errors as `load`."""
         if isinstance(spec, dict):
             spec = parse_plan_spec(spec)
-        open_one = simulate_plan_source if simulate else open_plan_source
-        opened = {
-            name: open_one(name, source, _held_out(spec, name), spec.seed) for name, source in spec.sources.items()
-        }
+        held_out = {name: _held_out(spec, name) for name in spec.sources}
+        opened = (simulate_plan_sources if simulate else open_plan_sources)(spec.sources, held_out, spec.seed)
         if not simulate:
             check_tokenizers(opened, spec.tokenizer)
         phases: list[Phase] = []

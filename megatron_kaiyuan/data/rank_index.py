@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ from megatron_kaiyuan.data.atomic import atomic_file
 from megatron_kaiyuan.data.maps import map_array
 from megatron_kaiyuan.data.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
 from megatron_kaiyuan.data.shard_files import Meter, SilentMeter
-from megatron_kaiyuan.data.source import Source, score_path
+from megatron_kaiyuan.data.shards import Shard
+from megatron_kaiyuan.data.source import Source
+from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import RankIndexError, ShardError
 
 __all__ = [
     "RankIndex",
     "build_rank_index",
     "content_digest",
+    "content_digests",
     "index_path",
     "load_or_rank",
     "open_rank_index",
@@ -66,8 +71,8 @@ def index_path(source: Source, score: str) -> Path:
     return first.parent / f"shards-{hashlib.sha256(names.encode()).hexdigest()[:12]}.{score}.rank"
 
 
-def build_rank_index(source: Source, score: str, seed: int = 0) -> RankIndex:
-    """Rank all documents of a source in memory.
+def build_rank_index(source: Source, score: str, seed: int = 0, digest: str | None = None) -> RankIndex:
+    """Rank all documents of a source in memory; `digest` as for `open_rank_index`.
 
     Raises:
         ScoreError: a score sidecar is missing, of the wrong length, or holds NaN.
@@ -80,7 +85,7 @@ def build_rank_index(source: Source, score: str, seed: int = 0) -> RankIndex:
         order[first : first + len(documents)] = documents
 
     marks = _hand_out(ranking, source, keep, SilentMeter())
-    return RankIndex(order, marks, seed, content_digest(source, score))
+    return RankIndex(order, marks, seed, digest or content_digest(source, score))
 
 
 def write_rank_index(source: Source, score: str, path: Path, seed: int = 0, meter: Meter | None = None) -> None:
@@ -142,26 +147,33 @@ def content_digest(source: Source, score: str | None = None) -> str:
 
     A changed byte outside the probes is not seen here: `--verify` compares everything.
     """
-    digest = hashlib.sha256()
-    for shard in source.shards:
-        digest.update(f"{shard.documents} {shard.tokens} {shard.dtype}\n".encode())
-        digest.update(_probe(Path(f"{shard.prefix}.idx")))
-        if score is not None:
-            digest.update(_probe(score_path(shard.prefix, score)))
-    return digest.hexdigest()
+    return content_digests([(source, score)])[0]
 
 
-def _probe(path: Path) -> bytes:
+def content_digests(sources: Sequence[tuple[Source, str | None]]) -> list[str]:
+    """`content_digest` of several sources, the files of all of them side by side."""
+    files = [(shard, score) for source, score in sources for shard in source.shards]
+    probes = iter(side_by_side(_probe_shard, files))
+    return [hashlib.sha256(b"".join(islice(probes, len(source.shards)))).hexdigest() for source, _ in sources]
+
+
+def _probe_shard(file: tuple[Shard, str | None]) -> bytes:
+    shard, score = file
+    counts = f"{shard.documents} {shard.tokens} {shard.dtype}\n".encode()
+    scores = b"" if score is None else _probe(f"{shard.prefix}.scores.{score}.npy")
+    return counts + _probe(f"{shard.prefix}.idx") + scores
+
+
+def _probe(path: str) -> bytes:
     """Size, beginning, middle and end of a file; a missing file is an empty one."""
-    if not path.is_file():
+    try:
+        with Path(path).open("rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            places = (0, (size - _PROBE_BYTES) // 2, size - _PROBE_BYTES)
+            pieces = [os.pread(stream.fileno(), _PROBE_BYTES, max(place, 0)) for place in places]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b"missing"
-    with path.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        pieces = [size.to_bytes(8, "little")]
-        for place in (0, (size - _PROBE_BYTES) // 2, size - _PROBE_BYTES):
-            stream.seek(max(place, 0))
-            pieces.append(stream.read(_PROBE_BYTES))
-    return b"".join(pieces)
+    return b"".join([size.to_bytes(8, "little"), *pieces])
 
 
 def save_rank_index(index: RankIndex, path: Path) -> None:
@@ -187,8 +199,14 @@ def _header(documents: int, tokens: int, dtype: type[np.unsignedinteger], seed: 
     return (_MAGIC + len(raw).to_bytes(8, "little") + raw).ljust(_HEADER_BYTES, b"\0")
 
 
-def open_rank_index(path: Path, source: Source, score: str) -> RankIndex:
+def open_rank_index(path: Path, source: Source, score: str, digest: str | None = None) -> RankIndex:
     """Memory-map an index and check that it belongs to these shards and scores.
+
+    Args:
+        path: the index.
+        source: the shards.
+        score: name of their scores.
+        digest: their `content_digest` where the caller has it already.
 
     Raises:
         RankIndexError: the file is missing, damaged, truncated, or was built from other shards or scores.
@@ -203,7 +221,7 @@ def open_rank_index(path: Path, source: Source, score: str) -> RankIndex:
         )
     header = _read_header(path)
     index = _map_arrays(path, header)
-    if index.digest != content_digest(source, score):
+    if index.digest != (digest or content_digest(source, score)):
         raise RankIndexError(
             f"{path}: built from other shards or scores than those of source {source.name!r}; build it again with\n"
             f"  {command}"
@@ -261,8 +279,10 @@ def verify_rank_index(path: Path, source: Source, score: str) -> None:
             )
 
 
-def load_or_rank(source: Source, score: str, path: Path | None = None) -> RankIndex:
+def load_or_rank(source: Source, score: str, path: Path | None = None, digest: str | None = None) -> RankIndex:
     """The stored index (beside the shards, or at `path`), or for a small source without one, a ranking made here.
+
+    `digest` is as for `open_rank_index`.
 
     Raises:
         RankIndexError: no index at `path`, or none at all and the source has more than 2**20 documents; the message
@@ -270,5 +290,5 @@ def load_or_rank(source: Source, score: str, path: Path | None = None) -> RankIn
     """
     usual = index_path(source, score)
     if path is None and not usual.is_file() and source.num_documents <= _SMALL_SOURCE:
-        return build_rank_index(source, score)
-    return open_rank_index(path or usual, source, score)
+        return build_rank_index(source, score, digest=digest)
+    return open_rank_index(path or usual, source, score, digest)

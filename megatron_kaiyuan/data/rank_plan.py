@@ -6,8 +6,10 @@ from pathlib import Path
 
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index, write_rank_index
+from megatron_kaiyuan.data.score_files import score_path
 from megatron_kaiyuan.data.shard_files import Meter
-from megatron_kaiyuan.data.source import Source, open_source, score_path
+from megatron_kaiyuan.data.source import Source, open_source
+from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import RankIndexError
 
 __all__ = ["RankedSource", "rank_plan_sources"]
@@ -55,5 +57,5 @@ def _is_current(path: Path, source: Source, score: str) -> bool:
     except RankIndexError:
         return False
     written = path.stat().st_mtime_ns  # the index is told from its shards by probes, which may miss a change inside
-    inputs = (name for shard in source.shards for name in (f"{shard.prefix}.idx", score_path(shard.prefix, score)))
-    return all(Path(name).stat().st_mtime_ns <= written for name in inputs)
+    inputs = [name for shard in source.shards for name in (f"{shard.prefix}.idx", score_path(shard.prefix, score))]
+    return max(side_by_side(lambda name: Path(name).stat().st_mtime_ns, inputs)) <= written

@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.maps import look_up
 from megatron_kaiyuan.data.permutation import derive_key, mix64_array
 
 __all__ = ["STRIDE", "Ranking", "prepare_ranking", "rank_by_score", "ranks_of", "stride_sums"]
@@ -105,7 +106,7 @@ def ranks_of(
     high = np.full(len(documents), len(order), dtype=np.int64)
     while np.any(low < high):
         middle = (low + high) // 2
-        probe = order[np.minimum(middle, len(order) - 1)].astype(np.int64)
+        probe = look_up(order, np.minimum(middle, len(order) - 1)).astype(np.int64)
         probe_scores = scores_of(probe).astype(np.float64)
         probe_hashes = _document_hash(probe, len(order), seed)
         below = (probe_scores < scores) | ((probe_scores == scores) & (probe_hashes < hashes))

@@ -7,6 +7,7 @@ from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ResumeError
 
 __all__ = ["check_resume", "order_record"]
@@ -16,6 +17,8 @@ _FORMAT = "megatron_kaiyuan.order/1"
 
 def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:
     """Plain data that two plans share exactly when they show the same samples in the same order."""
+    used = dict.fromkeys(name for phase in phases for name in phase.streams)
+    side_by_side(lambda name: opened[name].content, list(used))  # and kept there: each one probes its files
     return {
         "format": _FORMAT,
         "seq_length": spec.seq_length,

@@ -157,7 +157,8 @@ class DocumentRuns:
         """The documents of ascending disjoint index intervals, neighbouring runs joined."""
         some = firsts < lasts
         firsts, lasts = firsts[some], lasts[some]
-        cuts = np.unique(np.concatenate([firsts, lasts, self.index_offsets]))
+        cuts = np.sort(np.concatenate([firsts, lasts, self.index_offsets]))  # np.unique hashes first: twice the time
+        cuts = cuts[np.append(True, cuts[1:] != cuts[:-1])]
         lower, upper = cuts[:-1], cuts[1:]
         interval = np.searchsorted(firsts, lower, side="right") - 1
         taken = (

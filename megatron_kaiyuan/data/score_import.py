@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.atomic import atomic_file
-from megatron_kaiyuan.data.source import Source, check_scores, load_npy, score_path
+from megatron_kaiyuan.data.score_files import check_scores, load_npy, score_path
+from megatron_kaiyuan.data.source import Source
 from megatron_kaiyuan.errors import ScoreError
 
 __all__ = ["import_scores", "read_scores"]

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.score_files import check_score_shape, open_npy
 from megatron_kaiyuan.data.shards import INDEX_HEADER, Shard
-from megatron_kaiyuan.data.source import check_score_shape, open_npy
 
 __all__ = [
     "CHUNK",

@@ -85,6 +85,14 @@ class Shard:
                     raise ShardError(f"{self.prefix}.idx: became shorter while it was read; copy it again")
                 left = left[done:]
 
+    def read_tokens(self, first: int, count: int) -> NDArray[np.int64]:
+        """Read some tokens without mapping the file, int64 `[count]`."""
+        with Path(f"{self.prefix}.bin").open("rb", buffering=0) as tokens:
+            raw = os.pread(tokens.fileno(), count * self.dtype.itemsize, first * self.dtype.itemsize)
+        if len(raw) < count * self.dtype.itemsize:
+            raise ShardError(f"{self.prefix}.bin: became shorter while it was read; copy it again")
+        return np.frombuffer(raw, dtype=self.dtype).astype(np.int64)
+
     def _index(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Lengths and pointers, views of one map."""
         kept: tuple[NDArray[np.int32], NDArray[np.int64]] | None = self.__dict__.get("_arrays")
@@ -95,10 +103,6 @@ class Shard:
             arrays = raw[: 4 * self.documents].view(np.int32), raw[4 * self.documents :].view(np.int64)
             return open_maps().keep(self, "_arrays", arrays)
         return kept
-
-    def token_start(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First token of each of these documents, counted in tokens from the start of the shard."""
-        return self.pointers[documents] // self.dtype.itemsize
 
     def document_of_token(self, token: int) -> int:
         """The document that holds token number `token` of the shard; empty documents hold none."""

@@ -8,6 +8,7 @@ but not trained on.
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
 from megatron_kaiyuan.data.source import Segment, Source
 from megatron_kaiyuan.errors import PlanError
 
-__all__ = ["simulate_plan_source"]
+__all__ = ["simulate_plan_sources"]
 
 
 class SimulatedSource(Source):
@@ -99,7 +100,14 @@ class SimulatedOrder:
         )
 
 
-def simulate_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
+def simulate_plan_sources(
+    specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
+) -> dict[str, OpenedSource]:
+    """Sources of the sizes that their `expected` fields give; arguments and errors as of `open_plan_sources`."""
+    return {name: _simulate(name, spec, held_out[name], seed) for name, spec in specs.items()}
+
+
+def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
     """A source of the size its `expected` field gives, with held-out documents drawn as from a real one.
 
     Raises:

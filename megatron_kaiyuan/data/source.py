@@ -1,12 +1,10 @@
 """A source: the documents of many shards, numbered in storage order as if they were one."""
 
-import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.build_check import require_whole_folder
-from megatron_kaiyuan.data.maps import advise_random, open_maps
+from megatron_kaiyuan.data.maps import look_up
+from megatron_kaiyuan.data.score_files import kept_scores, load_score_sidecar
 from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
-from megatron_kaiyuan.errors import ScoreError, ShardError
+from megatron_kaiyuan.data.threads import side_by_side
+from megatron_kaiyuan.errors import ShardError
 
-__all__ = ["Segment", "Source", "open_source"]
+__all__ = ["Segment", "Source", "open_source", "open_sources"]
 
-_OPENING_THREADS = 16
+_MANY_LOOK_UPS = 2048
+"""From so many on, threads are worth starting for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +65,20 @@ class Source:
 
     def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of each of these documents, int64 `[n]`."""
-        result = np.empty(len(documents), dtype=np.int64)
-        for shard, where, local in self._by_shard(documents):
-            result[where] = shard.lengths[local]
-        return result
+        return self._look_up(documents, lambda number: self.shards[number].lengths, np.dtype(np.int64))
 
     def token_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens stored before each of these documents; `num_documents` is allowed and gives `num_tokens`."""
-        if len(self.shards) == 1 and len(documents) and int(documents.max()) < self.num_documents:
-            return self.shards[0].token_start(documents)
-        result = np.full(len(documents), self.num_tokens, dtype=np.int64)
-        inside = np.flatnonzero(documents < self.num_documents)
-        for shard, where, local in self._by_shard(documents[inside]):
-            base = self.token_offsets[self._shard_number[shard.prefix]]
-            result[inside[where]] = base + shard.token_start(local)
-        return result
+        if len(documents) and documents.max() >= self.num_documents:
+            result = np.full(len(documents), self.num_tokens, dtype=np.int64)
+            inside = documents < self.num_documents
+            result[inside] = self.token_starts(documents[inside])
+            return result
+        starts = self._look_up(documents, lambda number: self.shards[number].pointers, np.dtype(np.int64))
+        starts //= self.shards[0].dtype.itemsize
+        if len(self.shards) > 1:
+            starts += self.token_offsets[self._shards_of(documents)]
+        return starts
 
     def document_of_token(self, token: int) -> int:
         """The document that holds stored token number `token`."""
@@ -96,6 +96,16 @@ class Source:
             out[done : done + len(piece)] = piece
             done += len(piece)
             number += 1
+
+    def probe_tokens(self, token: int, count: int) -> NDArray[np.int64]:
+        """`count` stored tokens from number `token` on, within one shard.
+
+        They are read and not mapped: the first touch of a mapped file can make the kernel read megabytes around it.
+        """
+        if not count:
+            return np.empty(0, dtype=np.int64)
+        number = bisect_right(self._token_offset_list, token) - 1
+        return self.shards[number].read_tokens(token - self._token_offset_list[number], count)
 
     def read_pieces(self, tokens: list[int], sizes: list[int], out: NDArray[np.int64]) -> None:
         """Fill `out` with several pieces one after another: `sizes[i]` stored tokens from number `tokens[i]` on."""
@@ -136,21 +146,13 @@ class Source:
         Looking up documents in random order touches every page anyway, and mapped pages are small ones.
         """
         lengths = np.empty(self.num_documents, dtype=np.int32)
-        offsets = self.document_offsets.tolist()
-        if len(self.shards) == 1:
-            self.shards[0].read_lengths(lengths)
-            return lengths
-        parts = [lengths[first:stop] for first, stop in pairwise(offsets)]
-        with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            list(pool.map(lambda shard, part: shard.read_lengths(part), self.shards, parts))
+        parts = [lengths[first:stop] for first, stop in pairwise(self.document_offsets.tolist())]
+        side_by_side(lambda some: some[0].read_lengths(some[1]), list(zip(self.shards, parts, strict=True)))
         return lengths
 
     def scores_of(self, score: str, documents: NDArray[np.int64]) -> NDArray[np.floating]:
         """Scores of these documents alone, float64 `[n]`; reads only their pages."""
-        result = np.empty(len(documents), dtype=np.float64)
-        for shard, where, local in self._by_shard(documents):
-            result[where] = _kept_scores(shard, score)[local]
-        return result
+        return self._look_up(documents, lambda number: kept_scores(self.shards[number], score), np.dtype(np.float64))
 
     @cached_property
     def _token_offset_list(self) -> list[int]:
@@ -162,20 +164,54 @@ class Source:
     def _shard_number(self) -> dict[str, int]:
         return {shard.prefix: number for number, shard in enumerate(self.shards)}
 
-    def _by_shard(
-        self, documents: NDArray[np.int64]
-    ) -> Iterator[tuple[Shard, NDArray[np.int64] | slice, NDArray[np.int64]]]:
-        """Group documents by shard: the shard, where they stand in the argument, their numbers in the shard."""
+    def _look_up(
+        self, documents: NDArray[np.int64], numbers_of: Callable[[int], NDArray[Any]], dtype: np.dtype[Any]
+    ) -> NDArray[Any]:
+        """A number for each document, from an array that each shard has.
+
+        Args:
+            documents: int64 `[n]`.
+            numbers_of: gives the mapped array of a shard by its number, `[documents of the shard]`.
+            dtype: of the result.
+
+        Returns:
+            An array of its own, `[n]`.
+        """
+        many = len(documents) >= _MANY_LOOK_UPS
+        if len(self.shards) == 1 and not many:  # the usual case of a training sample
+            return look_up(numbers_of(0), documents).astype(dtype, copy=False)
+        out = np.empty(len(documents), dtype=dtype)
+
+        def fill(piece: tuple[int, NDArray[np.int64] | slice]) -> None:
+            number, where = piece
+            out[where] = look_up(numbers_of(number), documents[where] - self.document_offsets[number])
+
+        pieces = self._by_shard(documents)
+        if many:
+            side_by_side(fill, pieces)
+        else:
+            for piece in pieces:
+                fill(piece)
+        return out
+
+    def _by_shard(self, documents: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64] | slice]]:
+        """The number of each shard that has some of these documents, and where they stand in the argument."""
         if len(self.shards) == 1:
-            yield self.shards[0], slice(None), documents
-            return
-        if not len(documents):  # np.split would still give one, empty, group
-            return
-        numbers = np.searchsorted(self.document_offsets, documents, side="right") - 1
-        order = np.argsort(numbers, kind="stable")
-        present, firsts = np.unique(numbers[order], return_index=True)
-        for number, where in zip(present, np.split(order, firsts[1:]), strict=True):
-            yield self.shards[number], where, documents[where] - self.document_offsets[number]
+            parts = range(0, len(documents), _MANY_LOOK_UPS)
+            return [(0, slice(first, first + _MANY_LOOK_UPS)) for first in parts]
+        shards = self._shards_of(documents)
+        # numpy sorts 16-bit numbers by counting them, ten times as fast
+        order = (shards.astype(np.uint16) if len(self.shards) < 1 << 16 else shards).argsort(kind="stable")
+        counts = np.bincount(shards, minlength=len(self.shards))
+        present = counts.nonzero()[0]
+        ends = counts[present].cumsum().tolist()
+        return [
+            (number, order[first:stop]) for number, first, stop in zip(present.tolist(), [0, *ends], ends, strict=False)
+        ]
+
+    def _shards_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the shard of each document."""
+        return self.document_offsets.searchsorted(documents, side="right") - 1
 
 
 def open_source(name: str, shards: str | Sequence[str]) -> Source:
@@ -184,96 +220,31 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
     Raises:
         ShardError: no shard, an invalid shard, shards of different token dtypes, or a folder half built.
     """
+    return open_sources({name: shards})[name]
+
+
+def open_sources(named: Mapping[str, str | Sequence[str]]) -> dict[str, Source]:
+    """Open the shards of several sources side by side; errors as `open_source`."""
+    prefixes = {name: _prefixes(shards) for name, shards in named.items()}
+    opened = iter(side_by_side(open_shard, [prefix for some in prefixes.values() for prefix in some]))
+    return {name: _joined(name, named[name], tuple(islice(opened, len(some)))) for name, some in prefixes.items()}
+
+
+def _prefixes(shards: str | Sequence[str]) -> list[str]:
     for item in [shards] if isinstance(shards, str) else shards:
         require_whole_folder(Path(item))
-    prefixes = resolve_prefixes(shards)
-    if len(prefixes) == 1:  # a thread would cost as much as the opening: a plan may have a thousand such sources
-        opened: tuple[Shard, ...] = (open_shard(prefixes[0]),)
-    else:
-        with ThreadPoolExecutor(_OPENING_THREADS) as pool:  # a network file system answers each question slowly
-            opened = tuple(pool.map(open_shard, prefixes))
+    return resolve_prefixes(shards)
+
+
+def _joined(name: str, shards: str | Sequence[str], opened: tuple[Shard, ...]) -> Source:
     if len({shard.dtype for shard in opened}) > 1:
         first, other = opened[0], next(shard for shard in opened if shard.dtype != opened[0].dtype)
         raise ShardError(
             f"source {name!r}: {first.prefix} holds {first.dtype} tokens and {other.prefix} {other.dtype}; shards "
-            "of one "
-            "source come from one tokenizer: rebuild them with the same vocabulary"
+            "of one source come from one tokenizer: rebuild them with the same vocabulary"
         )
     named = (shards,) if isinstance(shards, str) else tuple(shards)
     source = Source(name, tuple(shard for shard in opened if shard.documents), named)
     if source.num_tokens == 0:
         raise ShardError(f"source {name!r}: {shards!r} holds no tokens; check the preprocessing log")
     return source
-
-
-def score_path(prefix: str, score: str) -> Path:
-    """Where the scores called `score` of a shard are stored."""
-    return Path(f"{prefix}.scores.{score}.npy")
-
-
-def load_score_sidecar(shard: Shard, score: str) -> NDArray[np.floating]:
-    """Memory-map and check the scores of one shard."""
-    return check_scores(_map_scores(shard, score), shard.documents, os.fspath(score_path(shard.prefix, score)))
-
-
-def _kept_scores(shard: Shard, score: str) -> NDArray[np.floating]:
-    """The scores of one shard, mapped once for many look-ups: a training sample asks for them two dozen times."""
-    attribute = f"_scores.{score}"
-    kept: NDArray[np.floating] | None = shard.__dict__.get(attribute)
-    return kept if kept is not None else open_maps().keep(shard, attribute, _map_scores(shard, score, random=True))
-
-
-def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np.floating]:
-    """Memory-map the scores of one shard, for a few of them or for all; checks their number but reads none of them."""
-    path = score_path(shard.prefix, score)
-    if not path.is_file():
-        present = sorted(other.name for other in path.parent.glob(f"{Path(shard.prefix).name}.scores.*.npy"))
-        raise ScoreError(
-            f"{path}: no such score sidecar (there: {', '.join(present) or 'none'}); build the shard with "
-            f"--score-key {score}, or give the scores with tools/rank_data.py --scores"
-        )
-    mapped = open_npy(path, os.fspath(path))
-    if random:
-        advise_random(mapped)
-    scores = mapped.view(np.ndarray)
-    check_score_shape(scores, shard.documents, os.fspath(path))
-    return scores
-
-
-def load_npy(path: str | os.PathLike[str], origin: str) -> NDArray[Any]:
-    """Memory-map a `.npy` file; a file that is none, or a truncated one, raises ScoreError."""
-    return open_npy(path, origin).view(np.ndarray)
-
-
-def open_npy(path: str | os.PathLike[str], origin: str) -> "np.memmap[Any, Any]":
-    """`load_npy` that keeps numpy's class, which knows at what byte the numbers begin."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
-    except Exception as error:  # the header is parsed as Python text, so damage shows as any of the parser's errors
-        raise ScoreError(f"{origin}: not a whole .npy file of numbers ({error}); write the scores again") from error
-
-
-def check_score_shape(scores: NDArray[np.floating], documents: int, origin: str) -> None:
-    """Raise ScoreError unless there is one number for each document."""
-    if scores.ndim != 1 or len(scores) != documents:
-        raise ScoreError(
-            f"{origin}: shape {scores.shape}, but the shard has {documents} documents; scores need one number per "
-            "document in storage order: write them again"
-        )
-    if scores.dtype.kind not in "fiu":
-        raise ScoreError(f"{origin}: dtype {scores.dtype} is not a number; scores are floats, higher is better")
-
-
-def check_scores(scores: NDArray[np.floating], documents: int, origin: str) -> NDArray[np.floating]:
-    """Scores as they are, if there is one number for each document and none is NaN."""
-    check_score_shape(scores, documents, origin)
-    if scores.dtype.kind == "f" and len(scores) and np.isnan(scores.min()):  # the minimum with a NaN is NaN
-        missing = np.flatnonzero(np.isnan(scores))
-        raise ScoreError(
-            f"{origin}: {len(missing)} scores are NaN, the first for document {missing[0]}; a document without a "
-            "score has "
-            "no rank: score it, or leave it out when building the shard (--on-error skip)"
-        )
-    return scores

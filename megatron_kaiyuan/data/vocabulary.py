@@ -2,107 +2,146 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.plan_schema import TokenizerSpec
 from megatron_kaiyuan.data.shards import Shard
-from megatron_kaiyuan.errors import ShardError, TokenizerError
+from megatron_kaiyuan.data.threads import side_by_side
+from megatron_kaiyuan.errors import PlanError, ShardError, TokenizerError
 
 __all__ = ["check_tokenizers", "check_vocabulary", "largest_token_id"]
 
 _CHUNK = 1 << 22
 _FULL_SCAN_TOKENS = 1 << 26
+_FULL_SCAN_IN_ALL = 1 << 30
 _PROBES = 64
+_PROBED_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a manifest tells of the tokenizer of its shard."""
+
+    prefix: str
+    type: str
+    model: str | None
+    fingerprint: str
 
 
 def check_vocabulary(opened: Mapping[str, OpenedSource], vocab_size: int) -> None:
-    """Raise ShardError for the first shard that holds a token id outside `range(vocab_size)`."""
-    for name, source in opened.items():
-        for shard in source.source.shards:
-            largest = largest_token_id(shard)
-            if largest >= vocab_size:
-                raise ShardError(
-                    f"source {name!r}, shard {shard.prefix}: token id {largest}, but the vocabulary has "
-                    f"{vocab_size} ids; the "
-                    "shard was built with another tokenizer: build it again, or train with its tokenizer's vocabulary"
-                )
+    """Raise ShardError for the first shard that holds a token id outside `range(vocab_size)`.
+
+    Shards without a manifest are read in whole while they have 2**30 tokens or fewer together; see `largest_token_id`.
+    """
+    shards = [(name, shard) for name, source in opened.items() for shard in source.source.shards]
+    recorded = side_by_side(lambda item: _recorded_largest(item[1]), shards)
+    unknown = [item for item, largest in zip(shards, recorded, strict=True) if largest is None]
+    few = sum(shard.tokens for _, shard in unknown) <= _FULL_SCAN_IN_ALL
+    most = _FULL_SCAN_TOKENS if few else max(_FULL_SCAN_IN_ALL // len(unknown), 1 << 14)
+    found = iter(side_by_side(lambda item: largest_token_id(item[1], most), unknown))
+    for (name, shard), told in zip(shards, recorded, strict=True):
+        largest = next(found) if told is None else told
+        if largest >= vocab_size:
+            raise ShardError(
+                f"source {name!r}, shard {shard.prefix}: token id {largest}, but the vocabulary has {vocab_size} ids; "
+                "the shard was built with another tokenizer: build it again, or train with its tokenizer's vocabulary"
+            )
 
 
 def check_tokenizers(opened: Mapping[str, OpenedSource], tokenizer: TokenizerSpec | None) -> None:
     """Refuse sources built with different tokenizers, or with another one than the plan names.
 
-    The manifests of the first and the last shard of each source are read; shards without one cannot be checked, and
-    `tools/inspect_data.py` compares all shards of a source.
+    The manifests of the first and the last shard of each source are read; shards without one, or whose manifest tells
+    no tokenizer, cannot be checked, and `tools/inspect_data.py` compares all shards of a source.
 
     Raises:
         ShardError: names two shards, or a shard and the plan's tokenizer.
+        PlanError: the plan's tokenizer cannot be read, so that it cannot be compared with the shards'.
     """
-    first: tuple[str, str] | None = None
-    for source in opened.values():
-        shards = source.source.shards
-        for prefix in dict.fromkeys((shards[0].prefix, shards[-1].prefix)):
-            fingerprint = _tokenizer_of(prefix)
-            if fingerprint is None:
-                continue
-            first = first or (prefix, fingerprint)
-            if fingerprint != first[1]:
-                raise ShardError(
-                    f"shards {first[0]} and {prefix} were built with different tokenizers (fingerprints "
-                    f"{first[1][:12]} and {fingerprint[:12]}); build one of them again, they cannot share a vocabulary"
-                )
-    if first is not None and tokenizer is not None:
-        _compare_with_plan(first[0], first[1], tokenizer)
+    ends = [source.source.shards[place].prefix for source in opened.values() for place in (0, -1)]
+    records = [record for record in side_by_side(_tokenizer_of, list(dict.fromkeys(ends))) if record is not None]
+    for record in records[1:]:
+        if record.fingerprint != records[0].fingerprint:
+            raise ShardError(
+                f"shards {records[0].prefix} and {record.prefix} were built with different tokenizers (fingerprints "
+                f"{records[0].fingerprint[:12]} and {record.fingerprint[:12]}); build one of them again, they cannot "
+                "share a vocabulary"
+            )
+    if records and tokenizer is not None:
+        _compare_with_plan(records[0], tokenizer)
 
 
-def _tokenizer_of(prefix: str) -> str | None:
+def _tokenizer_of(prefix: str) -> _Record | None:
     try:
-        return str(json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))["tokenizer"]["fingerprint"])
+        told = json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))["tokenizer"]
+        return _Record(prefix, str(told["type"]), told["model"], str(told["fingerprint"]))
     except (OSError, ValueError, KeyError, TypeError):  # inspection tells what is wrong with it
         return None
 
 
-def _compare_with_plan(prefix: str, fingerprint: str, tokenizer: TokenizerSpec) -> None:
+def _compare_with_plan(record: _Record, tokenizer: TokenizerSpec) -> None:
     # here and not above: the rest of this room needs neither Arrow nor a tokenizer
-    from megatron_kaiyuan.preprocess.tokenize import TokenizerConfig, tokenizer_fingerprint
+    from megatron_kaiyuan.preprocess.tokenize import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
 
-    if tokenizer.type == "TikTokenizer":  # its options are no part of a plan, and they decide ids too
+    types = (record.type, tokenizer.type)
+    if types[0] != types[1] and not set(types) <= set(SENTENCEPIECE_TYPES):
+        _refuse_tokenizer(record, tokenizer, f"a {record.type}")
+    if tokenizer.type == "NullTokenizer":  # its ids are numbers already: there is no file
         return
     options = (True, False) if tokenizer.type == "HuggingFaceTokenizer" else (True,)
     try:
-        configs = [
-            TokenizerConfig(type=tokenizer.type, model=tokenizer.model, include_special_tokens=option)
+        named = [
+            tokenizer_fingerprint(
+                TokenizerConfig(type=tokenizer.type, model=tokenizer.model, include_special_tokens=option)
+            )
             for option in options
         ]
-        named = [tokenizer_fingerprint(config) for config in configs]
-    except TokenizerError:  # it is not on this machine: only the shards can be compared
-        return
-    if fingerprint not in named:
-        raise ShardError(
-            f"tokenizer: the plan names {tokenizer.type} {tokenizer.model} (fingerprint {named[0][:12]}), shard "
-            f"{prefix} was built with another one ({fingerprint[:12]}); build the shards again, or name their tokenizer"
-        )
+    except TokenizerError as error:
+        raise PlanError(
+            f"tokenizer: the plan names {tokenizer.type} {tokenizer.model}, which cannot be compared with that of "
+            f"shard {record.prefix} ({error}); give the path of the tokenizer that the shards were built with (then "
+            f"{record.model}), or leave tokenizer: out of the plan to compare the shards with each other alone"
+        ) from error
+    # options of a TikTokenizer are no part of a plan, and they decide ids too: of it, only the file must be there
+    if tokenizer.type != "TikTokenizer" and record.fingerprint not in named:
+        _refuse_tokenizer(record, tokenizer, f"another one ({record.fingerprint[:12]}, then {record.model})", named[0])
 
 
-def largest_token_id(shard: Shard) -> int:
-    """The largest token id of a shard, as far as it can be known quickly.
+def _refuse_tokenizer(record: _Record, tokenizer: TokenizerSpec, built_with: str, fingerprint: str = "") -> NoReturn:
+    told = f" (fingerprint {fingerprint[:12]})" if fingerprint else ""
+    raise ShardError(
+        f"tokenizer: the plan names {tokenizer.type} {tokenizer.model}{told}, shard {record.prefix} was built with "
+        f"{built_with}; build the shards again, or name their tokenizer"
+    )
 
-    From the manifest where there is one; by reading all tokens up to 64 Mi of them; else from evenly spaced probes,
-    which can miss a rare id: shards of that size should have a manifest. A negative id counts as a huge one.
-    """
+
+def _recorded_largest(shard: Shard) -> int | None:
+    """The largest token id as the manifest tells it; None where there is no manifest."""
     manifest = Path(f"{shard.prefix}.manifest.json")
-    if manifest.is_file():
-        try:
-            return int(json.loads(manifest.read_text(encoding="utf-8"))["max_token_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(
-                f"{manifest}: not a manifest with max_token_id ({error!r}); build the shard again, or delete the "
-                "manifest to have its tokens read instead"
-            ) from error
+    try:
+        return int(json.loads(manifest.read_text(encoding="utf-8"))["max_token_id"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{manifest}: not a manifest with max_token_id ({error!r}); build the shard again, or delete the "
+            "manifest to have its tokens read instead"
+        ) from error
+
+
+def largest_token_id(shard: Shard, most: int = _FULL_SCAN_TOKENS) -> int:
+    """The largest token id among up to `most` tokens of a shard: all of them, or evenly spaced probes.
+
+    Probes can miss a rare id: shards of that size should have a manifest. A negative id counts as a huge one.
+    """
     data = shard.token_data.view(np.dtype(f"u{shard.dtype.itemsize}"))
-    if shard.tokens <= _FULL_SCAN_TOKENS:
+    if shard.tokens <= most:
         return max((int(data[start : start + _CHUNK].max()) for start in range(0, len(data), _CHUNK)), default=-1)
-    starts = np.linspace(0, len(data) - _CHUNK // _PROBES, _PROBES).astype(np.int64)
-    return max(int(data[start : start + _CHUNK // _PROBES].max()) for start in starts)
+    size = min(most, _PROBED_TOKENS) // _PROBES
+    starts = np.linspace(0, len(data) - size, _PROBES).astype(np.int64)
+    return max(int(data[start : start + size].max()) for start in starts)
