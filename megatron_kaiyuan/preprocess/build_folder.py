@@ -1,6 +1,6 @@
 """Who may build into a folder: the command that began it, also after a file of its input was mended."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -43,21 +43,23 @@ def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *
     return gone
 
 
-def check_claim(folder: Path, record: BuildRecord, prefixes: Collection[str]) -> None:
-    """Take shards away that were finished after a later start had claimed the folder for other input.
+def check_claim(folder: Path, record: BuildRecord, finished: Mapping[str, Manifest]) -> None:
+    """Take shards away that were finished although a later start has claimed the folder for other input.
 
     Raises:
-        ConfigError: one of `prefixes` was.
+        ConfigError: one of `finished` was, by prefix.
     """
     current = load_build(folder)
     if current is None or current == record:
         return
     builds = current.builds(folder)
-    gone = [prefix for prefix in prefixes if retire(prefix, partial(_is_of, builds.get(prefix, "")))]
+    gone = [prefix for prefix, manifest in finished.items() if builds.get(prefix) != manifest.build]
+    for prefix in gone:
+        retire(prefix, partial(_is_of, builds.get(prefix, "")))
     if gone:
         raise ConfigError(
             f"--output-dir {folder}: a file of the input, or the flags, changed while this ran, and another start took "
-            f"the folder over; {Path(gone[0]).name} is of before and was taken away: run the same command again"
+            f"the folder over; {Path(gone[0]).name} is of before and does not stay: run the same command again"
         )
 
 

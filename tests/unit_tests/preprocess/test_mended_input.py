@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import open_source
 from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
-from megatron_kaiyuan.preprocess import RunSummary, load_build, load_manifest, missing_shards, preprocess
+from megatron_kaiyuan.preprocess import RunSummary, load_build, load_manifest, missing_shards, pipeline, preprocess
 from megatron_kaiyuan.preprocess.inputs import InputFile, Part
 from megatron_kaiyuan.preprocess.shard_cut import cut_into_shards, keep_cut
 from tests.unit_tests.preprocess.corpus import (
@@ -230,6 +230,32 @@ def test_only_the_manifests_of_changed_shards_are_new(tmp_path: Path, inputs: li
     ]
     changed = {int(name[6:11]) for name, build in prints[0].items() if prints[1][name] != build}
     assert changed == shards_of(tmp_path / "one", inputs[3])
+
+
+def test_a_shard_of_what_was_mended_while_it_was_built_does_not_stay(
+    tmp_path: Path, inputs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    mend(inputs[1])
+    rebuild(inputs, out, num_tasks=2, task_id=0)
+    build_shard = pipeline.build_shard
+
+    def mend_after_reading(*arguments: Any) -> Any:
+        """The first shard is built from the file of before; then another start takes the folder over."""
+        monkeypatch.setattr(pipeline, "build_shard", build_shard)
+        outcome = build_shard(*arguments)
+        inputs[0].write_bytes(inputs[0].read_bytes().replace(b"text", b"TEXT", 1))
+        rebuild(inputs, out, num_tasks=2, task_id=0, on_error="skip")
+        return outcome
+
+    monkeypatch.setattr(pipeline, "build_shard", mend_after_reading)
+    with pytest.raises(
+        ConfigError, match=r"another start took the folder over; shard_00001_text_document is of before"
+    ):
+        rebuild(inputs, out, num_tasks=2, task_id=1)
+    assert not list(out.glob("shard_00001*"))
+    rebuild(inputs, out, num_tasks=2, task_id=1, on_error="skip")
+    assert open_source("numbers", str(out)).num_documents == 100
 
 
 def test_a_record_whose_parts_do_not_cover_the_input_is_refused(tmp_path: Path, inputs: list[Path]) -> None:
