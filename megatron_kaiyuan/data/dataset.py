@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.bands import NUM_BANDS
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.plan_schema import PlanSpec
@@ -17,9 +18,6 @@ from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance", "band_name"]
-
-NUM_BANDS = 10
-"""Quantile bands in which training counts its tokens: tenths of a source's documents by score."""
 
 _BLOCK = 1024
 
@@ -55,7 +53,7 @@ class CurriculumDataset:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self._source_numbers = {name: number for number, name in enumerate(self.plan.sources)}
         self._block: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._last_sample = -2
+        self._last: tuple[int, tuple[Phase, int, int]] | None = None
 
     def __len__(self) -> int:
         return self.plan.num_samples
@@ -102,12 +100,11 @@ class CurriculumDataset:
         tokens = np.zeros(NUM_BANDS, dtype=np.int64)
         if opened.spec.score is None:
             return tokens
-        segments = stream.segments(window)
-        sizes = np.array([segment.stop - segment.start for segment in segments], dtype=np.int64)
-        sizes[-1] -= 1  # the last token is a target only
-        documents = np.array([opened.source.number(segment) for segment in segments], dtype=np.int64)
-        bands = opened.ranked_order.positions_of(documents) * NUM_BANDS // opened.source.num_documents
-        np.add.at(tokens, bands, sizes)
+        ranked, total = stream.selected.order.ranked, opened.source.num_documents
+        for pieces in stream.pieces(window):
+            bands = pieces.positions * NUM_BANDS // total if ranked else opened.bands_of(pieces.documents)
+            np.add.at(tokens, bands, pieces.sizes)
+        tokens[bands[-1]] -= 1  # the last token is a target only
         return tokens
 
     def _quantile(self, name: str, stream: Stream, window: int) -> tuple[float, float] | None:
@@ -131,12 +128,19 @@ class CurriculumDataset:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of a plan with {len(self)} samples")
         sample = int(sample)
+        last = self._last  # one attribute, read once and set once: threads may share the dataset
+        if last is not None and last[0] == sample:  # its tokens, its source and its bands are asked for one by one
+            return last[1]
+        place = self._find(sample, near=last is not None and abs(sample - last[0]) < _BLOCK)
+        self._last = sample, place
+        return place
+
+    def _find(self, sample: int, *, near: bool) -> tuple[Phase, int, int]:
+        """`near`: to the last sample, so that others of its block will follow."""
         phase = self.plan.phase_of(sample)
         local = sample - phase.first_sample
         block = (phase.first_sample, local // _BLOCK)
-        near = -_BLOCK < sample - self._last_sample < _BLOCK
-        self._last_sample = sample
-        current = self._block  # one attribute, read once and set once: threads may share the dataset
+        current = self._block
         if current is None or current[0] != block:
             if not near:  # random access: one sample is cheaper than its block
                 return phase, *phase.sample(local)
@@ -178,10 +182,8 @@ class HeldOutDataset:
 
     def documents(self, sample: int) -> NDArray[np.int64]:
         """The document, numbered within the source, of each predicted token of a window; int64 `[seq_length]`."""
-        source = self.plan.opened[self.source].source
-        segments = self._stream.segments(int(sample))
-        sizes = [segment.stop - segment.start for segment in segments]
-        return np.repeat([source.number(segment) for segment in segments], sizes)[1:]
+        pieces = self._stream.pieces(int(sample))
+        return np.concatenate([np.repeat(some.documents, some.sizes) for some in pieces])[1:]
 
     def bands(self, sample: int) -> NDArray[np.int8]:
         """The quantile band of the document of each predicted token, among all documents of the source.
@@ -200,8 +202,7 @@ class HeldOutDataset:
         opened = self.plan.opened[self.source]
         if opened.spec.score is None:
             return None
-        ranks = opened.ranked_order.positions_of(opened.held_out)
-        return (ranks * NUM_BANDS // opened.source.num_documents).astype(np.int8)
+        return opened.bands_of(opened.held_out).astype(np.int8)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen_held_out, (self.plan.spec, self.source)

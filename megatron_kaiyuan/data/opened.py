@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.bands import BandEdges, band_edges
 from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import SourceSpec
@@ -101,6 +102,17 @@ class OpenedSource:
         ranks = np.unique(np.linspace(0, len(index.order) - 1, _PROBES).astype(np.int64))
         tokens = index.token_marks[ranks // STRIDE]
         return sha256(f"{index.seed} {index.order[ranks].tolist()} {tokens.tolist()}".encode()).hexdigest()[:16]
+
+    def bands_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The quantile band of each of these documents of a scored source, int64 `[n]`."""
+        assert self.spec.score is not None
+        return self._band_edges.bands_of(documents, self.source.scores_of(self.spec.score, documents))
+
+    @cached_property
+    def _band_edges(self) -> BandEdges:
+        score, index = self.spec.score, self._rank_index
+        assert score is not None
+        return band_edges(index.order, lambda documents: self.source.scores_of(score, documents), index.seed)
 
     @cached_property
     def _rank_index(self) -> RankIndex:

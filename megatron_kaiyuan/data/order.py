@@ -15,7 +15,26 @@ from megatron_kaiyuan.data.rank_index import RankIndex
 from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
 from megatron_kaiyuan.data.source import Segment, Source
 
-__all__ = ["DocumentOrder", "RankedOrder", "StorageOrder", "block_size"]
+__all__ = ["DocumentOrder", "Pieces", "RankedOrder", "StorageOrder", "block_size"]
+
+_NEXT = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Pieces of documents, one after another: tokens `starts <= t < stops` of each; int64 `[n]` each, none empty."""
+
+    documents: NDArray[np.int64]
+    """Numbers in the source."""
+    positions: NDArray[np.int64]
+    """Positions in the order."""
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Tokens of each."""
+        return self.stops - self.starts
 
 
 class DocumentOrder(Protocol):
@@ -43,8 +62,11 @@ class DocumentOrder(Protocol):
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Fill `out` with consecutive tokens of the order."""
 
-    def segments(self, token: int, count: int) -> list[Segment]:
+    def pieces(self, token: int, count: int) -> Pieces:
         """The pieces of documents that `count` consecutive tokens from `token` on are made of."""
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """The same in terms of shards."""
 
 
 def block_size(documents: int, most_blocks: int) -> int:
@@ -85,18 +107,18 @@ class StorageOrder:
         """Consecutive tokens are consecutive on disk."""
         self.source.read_tokens(token, out)
 
-    def segments(self, token: int, count: int) -> list[Segment]:
+    def pieces(self, token: int, count: int) -> Pieces:
         """Pieces of documents, in storage order."""
-        found = []
-        document = self.locate(token)
-        stop = token + count
-        while token < stop:
-            start, end = self.token_offsets(np.array([document, document + 1])).tolist()
-            if end > token:
-                found.append(self.source.segment(document, token - start, min(stop, end) - start))
-                token = min(stop, end)
-            document += 1
-        return found
+        first = self.locate(token)
+        bounds = self.source.token_starts(np.arange(first, min(first + _NEXT, self.num_documents) + 1))
+        if bounds[-1] < token + count:  # more documents than a window usually has: look for the last one
+            bounds = self.source.token_starts(np.arange(first, self.locate(token + count - 1) + 2))
+        documents = np.arange(first, first + len(bounds) - 1)
+        return _cut(documents, documents, bounds[:-1], bounds[1:], token, count)
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """The same in terms of shards."""
+        return _segments(self.source, self.pieces(token, count))
 
 
 @dataclass(frozen=True)
@@ -153,23 +175,20 @@ class RankedOrder:
 
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Gather the documents one after another, best last."""
-        documents, starts, stops = self._pieces(token, len(out))
-        bases = self.source.token_starts(documents) + starts
-        self.source.read_pieces(bases.tolist(), (stops - starts).tolist(), out)
+        pieces = self.pieces(token, len(out))
+        bases = self.source.token_starts(pieces.documents) + pieces.starts
+        self.source.read_pieces(bases.tolist(), pieces.sizes.tolist(), out)
 
-    def segments(self, token: int, count: int) -> list[Segment]:
+    def pieces(self, token: int, count: int) -> Pieces:
         """Pieces of documents, in rank order."""
-        pieces = (column.tolist() for column in self._pieces(token, count))
-        return [self.source.segment(*piece) for piece in zip(*pieces, strict=True)]
-
-    def _pieces(self, token: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Documents that `count` tokens from `token` on are made of, and the first and last + 1 token of each."""
         window = self._window(token, count)
         ends = window.first_token + window.lengths.cumsum()
-        starts = ends - window.lengths
-        used = (ends > token) & (starts < token + count) & (window.lengths > 0)
-        starts, ends = starts[used], ends[used]
-        return window.documents[used], np.maximum(token - starts, 0), np.minimum(token + count, ends) - starts
+        positions = np.arange(window.first_position, window.first_position + len(ends))
+        return _cut(window.documents, positions, ends - window.lengths, ends, token, count)
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """The same in terms of shards."""
+        return _segments(self.source, self.pieces(token, count))
 
     def _window(self, token: int, count: int) -> _Window:
         """All ranked documents between the stored marks around these tokens."""
@@ -178,3 +197,24 @@ class RankedOrder:
         last = int(marks.searchsorted(token + count, side="left"))
         documents = self.index.order[first * STRIDE : last * STRIDE].astype(np.int64)
         return _Window(documents, self.source.lengths(documents), int(marks[first]), first * STRIDE)
+
+
+def _cut(
+    documents: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    token: int,
+    count: int,
+) -> Pieces:
+    """What `count` tokens from `token` on have of documents that begin and end at these tokens."""
+    used = (ends > token) & (starts < token + count) & (ends > starts)
+    starts, ends = starts[used], ends[used]
+    return Pieces(
+        documents[used], positions[used], np.maximum(token - starts, 0), np.minimum(token + count, ends) - starts
+    )
+
+
+def _segments(source: Source, pieces: Pieces) -> list[Segment]:
+    columns = (pieces.documents.tolist(), pieces.starts.tolist(), pieces.stops.tolist())
+    return [source.segment(*piece) for piece in zip(*columns, strict=True)]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.maps import look_up
 from megatron_kaiyuan.data.permutation import derive_key, mix64_array
 
-__all__ = ["STRIDE", "Ranking", "prepare_ranking", "rank_by_score", "ranks_of", "stride_sums"]
+__all__ = ["STRIDE", "Ranking", "prepare_ranking", "rank_by_score", "ranks_of", "stride_sums", "tie_hash"]
 
 STRIDE = 16
 """Ranked documents between two stored token counts: half a byte a document, at most 16 lengths a look-up."""
@@ -100,7 +100,7 @@ def ranks_of(
     Returns:
         int64 `[n]`, with `order[rank] == document`.
     """
-    hashes = _document_hash(documents, len(order), seed)
+    hashes = tie_hash(documents, len(order), seed)
     scores = scores_of(documents).astype(np.float64)
     low = np.zeros(len(documents), dtype=np.int64)
     high = np.full(len(documents), len(order), dtype=np.int64)
@@ -108,7 +108,7 @@ def ranks_of(
         middle = (low + high) // 2
         probe = look_up(order, np.minimum(middle, len(order) - 1)).astype(np.int64)
         probe_scores = scores_of(probe).astype(np.float64)
-        probe_hashes = _document_hash(probe, len(order), seed)
+        probe_hashes = tie_hash(probe, len(order), seed)
         below = (probe_scores < scores) | ((probe_scores == scores) & (probe_hashes < hashes))
         active = low < high
         low = np.where(active & below, middle + 1, low)
@@ -135,7 +135,7 @@ class _StableRanking:
     def __init__(self, scores: NDArray[np.floating], seed: int) -> None:
         self.count = len(scores)
         self.dtype: type[np.unsignedinteger] = np.uint32 if self.count <= 1 << 32 else np.uint64
-        ties = _document_hash(np.arange(self.count), self.count, seed)
+        ties = tie_hash(np.arange(self.count), self.count, seed)
         order = np.lexsort((ties, scores.astype(np.float64) + 0.0))
         self._order: NDArray[np.unsignedinteger] = order.astype(self.dtype)
 
@@ -263,7 +263,7 @@ def _xor_shift(values: NDArray[np.uint32], spare: NDArray[np.uint32]) -> None:
     values ^= spare
 
 
-def _document_hash(numbers: NDArray[np.int64], total: int, seed: int) -> NDArray[np.uint64]:
+def tie_hash(numbers: NDArray[np.int64], total: int, seed: int) -> NDArray[np.uint64]:
     """The hash that orders ties: the 32-bit one wherever numbers fit, so that all paths agree on the order of ties."""
     key = derive_key("ties", seed)
     if total > 1 << 32:

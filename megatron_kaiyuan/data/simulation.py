@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.opened import OpenedSource
-from megatron_kaiyuan.data.order import block_size
+from megatron_kaiyuan.data.order import Pieces, block_size
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
 from megatron_kaiyuan.data.source import Segment, Source
@@ -84,6 +84,10 @@ class SimulatedOrder:
 
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """A simulated source has no tokens."""
+        raise self._no_tokens()
+
+    def pieces(self, token: int, count: int) -> Pieces:
+        """A simulated source has no documents to name."""
         raise self._no_tokens()
 
     def segments(self, token: int, count: int) -> list[Segment]:

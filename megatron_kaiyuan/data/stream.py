@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.order import Pieces
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.runs import DocumentRuns
 from megatron_kaiyuan.data.source import Segment
@@ -125,8 +126,16 @@ class Stream:
                 done += size
         return out
 
+    def pieces(self, window: int) -> list[Pieces]:
+        """The pieces of documents that a window is made of, run by run."""
+        return [
+            documents.order.pieces(order_token, size)
+            for documents, token, count in self._pass_pieces(window)
+            for order_token, size in documents.pieces(token, count)
+        ]
+
     def segments(self, window: int) -> list[Segment]:
-        """The pieces of documents that a window is made of."""
+        """The pieces of documents that a window is made of, in terms of shards."""
         return [
             segment
             for documents, token, count in self._pass_pieces(window)
@@ -136,8 +145,7 @@ class Stream:
 
     def documents(self, window: int) -> NDArray[np.int64]:
         """Numbers, in the source, of the documents of a window; ascending, int64 `[n]`."""
-        source = self.selected.order.source
-        return np.array(sorted({source.number(segment) for segment in self.segments(window)}), dtype=np.int64)
+        return np.unique(np.concatenate([pieces.documents for pieces in self.pieces(window)]))
 
     def positions(self, window: int) -> tuple[int, int]:
         """Lowest and highest position, in the documents' order, of the documents of a window."""
