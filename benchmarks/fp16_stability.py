@@ -16,6 +16,7 @@ the model; with scaled branches that is the scaled value.
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,10 @@ from megatron_kaiyuan.training.metrics_file import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 QK_NORM, SANDWICH, SOFTCAP = ("--qk-layernorm",), ("--kaiyuan-sandwich-norm",), ("--kaiyuan-logit-softcap", "30")
 OURS = QK_NORM + SANDWICH + SOFTCAP
+OVERFLOWED = re.compile(
+    rb"^TrainingStopped: \d+ (steps in a row were|of the last \d+ steps were) skipped", re.MULTILINE
+)
+"""What the run monitor says at the end of a run that FP16 ended."""
 FP16 = ("--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "200", "--hysteresis", "2")
 STOCK_KERNELS = ("--kaiyuan-attention", "unfused", "--kaiyuan-fusions", "none")
 COMMON = shlex.split(
@@ -281,7 +286,7 @@ class Batch:
 
     def _write_down(self, one: Running, code: int | None, seconds: float) -> None:
         """Mark a run that reached its end, or whose loss scale has; one that broke is tried again."""
-        over = code == 0 or (code is not None and b"steps in a row were skipped" in one.run.log.read_bytes())
+        over = code == 0 or (code is not None and OVERFLOWED.search(one.run.log.read_bytes()) is not None)
         state = "ended" if over else "stopped by the clock" if code is None else f"failed with exit code {code}"
         print(f"{one.run.place.name}: {state}, {seconds:.0f} s", flush=True)
         if over:

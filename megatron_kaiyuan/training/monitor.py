@@ -152,9 +152,9 @@ class RunMonitor:
         else:
             return
         raise TrainingStopped(
-            f"{what}: {self._diagnosis}. Resume from an earlier checkpoint with a lower learning rate, or with "
-            "--kaiyuan-sandwich-norm, --qk-layernorm and a soft-cap if they are off; --kaiyuan-max-skipped-steps 0 "
-            "goes on regardless"
+            f"{what}: {self._diagnosis}. Resume from an earlier checkpoint with --kaiyuan-branch-scale-bits 8, which "
+            "computes the same function with more room (it needs --kaiyuan-sandwich-norm), or with a lower learning rate; "
+            "--kaiyuan-max-skipped-steps 0 goes on regardless"
         )
 
     def _start_meters(self) -> None:

@@ -17,7 +17,8 @@ from megatron_kaiyuan.errors import StudyError
 LINE = {"iteration": 10, "loss": 5.0, "loss_scale": 1.0, "skipped_steps": 0}
 SAYS = {
     "ours": f"print({json.dumps(LINE)!r})",
-    "stock": "import sys; sys.stderr.write('40 steps in a row were skipped'); sys.exit(1)",
+    "stock": "import sys; sys.exit('TrainingStopped: 40 steps in a row were skipped, the loss scale is down to 1')",
+    "nocap": "import sys; sys.exit('TrainingStopped: 40 of the last 80 steps were skipped with the loss scale at its')",
     "bf16": "import sys; sys.exit('ImportError: broken')",
     "noqk": "import time; time.sleep(100)",
 }
