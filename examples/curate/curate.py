@@ -76,6 +76,8 @@ def executors(settings: CurationSettings) -> list[Any]:
         else:
             slurm = {"time": settings.time, "partition": settings.partition, "qos": settings.qos}
             slurm |= {"workers": settings.workers, "env_command": job_environment()}
+            # else the jobs behind a failed one stay in the queue for ever, and the next start adds its own
+            slurm |= {"sbatch_args": {"kill-on-invalid-dep": "yes"}}
             chain.append(SlurmPipelineExecutor(**common, **slurm, job_name=stage.name, cpus_per_task=2))
     return chain
 

@@ -46,8 +46,8 @@ ReturnToService=2
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-NodeName={nodes[0]} NodeHostname={host} NodeAddr={nodes[0]} Port={ports[1]} CPUs=1 RealMemory=4000
-NodeName={nodes[1]} NodeHostname={host} NodeAddr={nodes[1]} Port={ports[2]} CPUs=1 RealMemory=4000
+NodeName={nodes[0]} NodeHostname={host} NodeAddr={nodes[0]} Port={ports[1]} CPUs={cpus} RealMemory={memory}
+NodeName={nodes[1]} NodeHostname={host} NodeAddr={nodes[1]} Port={ports[2]} CPUs={cpus} RealMemory={memory}
 PartitionName=all Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -108,14 +108,15 @@ class LocalSlurm:
 
 
 @contextmanager
-def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
+def local_slurm(folder: Path, cpus: int = 1) -> Iterator[LocalSlurm]:
     """Start it, wait for its nodes, and stop it with all its jobs.
 
     Args:
         folder: Short path (a socket's name may have 108 characters), readable by all.
+        cpus: That each node says it has, with 4 GB for each; jobs share what this machine has.
     """
     slurm = LocalSlurm(folder)
-    _configure(folder)
+    _configure(folder, cpus)
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command in _daemons(folder):
@@ -141,14 +142,15 @@ def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
                 process.wait()
 
 
-def _configure(folder: Path) -> None:
+def _configure(folder: Path, cpus: int) -> None:
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (folder / name).mkdir()
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(1024))
     host = socket.gethostname().split(".")[0]
-    text = CONFIGURATION.format(host=host, folder=folder, user=getpass.getuser(), nodes=NODES, ports=_free_ports(3))
+    names = {"host": host, "folder": folder, "user": getpass.getuser(), "nodes": NODES, "ports": _free_ports(3)}
+    text = CONFIGURATION.format(**names, cpus=cpus, memory=4000 * cpus)
     (folder / "slurm.conf").write_text(text)
 
 
