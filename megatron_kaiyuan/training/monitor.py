@@ -153,8 +153,8 @@ class RunMonitor:
             return
         raise TrainingStopped(
             f"{what}: {self._diagnosis}. Resume from an earlier checkpoint with --kaiyuan-branch-scale-bits 8, which "
-            "computes the same function with more room (it needs --kaiyuan-sandwich-norm), or with a lower learning rate; "
-            "--kaiyuan-max-skipped-steps 0 goes on regardless"
+            "computes the same function with more room (it needs --kaiyuan-sandwich-norm), or with a lower learning "
+            "rate; --kaiyuan-max-skipped-steps 0 goes on regardless"
         )
 
     def _start_meters(self) -> None:
