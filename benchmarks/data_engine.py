@@ -61,6 +61,8 @@ def main() -> None:
                 ({"system": "Megatron-Core"}, read_megatron, (str(small),)),
                 ({"system": "ours, shuffled"}, read_ours, (str(small), "shuffled")),
                 ({"system": "ours, curriculum (top 80%)"}, read_ours, (str(small), "curriculum")),
+                ({"system": "PlanSamples, shuffled"}, read_as_trainer, (str(small), "shuffled")),
+                ({"system": "PlanSamples, curriculum (top 80%)"}, read_as_trainer, (str(small), "curriculum")),
             ],
         )
     print_builds(builds, args.documents)
@@ -179,9 +181,22 @@ def read_ours(prefix: str, order: str) -> dict[str, float]:
     """Samples a second of eight sources, one after the other and at random."""
     from megatron_kaiyuan.data import CurriculumDataset, Plan
 
-    keep = "top 80%" if order == "curriculum" else "all"
-    sources = {f"source{number}": prefix for number in range(SOURCES)}
-    return read_rates(CurriculumDataset(Plan.from_spec(plan_of(sources, order, {"keep": keep}))))
+    return read_rates(lambda: CurriculumDataset(Plan.from_spec(plan_of_eight(prefix, order))))
+
+
+def read_as_trainer(prefix: str, order: str) -> dict[str, float]:
+    """The same as a training run opens and reads them: checks of the plan, then tensors, source and quantile bands."""
+    from megatron_kaiyuan.data import CurriculumDataset, Plan
+    from megatron_kaiyuan.training.provider import PlanSamples
+    from megatron_kaiyuan.training.samples import SampleOptions
+
+    def open_samples() -> PlanSamples:
+        plan = Plan.from_spec(plan_of_eight(prefix, order))
+        plan.check_resume(plan.order_record(), 1)
+        plan.check_vocabulary(_Tokenizer.vocab_size)
+        return PlanSamples(CurriculumDataset(plan), SampleOptions(eod_token=_Tokenizer.eod))
+
+    return read_rates(open_samples)
 
 
 def read_megatron(prefix: str) -> dict[str, float]:
@@ -191,18 +206,25 @@ def read_megatron(prefix: str) -> dict[str, float]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    config = megatron_config(None)
-    datasets = []
-    for _ in range(SOURCES):
-        indexed = IndexedDataset(prefix, multimodal=False, mmap=True)
-        documents = np.arange(len(indexed), dtype=np.int32)
-        datasets.append(GPTDataset(indexed, prefix, documents, None, Split.train, config))
-    sizes = [len(dataset) for dataset in datasets]
-    return read_rates(BlendedDataset(datasets, sizes, None, config))
+    def open_blend() -> BlendedDataset:
+        config = megatron_config(None)
+        datasets = []
+        for _ in range(SOURCES):
+            indexed = IndexedDataset(prefix, multimodal=False, mmap=True)
+            documents = np.arange(len(indexed), dtype=np.int32)
+            datasets.append(GPTDataset(indexed, prefix, documents, None, Split.train, config))
+        return BlendedDataset(datasets, [len(dataset) for dataset in datasets], None, config)
+
+    return read_rates(open_blend)
 
 
-def read_rates(dataset: Any) -> dict[str, float]:
-    """Samples a second, in order and at random; each after a warm-up over the same samples."""
+def read_rates(open_samples: Callable[[], Any]) -> dict[str, float]:
+    """Seconds to open and to the first sample; samples a second in order and at random, after a warm-up over them."""
+    started = time.perf_counter()
+    dataset = open_samples()
+    opened = time.perf_counter()
+    dataset[0]
+    times = {"open": opened - started, "first": time.perf_counter() - opened}
     rng = np.random.default_rng(1)
     rates = {}
     for name, samples in (
@@ -215,7 +237,13 @@ def read_rates(dataset: Any) -> dict[str, float]:
             for number in numbers:
                 dataset[number]
             rates[name] = READ_SAMPLES / (time.perf_counter() - started)
-    return rates | {"seconds": 1 / rates["sequential"]}
+    return rates | times | {"seconds": 1 / rates["sequential"]}
+
+
+def plan_of_eight(prefix: str, order: str) -> dict[str, Any]:
+    """A plan of one phase over eight sources that are the same files."""
+    keep = "top 80%" if order == "curriculum" else "all"
+    return plan_of({f"source{number}": prefix for number in range(SOURCES)}, order, {"keep": keep})
 
 
 def plan_of(sources: dict[str, str], order: str, part: dict[str, Any]) -> dict[str, Any]:
@@ -286,12 +314,14 @@ def print_builds(rows: list[dict[str, Any]], documents: int) -> None:
 def print_reads(rows: list[dict[str, Any]]) -> None:
     """Samples a second and process."""
     table = Table(title=f"Reading, {SOURCES} sources, samples of {SEQ_LENGTH} tokens a second", title_justify="left")
-    for name in ("system", "sequential", "ratio", "random", "ratio"):
+    for name in ("system", "open, s", "first sample, ms", "sequential", "ratio", "random", "ratio"):
         table.add_column(name, justify="left" if name == "system" else "right")
     first = rows[0]
     for row in rows:
         table.add_row(
             row["system"],
+            f"{row['open']:.3f}",
+            f"{1000 * row['first']:.2f}",
             f"{row['sequential']:,.0f}",
             f"{row['sequential'] / first['sequential']:.2f}",
             f"{row['random']:,.0f}",
