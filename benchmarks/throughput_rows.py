@@ -84,6 +84,7 @@ def without(fusion: str) -> tuple[str, ...]:
     return (*LOCAL, "--kaiyuan-fusions", left)
 
 
+UNSCALED = ("--kaiyuan-branch-scale-bits", "0")
 STOCK_LOCAL = LOCAL + UNFUSED + NATIVE_LOSS
 OURS_TE = Row("te", "ours, Transformer Engine, FP16", ENGINE, engine=True)
 STOCK_TE = Row(
@@ -111,11 +112,11 @@ GROUPS = {
         Row("stockteadam", "stock, local, SDPA in our order, bf16, TE's fused Adam", STOCK_LOCAL, STOCK | BF16,
             engine=True),
         Row("tebf", "ours, Transformer Engine, bf16", ENGINE, BF16, engine=True),
-        Row("tescaled", "ours, TE, branches scaled by 2^-4", (*ENGINE, "--kaiyuan-branch-scale-bits", "4"),
-            engine=True),
+        Row("teunscaled", "ours, TE, branches not scaled", ENGINE + UNSCALED, engine=True),
     ),
     "variants": (
-        Row("scaled", "ours, branches scaled by 2^-4", (*LOCAL, "--kaiyuan-branch-scale-bits", "4")),
+        Row("unscaled", "ours, branches not scaled", LOCAL + UNSCALED),
+        Row("recswiglu", "ours, SwiGLU's output recomputed", (*LOCAL, "--kaiyuan-recompute-swiglu")),
         Row("stock16", "stock, local, SDPA in our order, FP16", STOCK_LOCAL, STOCK),
         Row("graphs", "ours, local CUDA graphs", (*LOCAL, "--cuda-graph-impl", "local")),
         Row("selective", "ours, attention recomputed", LOCAL + SELECTIVE),

@@ -98,6 +98,12 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         "with K bits more room in FP16; needs --kaiyuan-sandwich-norm; 0 (default) = off",
     )
     group.add_argument(
+        "--kaiyuan-recompute-swiglu",
+        action="store_true",
+        help="compute SwiGLU's output again in the backward pass instead of keeping it: the same training bit for bit, "
+        "2 bytes x --ffn-hidden-size less a token and layer in 16 bits",
+    )
+    group.add_argument(
         "--kaiyuan-logit-softcap",
         type=float,
         default=0.0,

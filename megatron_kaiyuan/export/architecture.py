@@ -13,7 +13,15 @@ from megatron_kaiyuan.training.quiet import quiet_megatron_import
 __all__ = ["OPTIONS_WITHOUT_EFFECT", "Architecture", "architecture_from_arguments", "architecture_from_config"]
 
 OPTIONS_WITHOUT_EFFECT = frozenset(
-    {"post_norm_gain_init", "post_norm_depth_scaled", "branch_scale_bits", "z_loss", "attention", "fusions"}
+    {
+        "post_norm_gain_init",
+        "post_norm_depth_scaled",
+        "branch_scale_bits",
+        "recompute_swiglu",
+        "z_loss",
+        "attention",
+        "fusions",
+    }
 )
 """Options of the Kaiyuan variant that set initial weights, the loss or a way to compute, not what a model computes."""
 

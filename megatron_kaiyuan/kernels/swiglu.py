@@ -3,12 +3,14 @@
 Overflow: silu(gate) * up is computed in FP32 and rounded once; nothing bounds it (docs/model.md). A factor 2^-K before
     that rounding moves the end of FP16 by K bits, for it and for the matrix product that follows.
 Cost: reads 2f and writes f values a token; backward reads 3f and writes 2f.
+    Recomputed in the backward pass: 2f more read and f more written there, f less kept a token and layer.
 Upstream instead: Megatron's `bias_swiglu_impl`, which torch.compile fuses, with a concatenation in its backward.
 
 Shapes: r = rows, f = half the columns of the input.
 """
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch.nn import functional
 
 from megatron_kaiyuan.kernels.support import use_triton
 
-__all__ = ["swiglu"]
+__all__ = ["recomputed", "swiglu"]
 
 
 def swiglu(packed: Tensor, scale: float = 1.0) -> Tensor:
@@ -30,6 +32,37 @@ def swiglu(packed: Tensor, scale: float = 1.0) -> Tensor:
         return _reference(packed, scale)
     out: Tensor = _SwiGLU.apply(packed, scale)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Recipe(NamedTuple):
+    """How to make what was not kept."""
+
+    packed: Tensor
+    scale: float
+    shape: torch.Size
+
+
+def recomputed(activation: Tensor, packed: Tensor, scale: float = 1.0) -> AbstractContextManager[None]:
+    """Inside, autograd does not keep `activation = swiglu(packed, scale)` or views of all of it, but makes it again.
+
+    The backward pass calls the same kernel on the same values, so gradients are equal bit for bit. `packed`, which
+    SwiGLU's own backward pass keeps anyway, must not be changed in between.
+    """
+    # Not the tensor itself: autograd holds both functions until the backward pass, and with them all they refer to.
+    address, size = activation.data_ptr(), activation.numel()
+    kept = packed.detach()
+
+    def pack(tensor: Tensor) -> Tensor | _Recipe:
+        same = tensor.data_ptr() == address and tensor.numel() == size and tensor.is_contiguous()
+        return _Recipe(kept, scale, tensor.shape) if same else tensor
+
+    def unpack(packed_or_other: Tensor | _Recipe) -> Tensor:
+        if isinstance(packed_or_other, Tensor):
+            return packed_or_other
+        with torch.no_grad():
+            return swiglu(packed_or_other.packed, packed_or_other.scale).view(packed_or_other.shape)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _reference(packed: Tensor, scale: float) -> Tensor:

@@ -33,7 +33,7 @@ FUSIONS = ("norm", "rotary", "swiglu", "loss")
 """What `fusions` can name."""
 MAX_BRANCH_SCALE_BITS = 8
 """Values of size 1 keep 6 bits of range below them: 2^-8 / 2^-14, the smallest normal FP16 number."""
-_ADDED_LATER = frozenset({"branch_scale_bits"})
+_ADDED_LATER = frozenset({"branch_scale_bits", "recompute_swiglu"})
 """Options that arguments saved by an earlier version lack: off in those runs."""
 
 
@@ -54,6 +54,9 @@ class KaiyuanModelOptions:
     branch_scale_bits: int = 0
     """K: attention and MLP compute 2^-K of their output, which their output norm takes back; 0 = off. The function is
     the same, and FP16 holds products 2^K times as large (`model/layers.py`). Needs `sandwich_norm`."""
+    recompute_swiglu: bool = False
+    """Do not keep silu(gate) * up for the backward pass of `linear_fc2`, but compute it again there: bit for bit equal
+    training with f values a token and layer less (`kernels/swiglu.py`)."""
     logit_softcap: float = 0.0
     """c of `c * tanh(logits / c)`, in logit units (nats); 0 = off. Gemma 2 uses 30; Kaiyuan's own c is unpublished."""
     z_loss: float = 0.0
@@ -142,7 +145,7 @@ class KaiyuanTransformerConfig(TransformerConfig):
         super().__post_init__()
         self._check_output_head()
         self._check_sandwich_norm()
-        self._check_scaled_branches()
+        self._check_own_swiglu()
         self._check_attention()
 
     @property
@@ -197,20 +200,25 @@ class KaiyuanTransformerConfig(TransformerConfig):
                 "add --normalization RMSNorm"
             )
 
-    def _check_scaled_branches(self) -> None:
-        """The scale is applied by our SwiGLU and to the values of our attention, and to nothing else."""
-        if not self.kaiyuan.branch_scale_bits:
-            return
-        flag = _flag("branch_scale_bits")
+    def _check_own_swiglu(self) -> None:
+        """These options are of our SwiGLU, and the scale also of our attention's values; nothing else obeys them."""
+        if self.kaiyuan.recompute_swiglu:
+            self._require_plain_swiglu("recompute_swiglu", {"--num-experts": self.num_moe_experts})
+        if self.kaiyuan.branch_scale_bits:
+            self._require_plain_swiglu("branch_scale_bits", {"--fused-single-qkv-rope": self.fused_single_qkv_rope})
+
+    def _require_plain_swiglu(self, option: str, others: dict[str, object]) -> None:
+        """Refuse whatever our MLP leaves to Megatron's, and `others`."""
+        flag = _flag(option)
         if not self.gated_linear_unit or self.activation_func is not functional.silu:
-            raise ConfigError(f"{flag} scales the output of SwiGLU; add --swiglu or remove it")
+            raise ConfigError(f"{flag} acts on the output of SwiGLU; add --swiglu or remove it")
         if self.add_bias_linear:
-            raise ConfigError(f"{flag} does not scale the biases of the linear layers; add --disable-bias-linear")
+            raise ConfigError(f"{flag} does not know the biases of the linear layers; add --disable-bias-linear")
         unsupported = {
             "--activation-func-clamp-value": self.activation_func_clamp_value is not None,
             "--glu-linear-offset": self.glu_linear_offset,
             "--use-te-activation-func": self.use_te_activation_func,
-            "--fused-single-qkv-rope": self.fused_single_qkv_rope,
+            **others,
         }
         present = [name for name, value in unsupported.items() if value]
         if present:

@@ -135,6 +135,8 @@ def _layer_fusions(config: KaiyuanTransformerConfig) -> set[str]:
         fusions.discard("norm")  # Megatron's recomputation of norms expects one output
     if config.num_moe_experts:
         fusions.discard("swiglu")
+    elif config.kaiyuan.recompute_swiglu:
+        fusions.add("swiglu")  # only our MLP can leave its activation out
     return fusions
 
 

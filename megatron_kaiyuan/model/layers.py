@@ -26,6 +26,7 @@ Shapes: s = sequence (divided by TP under sequence parallelism), b = batch, h = 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -41,7 +42,7 @@ from torch.nn import functional
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
-from megatron_kaiyuan.kernels.swiglu import swiglu
+from megatron_kaiyuan.kernels.swiglu import recomputed, swiglu
 from megatron_kaiyuan.model.fused_attention import ScaledValueSelfAttention
 from megatron_kaiyuan.model.hooks import weight_for_kernel
 
@@ -86,7 +87,10 @@ class ResidualRMSNorm(StableRMSNorm):
 
 
 class FusedSwiGLUMLP(MLP):
-    """Megatron's dense MLP with SwiGLU as one kernel each way; 2^-K of its output with `branch_scale_bits`."""
+    """Megatron's dense MLP with SwiGLU as one kernel each way; 2^-K of its output with `branch_scale_bits`.
+
+    With `recompute_swiglu` the backward pass of the second product makes SwiGLU's output again.
+    """
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -101,7 +105,10 @@ class FusedSwiGLUMLP(MLP):
             unfused: tuple[Tensor, Tensor | None] = super().forward(hidden_states, per_token_scale, **kwargs)
             return unfused
         packed, _bias = self.linear_fc1(hidden_states)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(packed, config.kaiyuan.branch_scale))
+        scale = config.kaiyuan.branch_scale
+        activation = swiglu(packed, scale)
+        with recomputed(activation, packed, scale) if config.kaiyuan.recompute_swiglu else nullcontext():
+            output: tuple[Tensor, Tensor | None] = self.linear_fc2(activation)
         return output
 
 

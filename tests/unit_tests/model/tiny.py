@@ -30,6 +30,7 @@ class Case:
     attention: str = "auto"
     fusions: str = "none"
     branch_scale_bits: int = 0
+    recompute_swiglu: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     """More fields of the transformer config."""
     factors: dict[str, float] = field(default_factory=dict)
@@ -120,6 +121,7 @@ def build_config(case: Case) -> Any:
         "kaiyuan": KaiyuanModelOptions(
             sandwich_norm=features.sandwich,
             branch_scale_bits=case.branch_scale_bits,
+            recompute_swiglu=case.recompute_swiglu,
             logit_softcap=features.softcap,
             z_loss=features.z_loss,
             attention=case.attention,
