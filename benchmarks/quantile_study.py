@@ -169,7 +169,7 @@ def smaller(study: Path) -> Path:
     precision = "bf16" if torch.cuda.is_available() else "fp32"
     batch = {"micro_batch_size": 16, "global_batch_size": 16}
     content["training"] |= batch | {"tokens": 65_536, "seeds": 2, "precision": precision}
-    content["evaluation"] |= {"max_windows": 64}
+    content["evaluation"] |= {"max_windows": 768}  # fewer hold parts of too few documents of code
     path = Path(content["output"]) / "study.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

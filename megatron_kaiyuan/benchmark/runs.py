@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_kaiyuan.benchmark.cost import CostEstimate, estimate_cost
+from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
 from megatron_kaiyuan.benchmark.slices import Slice, choose_slices, open_sources
 from megatron_kaiyuan.benchmark.study import Study, top_name
 from megatron_kaiyuan.data import Plan
@@ -97,7 +98,7 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
     """Cut the slices and write a plan for each run; no data is copied.
 
     Raises:
-        StudyError, ShardError, ScoreError, RankIndexError: see `choose_slices` and `open_sources`.
+        StudyError, ShardError, ScoreError, RankIndexError: see `choose_slices`, `open_sources` and `HeldOutDocuments`.
     """
     opened = open_sources(study)
     slices = choose_slices(study, opened)
@@ -113,6 +114,8 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
             parts = [piece for piece in slices if piece.source == source and piece.top == top]
             for number, seed in enumerate(study.training.seeds):
                 runs.append(_write_run(study, parts[(number + order[top]) % len(parts)], seed))
+    for name in study.evaluation.held_out:  # before the training is paid for; all runs hold out the same
+        HeldOutDocuments(Plan.load(runs[0].plan), name, study.evaluation.max_windows)
     costs = {**asdict(cost), "share_of_main_run": cost.share_of_main_run}
     sliced = SlicedStudy(study.training_digest, tokenizer, vocab_size, costs, tuple(runs), unmanifested)
     content = {"format": _FORMAT, **asdict(sliced)}

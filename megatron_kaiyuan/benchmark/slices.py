@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.benchmark.held_out import LEAST_HELD_OUT
 from megatron_kaiyuan.benchmark.study import Study, top_name
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_source
 from megatron_kaiyuan.data.order import RankedOrder
@@ -24,10 +25,7 @@ from megatron_kaiyuan.data.runs import DocumentRuns
 from megatron_kaiyuan.data.shards import resolve_prefixes
 from megatron_kaiyuan.errors import StudyError
 
-__all__ = ["LEAST_HELD_OUT", "Slice", "choose_slices", "cut_band", "open_sources"]
-
-LEAST_HELD_OUT = 20
-"""Held-out documents below which the spread between documents cannot be told."""
+__all__ = ["Slice", "choose_slices", "cut_band", "open_sources"]
 
 
 @dataclass(frozen=True, slots=True)

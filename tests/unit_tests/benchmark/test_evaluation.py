@@ -10,17 +10,19 @@ import pytest
 from megatron_kaiyuan.benchmark import tasks
 from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
 from megatron_kaiyuan.benchmark.results import Identity, check_comparable
+from megatron_kaiyuan.benchmark.runs import write_slices
+from megatron_kaiyuan.benchmark.study import parse_study
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
 from tests.helpers import run_distributed
-from tests.unit_tests.benchmark.tiny_study import invent_results, nothing, sliced_study
+from tests.unit_tests.benchmark.tiny_study import invent_results, nothing, sliced_study, study_content, write_sources
 from tests.unit_tests.data.tiny import write_shard
 
 LENGTHS = [5, 9, 1, 14, 3, 8, 2, 30, 6, 4]
 
 
 def held_out(
-    folder: Path, documents: int, max_windows: int | None = None, seq_length: int = 7
+    folder: Path, documents: int, max_windows: int | None = None, seq_length: int = 7, least: int = 1
 ) -> tuple[HeldOutDocuments, list[int]]:
     texts = [[number] * length for number, length in enumerate(LENGTHS)]
     prefix = write_shard(folder / "s", texts)
@@ -32,7 +34,7 @@ def held_out(
             "validation": {"s": {"documents": documents}},
         }
     )
-    return HeldOutDocuments(plan, "s", max_windows), plan.opened["s"].held_out.tolist()
+    return HeldOutDocuments(plan, "s", max_windows, least=least), plan.opened["s"].held_out.tolist()
 
 
 @pytest.mark.parametrize("max_windows", [None, 2])
@@ -59,6 +61,33 @@ def test_batches_add_up_to_the_whole(tmp_path: Path) -> None:
 def test_held_out_documents_that_fill_no_window_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="less than one window of 32"):
         held_out(tmp_path, 3, seq_length=31)
+
+
+@pytest.mark.parametrize(
+    ("max_windows", "message"),
+    [
+        (
+            2,
+            r"2 of \d+ windows are evaluated, with parts of \d documents.* raise evaluation\.max_windows, or leave",
+        ),
+        (None, r"with parts of 8 documents, too few .*; 9 are needed: hold out more"),
+    ],
+)
+def test_windows_of_too_few_documents_are_refused(tmp_path: Path, max_windows: int | None, message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        held_out(tmp_path, 8, max_windows, least=9)
+    held_out(tmp_path, 8, least=8)
+
+
+def test_a_limit_of_windows_that_leaves_too_few_documents_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    write_sources(tmp_path)
+    content = study_content(tmp_path)
+    content["evaluation"] |= {"max_windows": 5}
+    with pytest.raises(StudyError, match=r"held_out\.clean: 5 of \d+ windows .* 20 are needed"):
+        write_slices(parse_study(content))
+    assert not (tmp_path / "study" / "slices.json").exists()
 
 
 def test_a_task_that_only_a_later_run_has_does_not_compare(tmp_path: Path) -> None:

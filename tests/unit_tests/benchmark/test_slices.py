@@ -179,7 +179,7 @@ def test_the_slices_of_the_full_study_fit_the_smaller_of_its_sources(tmp_path: P
         "tokens": full.slices.tokens // 3_200_000 * 32,
     }
     content["training"] |= {"seeds": len(full.training.seeds), "global_batch_size": 1, "micro_batch_size": 1}
-    content["evaluation"] = {"held_out": {"edu": {"documents": 20}}}
+    content["evaluation"] = {"held_out": {"edu": {"documents": 25}}}
     assert len(write_slices(parse_study(content))[0].runs) == 15
 
 
