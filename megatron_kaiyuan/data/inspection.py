@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.distribution import Distribution
-from megatron_kaiyuan.data.integrity import compare_shards, missing_from_builds
+from megatron_kaiyuan.data.integrity import compare_shards, folder_findings
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index
 from megatron_kaiyuan.data.shard_check import Finding, without_file
 from megatron_kaiyuan.data.shard_files import (
@@ -67,7 +67,7 @@ def describe_source(
     opened, findings = _open(files)
     manifests = _manifests(files, findings)
     findings += compare_shards(files, manifests, list(opened.values()))
-    findings += missing_from_builds(named)
+    findings += folder_findings(named)
     lengths, by_score = _measure(files, opened, keys, findings, meter)
     whole = tuple(shard for shard in opened.values() if shard.documents)
     source = Source(name, whole, tuple(named))

@@ -12,16 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_kaiyuan.data.build_check import BUILD_FILE, folder_state
+from megatron_kaiyuan.data.build_check import BUILD_FILE, folder_state, mixed_keys, named_folders
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index, verify_rank_index
 from megatron_kaiyuan.data.shard_check import Finding, ShardCheck, without_file
 from megatron_kaiyuan.data.shard_files import Meter, ShardFiles, SilentMeter, find_leftovers, list_shard_files
-from megatron_kaiyuan.data.shards import Shard, resolve_prefixes
+from megatron_kaiyuan.data.shards import Shard, resolve_item, resolve_prefixes
 from megatron_kaiyuan.data.source import Source
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.preprocess.manifest import Manifest, load_manifest
 
-__all__ = ["Finding", "Verification", "compare_shards", "missing_from_builds", "verify_shards"]
+__all__ = ["Finding", "Verification", "compare_shards", "folder_findings", "verify_shards"]
 
 _MOST_THREADS = 8
 _RANKED_AFRESH = 1 << 27  # documents; ranking more would need more than 2 GiB
@@ -73,7 +73,7 @@ def verify_shards(
             findings += found
     opened = [check.shard for check in checks if check.shard is not None]
     findings += compare_shards(files, manifests, opened)
-    findings += missing_from_builds(named)
+    findings += folder_findings(named)
     unchecked = _unchecked(files, manifests, vocab_size)
     if len(opened) == len(files) and any(shard.documents for shard in opened):
         source = Source("source", tuple(shard for shard in opened if shard.documents), tuple(named))
@@ -108,12 +108,18 @@ def compare_shards(
     yield from _duplicates(manifests)
 
 
-def missing_from_builds(named: Sequence[str]) -> Iterator[Finding]:
+def folder_findings(named: Sequence[str]) -> Iterator[Finding]:
+    """What is wrong with directories and globs as such: shards that are missing, and rows under several keys."""
+    yield from _missing_from_builds(named)
+    yield from _several_keys(named)
+
+
+def _missing_from_builds(named: Sequence[str]) -> Iterator[Finding]:
     """Shards that the `build.json` of a folder lists and that are not there, one finding for each folder."""
-    for folder in map(Path, named):
+    for folder, pattern in (found for item in named for found in named_folders(item)):
         path = folder / BUILD_FILE
         try:
-            state = folder_state(folder)
+            state = folder_state(folder, pattern)
         except (ShardError, OSError) as error:
             yield Finding("missing", str(path), without_file(str(error), path))
             continue
@@ -121,6 +127,17 @@ def missing_from_builds(named: Sequence[str]) -> Iterator[Finding]:
             numbers = ", ".join(map(str, state.missing))
             message = f"{len(state.missing):,} of {state.shards:,} shards are missing ({numbers}); {state.remedy}"
             yield Finding("missing", str(path), message)
+
+
+def _several_keys(named: Sequence[str]) -> Iterator[Finding]:
+    """Directories and globs that name the same rows under several text keys."""
+    for item in named:
+        try:
+            problem = mixed_keys(item, resolve_item(item))
+        except ShardError:  # a damaged build record is a finding of its own
+            continue
+        if problem:
+            yield Finding("keys", item, without_file(problem, Path(item)))
 
 
 def _unusual(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.maps import map_array, open_maps
 from megatron_kaiyuan.errors import ShardError
 
-__all__ = ["DTYPE_CODES", "INDEX_HEADER", "Shard", "open_shard", "resolve_prefixes"]
+__all__ = [
+    "DTYPE_CODES",
+    "INDEX_HEADER",
+    "Shard",
+    "open_shard",
+    "refuse_duplicates",
+    "resolve_item",
+    "resolve_prefixes",
+]
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -190,14 +198,19 @@ def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str
         ShardError: nothing matches, or the same shard is named twice.
     """
     items = [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)
-    found = [prefix for item in items for prefix in _resolve_one(item)]
+    found = [prefix for item in items for prefix in resolve_item(item)]
+    refuse_duplicates(items, found)
+    return found
+
+
+def refuse_duplicates(items: Sequence[str], found: Sequence[str]) -> None:
+    """Raise ShardError where two of these prefixes, named by these items, are one shard."""
     folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(prefix) for prefix in found}}  # noqa: PTH120
     files = [_real_file(prefix, folders) for prefix in found]
     times = Counter(files)
     duplicates = [prefix for prefix, file in zip(found, files, strict=True) if times[file] > 1]
     if duplicates:
         raise ShardError(f"shards {items}: {duplicates[-1]!r} is named twice; name each shard once and use repeat")
-    return found
 
 
 def _real_file(prefix: str, folders: Mapping[str, str]) -> str:
@@ -207,7 +220,8 @@ def _real_file(prefix: str, folders: Mapping[str, str]) -> str:
     return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114
 
 
-def _resolve_one(item: str) -> list[str]:
+def resolve_item(item: str) -> list[str]:
+    """`resolve_prefixes` of one prefix, directory or glob."""
     if Path(item).is_dir():
         found = sorted(str(path)[: -len(".idx")] for path in Path(item).glob("*.idx"))
         kind = "directory without .idx files"

@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.build_check import require_whole_folder
+from megatron_kaiyuan.data.build_check import mixed_keys, require_whole_folder
 from megatron_kaiyuan.data.maps import look_up
 from megatron_kaiyuan.data.score_files import kept_scores, load_score_sidecar
-from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
+from megatron_kaiyuan.data.shards import Shard, open_shard, refuse_duplicates, resolve_item
 from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ShardError
 
@@ -218,22 +217,31 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
     """Open and validate all shards of a source.
 
     Raises:
-        ShardError: no shard, an invalid shard, shards of different token dtypes, or a folder half built.
+        ShardError: no shard, an invalid shard, shards of different token dtypes, a folder half built, or a folder of
+            several text keys.
     """
     return open_sources({name: shards})[name]
 
 
 def open_sources(named: Mapping[str, str | Sequence[str]]) -> dict[str, Source]:
     """Open the shards of several sources side by side; errors as `open_source`."""
-    prefixes = {name: _prefixes(shards) for name, shards in named.items()}
+    prefixes = {name: _prefixes(name, shards) for name, shards in named.items()}
     opened = iter(side_by_side(open_shard, [prefix for some in prefixes.values() for prefix in some]))
     return {name: _joined(name, named[name], tuple(islice(opened, len(some)))) for name, some in prefixes.items()}
 
 
-def _prefixes(shards: str | Sequence[str]) -> list[str]:
-    for item in [shards] if isinstance(shards, str) else shards:
-        require_whole_folder(Path(item))
-    return resolve_prefixes(shards)
+def _prefixes(name: str, shards: str | Sequence[str]) -> list[str]:
+    items = [shards] if isinstance(shards, str) else list(shards)
+    found = []
+    for item in items:
+        require_whole_folder(item)
+        prefixes = resolve_item(item)
+        problem = mixed_keys(item, prefixes)
+        if problem:
+            raise ShardError(f"source {name!r}: {problem}")
+        found += prefixes
+    refuse_duplicates(items, found)
+    return found
 
 
 def _joined(name: str, shards: str | Sequence[str], opened: tuple[Shard, ...]) -> Source:
