@@ -134,10 +134,7 @@ def test_missing_tasks_are_named_and_no_plan_reads_half_a_folder(tmp_path: Path,
     findings = describe_source("numbers", str(out))["findings"]
     assert [finding["kind"] for finding in findings] == ["missing"]
     assert "--task-id 1 " in findings[0]["message"]
-    with pytest.raises(ShardError, match="use what is there, name those shards one by one"):
-        open_source("part", f"{out}/*")
-    there = [str(path.with_suffix("")) for path in sorted(out.glob("*.idx"))]
-    assert open_source("part", there).num_documents < len(ROWS)
+    assert open_source("part", [str(path)[:-4] for path in out.glob("*.idx")]).num_documents < len(ROWS)
     build_folder(inputs, out, **SETTINGS, num_tasks=3, task_id=1)
     assert describe_source("numbers", str(out))["findings"] == []
     assert describe_source("numbers", str(out))["manifests"]["input_rows"] == len(ROWS)
