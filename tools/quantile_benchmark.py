@@ -111,11 +111,25 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     print(f"{outcome.evaluated} runs evaluated, {outcome.up_to_date} were up to date")
     for task, reason in outcome.not_evaluated.items():
         print(f"task {task} was not evaluated: {reason}", file=sys.stderr)
-    if outcome.unfinished:
-        raise StudyError(
-            f"{len(outcome.unfinished)} runs are not trained yet: {', '.join(outcome.unfinished[:6])}"
-            f"{' ...' if len(outcome.unfinished) > 6 else ''}; run `train`, then `evaluate` again"
+    for name, reason in outcome.failed.items():
+        print(f"{name} could not be evaluated: {reason}", file=sys.stderr)
+    problems = []
+    if outcome.failed:
+        problems.append(
+            f"{len(outcome.failed)} runs could not be evaluated: {_names(list(outcome.failed))}; mend the cause, or "
+            f"remove their folders in {study.folder / 'runs'} and run `train`; then run `evaluate` again"
         )
+    if outcome.unfinished:
+        problems.append(
+            f"{len(outcome.unfinished)} runs are not trained yet: {_names(outcome.unfinished)}; run `train`, then "
+            "`evaluate` again"
+        )
+    if problems:
+        raise StudyError("\n".join(problems))
+
+
+def _names(runs: Sequence[str]) -> str:
+    return ", ".join(runs[:6]) + (" ..." if len(runs) > 6 else "")
 
 
 def _report(study: Study, options: argparse.Namespace) -> None:

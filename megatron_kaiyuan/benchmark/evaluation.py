@@ -11,8 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
 from megatron_kaiyuan.benchmark.results import (
@@ -25,9 +27,10 @@ from megatron_kaiyuan.benchmark.results import (
 )
 from megatron_kaiyuan.benchmark.runs import Run, SlicedStudy, run_folder
 from megatron_kaiyuan.benchmark.study import Study
-from megatron_kaiyuan.benchmark.tasks import TaskSuite
+from megatron_kaiyuan.benchmark.tasks import TaskSuite, error_summary
 from megatron_kaiyuan.benchmark.training import FinishedRun, finished_run
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
 from megatron_kaiyuan.training.evaluation import window_losses
 from megatron_kaiyuan.training.loading import (
@@ -79,6 +82,8 @@ class EvaluationOutcome:
     """Runs that are not trained yet."""
     not_evaluated: dict[str, str] = field(default_factory=dict)
     """Tasks that could not be loaded or run, with the reason."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Runs that have no results because of an error, with the reason; the others were evaluated all the same."""
 
 
 def evaluate_runs(
@@ -104,14 +109,29 @@ def evaluate_runs(
         elif _is_current(study, run):
             outcome.up_to_date += 1
         else:
-            with _quiet_megatron():
-                evaluator = evaluator or _Evaluator(study, sliced, run)
-                result = evaluator.measure(run, finished)
-            write_result(study, run, result)
-            outcome.evaluated += 1
-            outcome.not_evaluated |= result.not_evaluated
+            evaluator = evaluator or _Evaluator(study, sliced, run)
+            _evaluate(evaluator, study, run, finished, outcome)
         progress()
     return outcome
+
+
+def _evaluate(
+    evaluator: "_Evaluator", study: Study, run: Run, finished: FinishedRun, outcome: EvaluationOutcome
+) -> None:
+    """Evaluate one run; what it fails of is its own, such as a checkpoint that cannot be read."""
+    try:
+        with _quiet_megatron():
+            result = evaluator.measure(run, finished)
+    except CheckpointException as error:  # torch lets it pass `except Exception`
+        ((cause, _), *_) = error.failures.values()
+        outcome.failed[run.name] = error_summary(cause)
+        return
+    except Exception as error:
+        outcome.failed[run.name] = error_summary(error)
+        return
+    write_result(study, run, result)
+    outcome.evaluated += 1
+    outcome.not_evaluated |= result.not_evaluated
 
 
 @contextmanager
@@ -128,14 +148,21 @@ def _is_current(study: Study, run: Run) -> bool:
     path = result_path(study, run)
     if not path.is_file():
         return False
-    result = read_result(path)
+    try:
+        result = read_result(path)
+    except (StudyError, ValueError, KeyError, TypeError):  # of another version, or damaged
+        return False
     # a task that failed may load once its cause is mended, so such a result is never final
     complete = not result.not_evaluated
     return complete and result.digest == run.digest and result.identity.evaluation == study.evaluation_digest
 
 
 class _Evaluator:
-    """The model and the held-out documents, which all runs of a study share."""
+    """The model and the held-out documents, which all runs of a study share.
+
+    Raises:
+        StudyError: something that no run can do without is missing.
+    """
 
     def __init__(self, study: Study, sliced: SlicedStudy, first: Run) -> None:
         self._study, self._sliced = study, sliced
@@ -146,13 +173,15 @@ class _Evaluator:
         }
         self._bytes = token_bytes(study.tokenizer.model) if study.tokenizer is not None else None
         start_single_process()
-        saved = open_checkpoint(run_folder(study, first) / "checkpoints").arguments
-        self._arguments = single_process_arguments(saved)
-        self._model = build_untrained(self._arguments)
+        self._arguments: argparse.Namespace | None = None
+        self._model: Any = None
 
     def measure(self, run: Run, finished: FinishedRun) -> RunResult:
         """Everything that is measured of one run."""
         checkpoint = open_checkpoint(run_folder(self._study, run) / "checkpoints")
+        if self._arguments is None:  # built for the first checkpoint that can be read; the others fill it anew
+            arguments = single_process_arguments(checkpoint.arguments)
+            self._model, self._arguments = build_untrained(arguments), arguments
         load_weights(self._model, checkpoint)
         held_out = {name: self._held_out_result(documents) for name, documents in self._held_out.items()}
         tasks, failed = self._suite.evaluate(self._model, self._study, self._arguments.max_position_embeddings)

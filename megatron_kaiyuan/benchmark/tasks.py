@@ -19,7 +19,7 @@ from megatron_kaiyuan.benchmark.results import TaskResult
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.errors import StudyError
 
-__all__ = ["TaskSuite", "choice_scores"]
+__all__ = ["TaskSuite", "choice_scores", "error_summary"]
 
 _FEWSHOT_SEED = 1234
 
@@ -57,7 +57,7 @@ class TaskSuite:
             try:
                 loaded[spec.name] = _prepare(manager.load([spec.name]), spec.num_fewshot)
             except Exception as error:  # a task is data and code of many authors, and its data may need a network
-                failed[spec.name] = _reason(error)
+                failed[spec.name] = error_summary(error)
         assert study.tokenizer is not None, "checked above"
         return cls(loaded, failed, AutoTokenizer.from_pretrained(study.tokenizer.model))
 
@@ -84,7 +84,7 @@ class TaskSuite:
             try:
                 results[name] = _score_tasks(language_model, tasks, study)
             except Exception as error:  # as above: one broken task must not cost the others their results
-                failed[name] = _reason(error)
+                failed[name] = error_summary(error)
         return results, failed
 
 
@@ -101,7 +101,7 @@ def _check_requirements(study: Study) -> None:
         raise StudyError(f"evaluation.task_folders: {missing[0]} is no folder")
 
 
-def _reason(error: Exception) -> str:
+def error_summary(error: BaseException) -> str:
     """The first lines of an error that say something; some, like the one of HumanEval, begin with empty ones."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]

@@ -43,10 +43,16 @@ def start(command: str, study: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(command: str, study: Path, *flags: str) -> str:
+def finish(command: str, study: Path, *flags: str, code: int = 0) -> str:
     process = start(command, study, *flags)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-4000:]
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def fail(command: str, study: Path) -> str:
+    output = finish(command, study, code=1)
+    assert "Traceback" not in output
     return output
 
 
@@ -79,7 +85,17 @@ def test_a_study_from_slices_to_report_with_a_run_killed_midway(study: Path) -> 
     assert [int(steps[0]), int(steps[-1])] == [saved + 1, 60]
     assert "2 already finished" in finish("train", study)
 
-    assert "2 runs evaluated" in finish("evaluate", study)
+    checkpoint = run / "checkpoints" / "iter_0000060"
+    whole = {path: path.read_bytes() for path in checkpoint.glob("*.distcp")}
+    for path in whole:
+        path.write_bytes(b"torn")
+    told = fail("evaluate", study)
+    assert "1 runs evaluated" in told
+    assert "good-top0-seed4 could not be evaluated: " in told
+    assert "error: 1 runs could not be evaluated: good-top0-seed4; mend the cause" in told
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert "1 runs evaluated, 1 were up to date" in finish("evaluate", study)
     results = json.loads((folder / "results" / "good-top0-seed4.json").read_text())
     assert results["identity"]["tokens"] == 60 * 8 * 32
     # random tokens under 95 ids: after training on them, the model knows at best that all are equally likely

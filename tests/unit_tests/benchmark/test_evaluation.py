@@ -9,8 +9,8 @@ import pytest
 
 from megatron_kaiyuan.benchmark import tasks
 from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
-from megatron_kaiyuan.benchmark.results import Identity, check_comparable
-from megatron_kaiyuan.benchmark.runs import write_slices
+from megatron_kaiyuan.benchmark.results import Identity, RunResult, check_comparable, result_path
+from megatron_kaiyuan.benchmark.runs import Run, write_slices
 from megatron_kaiyuan.benchmark.study import parse_study
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
@@ -101,10 +101,10 @@ def test_a_task_that_only_a_later_run_has_does_not_compare(tmp_path: Path) -> No
 
 def test_the_reason_of_an_error_that_begins_with_empty_lines_is_told() -> None:
     assert (
-        tasks._reason(ValueError("\n\n  ####\n  set HF_ALLOW_CODE_EVAL\nmore"))
+        tasks.error_summary(ValueError("\n\n  ####\n  set HF_ALLOW_CODE_EVAL\nmore"))
         == "ValueError: #### set HF_ALLOW_CODE_EVAL"
     )
-    assert tasks._reason(KeyError()) == "KeyError: "
+    assert tasks.error_summary(KeyError()) == "KeyError: "
 
 
 def evaluate_until_mended(_rank: int, folder: Path) -> None:
@@ -126,6 +126,45 @@ def evaluate_until_mended(_rank: int, folder: Path) -> None:
         failed.clear()
         assert evaluation.evaluate_runs(study, sliced, [run]).evaluated == 1
         assert evaluation.evaluate_runs(study, sliced, [run]).up_to_date == 1
+
+
+def evaluate_around_failures(_rank: int, folder: Path) -> None:
+    """Entry of `run_distributed`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_kaiyuan.benchmark import evaluation
+
+    study, sliced = sliced_study(folder)
+    runs = list(sliced.runs[:4])
+    identity = Identity("tok", "model", 1024, study.evaluation_digest)
+    whole = invent_results(sliced, nothing, identities={run.name: identity for run in runs})
+    errors = {
+        runs[0].name: CheckpointException("load", {0: (OSError("torn file"), None)}),  # type: ignore[dict-item]
+        runs[2].name: RuntimeError("out of memory\nand more"),
+    }
+
+    def measure(run: Run, _finished: object) -> RunResult:
+        if run.name in errors:
+            raise errors[run.name]
+        return whole[run.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "finished_run", lambda *_: object())
+        patch.setattr(evaluation, "_Evaluator", lambda *_: SimpleNamespace(measure=measure))
+        outcome = evaluation.evaluate_runs(study, sliced, runs)
+        assert outcome.failed == {
+            runs[0].name: "OSError: torn file",
+            runs[2].name: "RuntimeError: out of memory and more",
+        }
+        assert (outcome.evaluated, outcome.up_to_date) == (2, 0)
+        errors.clear()
+        result_path(study, runs[1]).write_text('{"format": "of another version"}')
+        outcome = evaluation.evaluate_runs(study, sliced, runs)
+        assert (outcome.evaluated, outcome.up_to_date, outcome.failed) == (3, 1, {})
+
+
+def test_a_run_that_cannot_be_evaluated_does_not_cost_the_others_their_results(tmp_path: Path) -> None:
+    run_distributed(evaluate_around_failures, 1, tmp_path)
 
 
 def test_a_run_whose_task_failed_is_evaluated_again_until_it_does_not(tmp_path: Path) -> None:
