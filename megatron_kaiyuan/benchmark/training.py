@@ -5,6 +5,7 @@ folder, which its process inherits, so two tasks never write one checkpoint and 
 """
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -100,7 +102,7 @@ def train_runs(
     Args:
         study: The study.
         runs: Which of its runs.
-        concurrent: How many at a time. They share the visible GPUs in turn, one GPU a run.
+        concurrent: How many at a time. They share the visible GPUs in turn, one for each process of a run.
         progress: Told about finished steps.
 
     Raises:
@@ -198,15 +200,33 @@ def _claim_folder(study: Study, run: Run) -> None:
 
 
 def _environment(study: Study, slot: int, concurrent: int) -> dict[str, str]:
-    """One GPU for each concurrent run where several are visible; CPU threads shared out where nobody has."""
+    """GPUs of its own for each concurrent run, as far as they reach; CPU threads shared out where nobody has."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     threads = max(1, (os.cpu_count() or 1) // (concurrent * study.training.processes))
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if concurrent > 1 and len(devices) > 1 and study.training.processes == 1:
-        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    if concurrent > 1:
+        devices, each = _visible_devices(environment.get("CUDA_VISIBLE_DEVICES")), study.training.processes
+        groups = [devices[first : first + each] for first in range(0, len(devices) - each + 1, each)]
+        if groups:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(groups[slot % len(groups)])
     return environment
+
+
+def _visible_devices(told: str | None) -> list[str]:
+    """Names of the GPUs that a process may use, as CUDA reads `CUDA_VISIBLE_DEVICES`; without it, all there are."""
+    if told is None:
+        return [str(number) for number in range(_device_count())]
+    names = [name.strip() for name in told.split(",")]
+    return list(takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+@functools.cache
+def _device_count() -> int:
+    """GPUs of this machine; torch asks the driver's library, which makes no context here."""
+    import torch  # takes seconds, and nothing else here needs it
+
+    return torch.cuda.device_count()
 
 
 def _follow(one: _Active, progress: TrainingProgress) -> None:

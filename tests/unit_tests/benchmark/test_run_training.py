@@ -3,6 +3,7 @@
 import fcntl
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -142,15 +143,56 @@ def test_a_folder_of_another_training_is_refused(pretended: tuple[Study, SlicedS
         train_runs(study, sliced.runs[:1])
 
 
-def test_concurrent_runs_share_the_visible_gpus_in_turn(
+@pytest.mark.parametrize(
+    ("visible", "there", "processes", "given"),
+    [
+        ("4,7", 8, 1, ["4", "7", "4"]),
+        (None, 2, 1, ["0", "1", "0"]),
+        (None, 8, 1, ["0", "1", "2"]),
+        (None, 8, 2, ["0,1", "2,3", "4,5"]),
+        (None, 5, 2, ["0,1", "2,3", "0,1"]),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", 8, 2, ["GPU-a,GPU-b", "GPU-c,GPU-d", "GPU-a,GPU-b"]),
+        ("3,-1,4", 8, 1, ["3", "3", "3"]),
+        ("", 8, 1, ["", "", ""]),
+        (None, 0, 1, [None, None, None]),
+        (None, 1, 2, [None, None, None]),
+    ],
+)
+def test_concurrent_runs_get_gpus_of_their_own_in_turn(
+    pretended: tuple[Study, SlicedStudy],
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    there: int,
+    processes: int,
+    given: list[str | None],
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(training, "_device_count", lambda: there)
+    spec = pretended[0].training.model_copy(update={"processes": processes})
+    study = pretended[0].model_copy(update={"training": spec})
+    found = [training._environment(study, slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)]
+    assert found == given
+    assert training._environment(study, 0, 1).get("CUDA_VISIBLE_DEVICES") == visible, "alone it may use all"
+
+
+def test_two_runs_at_a_time_are_started_on_two_gpus(
     pretended: tuple[Study, SlicedStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(training, "_device_count", lambda: 2)
     monkeypatch.setenv("PRETEND_SECONDS", "0.3")
     study, sliced = pretended
     train_runs(study, sliced.runs[:2], concurrent=2)
     lines = (study.folder / "calls.txt").read_text().splitlines()
-    assert sorted(line.split()[1] for line in lines) == ["4", "7"]
+    assert sorted(line.split()[1] for line in lines) == ["0", "1"]
+
+
+def test_counting_gpus_makes_no_context() -> None:
+    code = (
+        "import torch; from megatron_kaiyuan.benchmark import training; training._device_count(); "
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_process_is_left_when_training_is_interrupted(
