@@ -1,8 +1,12 @@
 """What the order of samples depends on, as data, and whether a changed plan leaves consumed samples as they were."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from megatron_kaiyuan.data.interleave import prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
@@ -64,7 +68,8 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_sample
     """Compare the consumed part of two orders.
 
     A phase that is wholly or partly consumed must be the same, but for one freedom: the last one that has begun may
-    get another length if it is shuffled, since its order does not depend on it. Later phases may change at will.
+    get another length if it is shuffled, since its order does not depend on it; more or fewer passes of its sources
+    too, as `_passes_are_free` says. Later phases may change at will.
 
     Raises:
         ResumeError: names what changed, with the saved and the present value.
@@ -84,25 +89,48 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_sample
         last_begun = first + old["samples"] >= consumed_samples
         if last_begun and first + new["samples"] < consumed_samples:
             _refuse(f"{where}.samples", old["samples"], new["samples"], consumed_samples)
-        _compare_phase(
-            where, old, new, length_is_free=last_begun and old["order"] == "shuffled", consumed=consumed_samples
-        )
+        here = consumed_samples - first if last_begun and old["order"] == "shuffled" else None
+        _compare_phase(where, old, new, _Consumed(consumed_samples, here, current["seq_length"]))
         first += old["samples"]
 
 
-def _compare_phase(
-    where: str, old: dict[str, Any], new: dict[str, Any], *, length_is_free: bool, consumed: int
-) -> None:
-    for field in ("name", "order") if length_is_free else ("name", "order", "samples"):
-        _same(f"{where}.{field}", old[field], new[field], consumed)
-    _same(f"{where}.sources", old.get("merge_order"), new["merge_order"], consumed)
+@dataclass(frozen=True, slots=True)
+class _Consumed:
+    """What a run has consumed, seen from one of its phases."""
+
+    samples: int
+    """In all."""
+    here: int | None
+    """Of this phase, where its length is free; None where it is not."""
+    seq_length: int
+
+
+def _compare_phase(where: str, old: dict[str, Any], new: dict[str, Any], consumed: _Consumed) -> None:
+    for field in ("name", "order", "samples") if consumed.here is None else ("name", "order"):
+        _same(f"{where}.{field}", old[field], new[field], consumed.samples)
+    _same(f"{where}.sources", old.get("merge_order"), new["merge_order"], consumed.samples)
+    names = new["merge_order"]
+    rates = np.array([old["sources"][name]["rate"] for name in names], dtype=np.float64)
+    shown = dict(zip(names, prefix_counts(rates, consumed.here or 0).tolist(), strict=True))
     for name, stream in old["sources"].items():
         other = new["sources"][name]
-        free = {"used"} if length_is_free else set()
-        if length_is_free and not stream.get("extra_documents") and other["passes"] >= stream.get("passes", 0):
-            free |= {"passes", "extra_documents"}  # further passes come after the ones that were there
+        free = set() if consumed.here is None else {"used"}
+        if consumed.here is not None and _passes_are_free(stream, other, shown[name], consumed.seq_length):
+            free |= {"passes", "extra_documents"}
         for field in sorted(set(stream) - free):
-            _same(f"{where}.sources.{name}.{field}", stream[field], other.get(field), consumed)
+            _same(f"{where}.sources.{name}.{field}", stream[field], other.get(field), consumed.samples)
+
+
+def _passes_are_free(old: dict[str, Any], new: dict[str, Any], shown: int, seq_length: int) -> bool:
+    """Whether two shuffled streams that differ in their passes agree on the first `shown` samples.
+
+    Whole passes are shuffled one by one, whatever follows: windows that end within those that both streams have are the
+    same. A partial pass is shuffled as what it is, so once it was reached it must stay as it was.
+    """
+    if not old.get("extra_documents") and not new["extra_documents"]:
+        return True
+    common = min(old.get("passes", 0), new["passes"]) * old.get("tokens", 0)
+    return bool(shown <= max(0, (common - 1) // seq_length))
 
 
 def _same(field: str, old: object, new: object, consumed: int) -> None:
