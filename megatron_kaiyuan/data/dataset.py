@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.bands import NUM_BANDS
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan import Plan
-from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.source import Segment
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
@@ -68,8 +67,7 @@ class CurriculumDataset:
         return {"tokens": stream.read(window)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # spawned workers reopen the files rather than receive copies of the maps
-        return _reopen, (self.plan.spec,)
+        return CurriculumDataset, (self.plan,)
 
     def source_index(self, sample: int) -> int:
         """Number of the sample's source in `list(plan.sources)`."""
@@ -205,12 +203,4 @@ class HeldOutDataset:
         return opened.bands_of(opened.held_out).astype(np.int8)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen_held_out, (self.plan.spec, self.source)
-
-
-def _reopen(spec: PlanSpec) -> CurriculumDataset:
-    return CurriculumDataset(Plan.from_spec(spec))
-
-
-def _reopen_held_out(spec: PlanSpec, source: str) -> HeldOutDataset:
-    return HeldOutDataset(Plan.from_spec(spec), source)
+        return HeldOutDataset, (self.plan, self.source)

@@ -25,7 +25,7 @@ from megatron_kaiyuan.data.plan_schema import (
     parse_plan_spec,
 )
 from megatron_kaiyuan.data.resume import check_resume, order_record
-from megatron_kaiyuan.data.simulation import simulate_plan_sources
+from megatron_kaiyuan.data.simulation import SimulatedSource, simulate_plan_sources
 from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
 
 __all__ = ["Plan"]
@@ -68,6 +68,15 @@ class Plan:
             phases.append(build_phase(phase, opened, first, spec.seq_length, spec.seed))
         check_domain_bounds(spec, phases)
         return cls(spec, opened, phases)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # its text alone: spawned workers open the files themselves rather than receive copies of what was read of them
+        return _reopen, (self.spec, self.simulated)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the sources exist by their expected sizes only."""
+        return any(isinstance(source.source, SimulatedSource) for source in self.opened.values())
 
     @property
     def seq_length(self) -> int:
@@ -144,3 +153,7 @@ class Plan:
 
 def _held_out(spec: PlanSpec, name: str) -> int:
     return spec.validation[name].documents if name in spec.validation else 0
+
+
+def _reopen(spec: PlanSpec, simulate: bool) -> Plan:  # noqa: FBT001
+    return Plan.from_spec(spec, simulate=simulate)

@@ -60,6 +60,14 @@ class RankIndex:
     """Of the hash that orders equal scores."""
     digest: str
     """Of the shards and scores that were ranked."""
+    path: Path | None = None
+    """The file that the arrays are maps of; None where they are in memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a spawned worker maps the file itself rather than receive a copy of it
+        if self.path is not None:
+            return _map_again, (self.path, self.seed, self.digest)
+        return RankIndex, (self.order, self.token_marks, self.seed, self.digest)
 
 
 def index_path(source: Source, score: str) -> Path:
@@ -258,7 +266,15 @@ def _map_arrays(path: Path, header: dict[str, Any]) -> RankIndex:
         map_array(path, np.dtype(kind), count, offset, random=True)
         for kind, offset, count in ((dtype, _HEADER_BYTES + 8 * marks, documents), (np.int64, _HEADER_BYTES, marks))
     ]
-    return RankIndex(arrays[0], arrays[1], header["seed"], header["digest"])
+    return RankIndex(arrays[0], arrays[1], header["seed"], header["digest"], path)
+
+
+def _map_again(path: Path, seed: int, digest: str) -> RankIndex:
+    """The index that another process had mapped."""
+    index = _map_arrays(path, _read_header(path))
+    if (index.seed, index.digest) != (seed, digest):
+        raise RankIndexError(f"{path}: built again while it was in use, from other shards or scores; start anew")
+    return index
 
 
 def verify_rank_index(path: Path, source: Source, score: str) -> None:

@@ -51,7 +51,7 @@ _TOKEN_CODES = (1, 2, 3, 4, 5, 8)
 
 @dataclass(frozen=True)
 class Shard:
-    """One opened `.bin`/`.idx` pair. Arrays are memory-mapped when used and shared between forked workers.
+    """One opened `.bin`/`.idx` pair. Arrays are memory-mapped when used and shared between workers, forked or spawned.
 
     Take an array once for a loop rather than an element at a time: see maps.py for how long a map stays open.
     """
@@ -61,6 +61,10 @@ class Shard:
     documents: int
     tokens: int
     dtype: np.dtype[np.generic]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # without its maps: pickled, they would be copies of whole files; a spawned worker maps the files itself
+        return Shard, (self.prefix, self.documents, self.tokens, self.dtype)
 
     @property
     def lengths(self) -> NDArray[np.int32]:

@@ -20,7 +20,7 @@ from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
 from megatron_kaiyuan.data.source import Segment, Source
 from megatron_kaiyuan.errors import PlanError
 
-__all__ = ["simulate_plan_sources"]
+__all__ = ["SimulatedSource", "simulate_plan_sources"]
 
 
 class SimulatedSource(Source):
