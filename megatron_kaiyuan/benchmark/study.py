@@ -8,38 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from megatron_kaiyuan.benchmark.evaluation_spec import EvaluationSpec, StrictModel
 from megatron_kaiyuan.benchmark.reference_model import ReferenceModel, preset_model
 from megatron_kaiyuan.data.plan_schema import TokenizerSpec, Tokens, _UniqueKeyLoader
 from megatron_kaiyuan.data.selection import parse_fraction
 from megatron_kaiyuan.errors import StudyError
 
-__all__ = [
-    "DEFAULT_CAPABILITIES",
-    "DEFAULT_TASKS",
-    "BenchmarkSource",
-    "EvaluationSpec",
-    "HeldOutSpec",
-    "SliceSpec",
-    "Study",
-    "TaskSpec",
-    "TrainingSpec",
-    "load_study",
-    "parse_study",
-    "top_name",
-]
-
-DEFAULT_CAPABILITIES: dict[str, tuple[str, ...]] = {
-    "knowledge": ("mmlu", "arc_easy", "arc_challenge", "commonsense_qa", "boolq"),
-    "common sense": ("piqa", "hellaswag", "winogrande"),
-    "Chinese": ("cmmlu", "ceval-valid"),
-    "math": ("gsm8k",),
-    "code": ("humaneval",),
-}
-"""Tasks of the default suite by lm-eval's names, grouped as in the Kaiyuan-2B report (arXiv 2512.07612)."""
-
-DEFAULT_TASKS: tuple[str, ...] = tuple(task for tasks in DEFAULT_CAPABILITIES.values() for task in tasks)
+__all__ = ["BenchmarkSource", "SliceSpec", "Study", "TrainingSpec", "load_study", "parse_study", "top_name"]
 
 
 def _parse_top(value: object) -> Fraction:
@@ -69,11 +46,7 @@ def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 Top = Annotated[Fraction, BeforeValidator(_parse_top)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class BenchmarkSource(_Strict):
+class BenchmarkSource(StrictModel):
     """A scored dataset whose slices are compared."""
 
     shards: str | list[str]
@@ -89,17 +62,7 @@ class BenchmarkSource(_Strict):
     """The source in the study file that this is one score of; None: it has one score, and is itself the dataset."""
 
 
-class HeldOutSpec(_Strict):
-    """Documents that every model is evaluated on and none is trained on."""
-
-    documents: int = Field(gt=0)
-    shards: str | list[str] | None = None
-    """Shards of a set that is only evaluated on; None: part of the source of this name."""
-    capability: str = "language modelling"
-    """What it stands for in the ranking."""
-
-
-class SliceSpec(_Strict):
+class SliceSpec(StrictModel):
     """Which part of each source one run is trained on."""
 
     tops: Annotated[tuple[Top, ...], Field(min_length=2), AfterValidator(_unique)] = tuple(
@@ -114,7 +77,7 @@ class SliceSpec(_Strict):
     """A slice of fewer documents is refused: it would measure single documents, not a quantile."""
 
 
-class TrainingSpec(_Strict):
+class TrainingSpec(StrictModel):
     """How every run is trained; all runs alike."""
 
     tokens: Tokens | None = None
@@ -141,60 +104,14 @@ class TrainingSpec(_Strict):
     """More of Megatron's flags, the same for all runs."""
 
 
-class TaskSpec(_Strict):
-    """One task of lm-evaluation-harness."""
-
-    name: str = Field(min_length=1)
-    """Its name there, or in one of `task_folders`."""
-    num_fewshot: int | None = Field(default=None, ge=0)
-    """None: what the task says."""
-    capability: str | None = None
-    """None: that of the default suite, or else the task's own name."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class EvaluationSpec(_Strict):
-    """What every model is measured with."""
-
-    held_out: dict[str, HeldOutSpec] = Field(min_length=1)
-    """By name; bits per byte on each."""
-    max_windows: int | None = Field(default=None, gt=0)
-    """Windows of each held-out set; None: all."""
-    batch_size: int = Field(default=16, gt=0)
-    tasks: Annotated[tuple[TaskSpec, ...] | Literal["default"], Field()] = ()
-    """lm-evaluation-harness tasks; `default`: the suite of the Kaiyuan-2B report."""
-    task_folders: tuple[str, ...] = ()
-    """Folders with task files in lm-eval's YAML format; they need no network when their data are local."""
-    limit: int | None = Field(default=None, gt=0)
-    """Items of each task; None: all."""
-    generate: bool = False
-    """Also run tasks that generate text (GSM8K, HumanEval) to the end; their likelihood scores need no generation."""
-
-    def all_tasks(self) -> tuple[TaskSpec, ...]:
-        """The tasks, the default suite spelled out."""
-        return tuple(TaskSpec(name=name) for name in DEFAULT_TASKS) if self.tasks == "default" else self.tasks
-
-    def capability_of(self, measure: str) -> str:
-        """The capability that a held-out set or a task stands for."""
-        if measure in self.held_out:
-            return self.held_out[measure].capability
-        spec = next(task for task in self.all_tasks() if task.name == measure)
-        default = next((name for name, tasks in DEFAULT_CAPABILITIES.items() if measure in tasks), measure)
-        return spec.capability or default
-
-
-class MainRunSpec(_Strict):
+class MainRunSpec(StrictModel):
     """The run that the study is for; the report says what share of it the study costs."""
 
     parameters: Tokens = 2_030_000_000
     tokens: Tokens = 2_200_000_000_000
 
 
-class CostSpec(_Strict):
+class CostSpec(StrictModel):
     """What the estimate of GPU hours assumes."""
 
     peak_tflops: float = Field(default=989.0, gt=0)
@@ -206,7 +123,7 @@ class CostSpec(_Strict):
     main_run: MainRunSpec = MainRunSpec()
 
 
-class Study(_Strict):
+class Study(StrictModel):
     """A whole study file."""
 
     output: str
@@ -320,12 +237,8 @@ class Study(_Strict):
     @property
     def evaluation_digest(self) -> str:
         """Identifies what the models are measured with. 16 hex digits."""
-        names = {"max_windows", "tasks", "task_folders", "limit", "generate"}
-        content = self.evaluation.model_dump(mode="json", include=names)
-        for task in content["tasks"] if isinstance(content["tasks"], list | tuple) else ():
-            del task["capability"]  # a label of the report; renaming it changes nothing that was measured
-        text = json.dumps([self.training_digest, content], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        content = [self.training_digest, *self.evaluation.digested()]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _one_score_each(sources: dict[str, Any]) -> dict[str, Any]:

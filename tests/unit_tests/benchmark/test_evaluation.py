@@ -111,7 +111,10 @@ def evaluate_until_mended(_rank: int, folder: Path) -> None:
     """Entry of `run_distributed`: importing the evaluation imports Megatron, which takes a process of its own."""
     from megatron_kaiyuan.benchmark import evaluation
 
-    study, sliced = sliced_study(folder)
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "quiz.yaml").write_text("task: quiz")
+    held_out = study_content(folder)["evaluation"]
+    study, sliced = sliced_study(folder, evaluation=held_out | {"task_folders": [str(folder / "tasks")]})
     run = sliced.runs[0]
     identity = Identity("tok", "model", 1024, study.evaluation_digest)
     result = invent_results(sliced, nothing, identities={run.name: identity})[run.name]
@@ -126,6 +129,8 @@ def evaluate_until_mended(_rank: int, folder: Path) -> None:
         failed.clear()
         assert evaluation.evaluate_runs(study, sliced, [run]).evaluated == 1
         assert evaluation.evaluate_runs(study, sliced, [run]).up_to_date == 1
+        (folder / "tasks" / "quiz.yaml").write_text("task: quiz, edited")
+        assert evaluation.evaluate_runs(study, sliced, [run]).evaluated == 1
 
 
 def evaluate_around_failures(_rank: int, folder: Path) -> None:

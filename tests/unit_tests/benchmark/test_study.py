@@ -1,14 +1,18 @@
 """The study file: every mistake is named by its field, and the cost is that of the model that is built."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_kaiyuan.benchmark.cost import estimate_cost
+from megatron_kaiyuan.benchmark.evaluation_spec import DEFAULT_TASKS
 from megatron_kaiyuan.benchmark.reference_model import PRESETS, ReferenceModel, preset_model
 from megatron_kaiyuan.benchmark.runs import common_flags, training_command, write_slices
-from megatron_kaiyuan.benchmark.study import DEFAULT_TASKS, load_study, parse_study
+from megatron_kaiyuan.benchmark.study import load_study, parse_study
 from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.benchmark.tiny_study import sliced_study, study_content, tiny_study, write_sources
 
@@ -177,3 +181,35 @@ def test_shards_without_a_known_vocabulary_are_refused(tmp_path: Path) -> None:
     training = study_content(tmp_path)["training"] | {"flags": []}
     with pytest.raises(StudyError, match="the size of the vocabulary is unknown"):
         write_slices(tiny_study(tmp_path, training=training))
+
+
+def test_an_edited_local_task_is_another_evaluation(tmp_path: Path) -> None:
+    """And what Python or an editor leaves in its folder is none."""
+    folder = tmp_path / "tasks"
+    (folder / "data").mkdir(parents=True)
+    (folder / "quiz.yaml").write_text("task: quiz")
+    (folder / "data" / "quiz.jsonl").write_text("{}")
+    study = tiny_study(tmp_path)
+    spec = study.evaluation.model_copy(update={"task_folders": (str(folder),)})
+    study = study.model_copy(update={"evaluation": spec})
+    before = study.evaluation_digest
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "utils.pyc").write_bytes(b"compiled")
+    (folder / ".quiz.yaml.swp").write_text("open in an editor")
+    assert study.evaluation_digest == before
+    (folder / "data" / "quiz.jsonl").write_text("{}\n{}")
+    edited = study.evaluation_digest
+    (folder / "data" / "quiz.jsonl").rename(folder / "data" / "other.jsonl")
+    renamed = study.evaluation_digest
+    assert len({before, edited, renamed}) == 3
+    assert study.training_digest == tiny_study(tmp_path).training_digest
+    shutil.rmtree(folder)
+    with pytest.raises(StudyError, match=r"task_folders: .*tasks is no folder; put it there"):
+        _ = study.evaluation_digest
+
+
+def test_a_study_without_local_tasks_keeps_the_digest_of_its_results(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path)
+    fields = {"max_windows": None, "tasks": [], "task_folders": [], "limit": None, "generate": False}
+    content = json.dumps([study.training_digest, fields], sort_keys=True)
+    assert study.evaluation_digest == hashlib.sha256(content.encode()).hexdigest()[:16]
