@@ -19,13 +19,9 @@ from megatron_kaiyuan.preprocess import (
     load_build,
     load_manifest,
     missing_shards,
-    pipeline,
     preprocess,
-    shard_state,
-    verify_manifest,
 )
 from megatron_kaiyuan.preprocess.inputs import InputFile
-from megatron_kaiyuan.preprocess.partial import HashedFile, list_partials
 from megatron_kaiyuan.preprocess.shard_cut import cut_into_shards
 from tests.unit_tests.preprocess.corpus import (
     SilentReporter,
@@ -333,67 +329,6 @@ def test_progress_ends_at_all_of_the_input_whichever_parts_a_task_has(tmp_path: 
         totals.append(reporter.total_bytes)
     assert min(totals) > 0
     assert sum(totals) == sum(path.stat().st_size for path in paths)
-
-
-def folder_of_another_command(tmp_path: Path) -> list[Path]:
-    paths = [write_jsonl(tmp_path / "a.jsonl", ROWS)]
-    build_folder(paths, tmp_path / "out", shard_bytes=1500, append_eod=True)
-    return paths
-
-
-def test_a_task_leaves_to_others_what_they_are_writing(tmp_path: Path) -> None:
-    paths = folder_of_another_command(tmp_path)
-    partials = [
-        HashedFile(tmp_path / "out" / f"shard_00001_text_document.{suffix}", locked=True) for suffix in ("bin", "idx")
-    ]
-    summary = build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=3, task_id=0)
-    assert summary.shards_built > 1
-    assert all(partial.partial.exists() for partial in partials)
-    assert not (tmp_path / "out" / "shard_00001_text_document.manifest.json").exists()
-    for partial in partials:
-        partial.discard()
-    for task in range(3):
-        build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=3, task_id=task)
-    for task in range(3):
-        build_folder(paths, tmp_path / "fresh", shard_bytes=1500, num_tasks=3, task_id=task)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "fresh")
-
-
-def test_a_shard_that_another_task_finishes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the moment when its old manifest is read and the one when it is taken away."""
-    paths = folder_of_another_command(tmp_path)
-    build_folder(paths, tmp_path / "new", shard_bytes=1500)
-    published: list[str] = []
-
-    def publish(prefix: str) -> list[Path]:
-        if not published:
-            for path in (tmp_path / "new").glob(f"{Path(prefix).name}.*"):
-                (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
-            published.append(prefix)
-        return list_partials(prefix)
-
-    monkeypatch.setattr(shard_state, "list_partials", publish)
-    build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=50, task_id=49)
-    (prefix,) = published
-    assert verify_manifest(prefix).build == load_manifest(str(tmp_path / "new" / Path(prefix).name)).build
-    assert len(list((tmp_path / "out").glob("*.idx"))) == 1, "those of the other command are gone"
-
-
-def test_a_folder_that_another_task_claims_meanwhile_is_not_foreign(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = [write_jsonl(tmp_path / "a.jsonl", ROWS)]
-
-    def just_before(folder: Path) -> None:
-        """The record is not there yet when it is looked for; then the other task begins to publish."""
-        monkeypatch.undo()
-        build_folder(paths, folder, shard_bytes=1500, num_tasks=2, task_id=0)
-        (folder / "shard_00000_text_document.manifest.json").unlink()
-
-    monkeypatch.setattr(pipeline, "load_build", just_before)
-    build_folder(paths, tmp_path / "out", shard_bytes=1500, num_tasks=2, task_id=1)
-    build_folder(paths, tmp_path / "out", shard_bytes=1500, num_tasks=2, task_id=0)
-    assert open_source("numbers", str(tmp_path / "out")).num_documents == len(ROWS)
 
 
 def test_a_shard_without_its_manifest_is_built_again(tmp_path: Path, inputs: list[Path]) -> None:
