@@ -97,8 +97,9 @@ def build_rank_index(source: Source, score: str, seed: int = 0, digest: str | No
 
 
 def write_rank_index(source: Source, score: str, path: Path, seed: int = 0, meter: Meter | None = None) -> None:
-    """Rank all documents of a source and store the index, at most 12 bytes of memory a document.
+    """Rank all documents of a source and store the index.
 
+    It takes at most 12 bytes of memory a document, and more where `ranking.py` says that a slower sort is needed.
     The file is that of `save_rank_index(build_rank_index(...))`, but documents go to it while others are being sorted.
 
     Raises:
