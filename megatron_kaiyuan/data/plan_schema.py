@@ -105,6 +105,8 @@ class ExpectedSpec(_Strict):
     tokens: Tokens
     length_by_quality: float = Field(default=0.0, gt=-1, lt=1)
     """How much longer the best document is than the mean, as a fraction of it; the worst is shorter by the same."""
+    length_spread: float = Field(default=0.9, ge=0, le=2)
+    """Standard deviation of the logarithm of lengths among documents of one quality; 0: all are equally long."""
 
     @model_validator(mode="after")
     def _documents_hold_tokens(self) -> "ExpectedSpec":

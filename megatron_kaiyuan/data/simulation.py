@@ -1,18 +1,17 @@
 """Sources that do not exist yet: planning with invented document counts, lengths and scores.
 
-A simulated source has as many documents and tokens as its `expected` field says. Its documents are as long as the
-mean, with a linear trend over quality: `length(q) = mean * (1 + length_by_quality * (2 q - 1))` at score quantile
-`q`. Every count of a dry run follows by arithmetic; there are no tokens to read, so a simulated plan can be described
-but not trained on.
+A simulated source has as many documents and tokens as its `expected` field says. Lengths scatter about the mean, with a
+linear trend over quality, as `invented_lengths.py` says; scores are ranks alone, without ties. Every count of a dry run
+follows by arithmetic; there are no tokens to read, so a simulated plan can be described but not trained on.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.invented_lengths import InventedLengths
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.order import Pieces, block_size
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
@@ -46,11 +45,17 @@ class SimulatedSource(Source):
 class SimulatedOrder:
     """An order whose cumulative tokens are a formula."""
 
-    def __init__(self, source: SimulatedSource, *, ranked: bool) -> None:
+    def __init__(self, source: SimulatedSource, *, ranked: bool, seed: int = 0) -> None:
         self.source: Source = source
         self.ranked = ranked
         self.block = block_size(source.num_documents, 1 << 18 if ranked else 1 << 14)
-        self._trend = source.expected.length_by_quality if ranked else 0.0
+        self._lengths = InventedLengths(
+            source.num_documents,
+            source.num_tokens,
+            trend=source.expected.length_by_quality if ranked else 0.0,
+            spread=source.expected.length_spread,
+            key=derive_key(seed, "simulated", source.name, ranked),
+        )
 
     @property
     def num_documents(self) -> int:
@@ -58,25 +63,12 @@ class SimulatedOrder:
         return self.source.num_documents
 
     def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The integral of the length trend up to each position, rounded down: exact at both ends."""
-        share = positions / self.num_documents
-        tokens = self.source.num_tokens * (share + self._trend * (share * share - share))
-        return np.minimum(tokens.astype(np.int64), self.source.num_tokens)
+        """Tokens before each position: exact at both ends."""
+        return self._lengths.before(positions)
 
     def locate(self, token: int) -> int:
-        """The position that holds this token: the formula inverted, then corrected for its rounding.
-
-        The root is written without a difference, which a small trend would leave without digits.
-        """
-        tokens = token / self.source.num_tokens
-        linear = 1 - self._trend
-        share = 2 * tokens / (linear + math.sqrt(linear * linear + 4 * self._trend * tokens))
-        position = min(max(int(share * self.num_documents), 0), self.num_documents - 1)
-        while self._offset(position) > token:
-            position -= 1
-        while self._offset(position + 1) <= token:
-            position += 1
-        return position
+        """The position that holds this token."""
+        return self._lengths.locate(token)
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Documents are numbered by rank; held-out ones are drawn at random anyway."""
@@ -93,9 +85,6 @@ class SimulatedOrder:
     def segments(self, token: int, count: int) -> list[Segment]:
         """A simulated source has no documents to name."""
         raise self._no_tokens()
-
-    def _offset(self, position: int) -> int:
-        return int(self.token_offsets(np.array([position]))[0])
 
     def _no_tokens(self) -> PlanError:
         return PlanError(
@@ -129,8 +118,8 @@ def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSo
     digest = hashlib.sha256(f"simulated {spec.expected}".encode()).hexdigest()
     opened = OpenedSource(name, spec, source, np.sort(drawn))
     opened.__dict__.update(  # what the cached properties of a real source find in its files
-        storage_order=SimulatedOrder(source, ranked=False),
-        ranked_order=SimulatedOrder(source, ranked=True),
+        storage_order=SimulatedOrder(source, ranked=False, seed=seed),
+        ranked_order=SimulatedOrder(source, ranked=True, seed=seed),
         content=digest,
         ranking=digest[:16],
     )

@@ -136,7 +136,10 @@ def test_fineweb_edu_is_seen_four_three_two_times_and_once(told):
 
 @pytest.mark.parametrize("name", list(NAMED_TOKENS | {"chinese_pool": 0, "openwebmath": 0, "finewiki_zh": 0}))
 def test_every_band_is_seen_as_often_as_the_recipe_adds_up_to(told, name):
-    """An oracle of its own: each percent of quality gets 1 from a selection that covers it, q % from a random q %."""
+    """An oracle of its own: each percent of quality gets 1 from a selection that covers it, q % from a random q %.
+
+    A random part is exact in documents, and their lengths scatter.
+    """
     seen = [0.0] * 100
     for phase in recipe().values():
         kind, _, size = phase.get(name, "rand 0").partition(" ")
@@ -152,7 +155,7 @@ def test_every_band_is_seen_as_often_as_the_recipe_adds_up_to(told, name):
     source = told["sources"][name]
     assert source["epochs"] == pytest.approx(sum(seen) / 100, rel=1e-3)
     for number, band in enumerate(source["bands"]):
-        assert band["epochs"] == pytest.approx(sum(seen[10 * number : 10 * number + 10]) / 10, rel=1e-3)
+        assert band["epochs"] == pytest.approx(sum(seen[10 * number : 10 * number + 10]) / 10, rel=5e-3)
 
 
 def test_totals_are_the_sums_of_the_parts(plan, told):
