@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
-from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page
+from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_activations import activation_figure
 from megatron_kaiyuan.reporting.run_curves import colour_of, curves_figure, format_count, source_loss_figure
 from megatron_kaiyuan.reporting.run_data_figures import bands_figure, sources_figure
 from megatron_kaiyuan.reporting.run_expected import phase_marks
-from megatron_kaiyuan.reporting.run_held_out import held_out_figure, read_evaluations
+from megatron_kaiyuan.reporting.run_held_out import held_out_figure, read_averages, read_evaluations
 from megatron_kaiyuan.reporting.run_metrics import Run
-from megatron_kaiyuan.reporting.run_summary import format_duration, format_optional, format_times
+from megatron_kaiyuan.reporting.run_summary import (
+    HELD_OUT_COLUMNS,
+    format_duration,
+    format_optional,
+    format_times,
+    held_out_cells,
+)
 
 __all__ = ["write_run_page"]
 
@@ -23,6 +29,9 @@ _READ_EXPECTED = " The dashed lines are where the plan puts the edges: areas tha
 _READ_HELD_OUT = (
     "Loss on documents that no phase shows, the same ones at each evaluation. Right, by tenths of a source's documents "
     "from the lowest scores to the highest: the last evaluation, and dotted the first one."
+)
+_READ_AVERAGE = (
+    " Stars: the average of the checkpoints that the plan averages, as far as they were saved by then."
 )
 _READ_ACTIVATIONS = (
     "The largest absolute value in each layer when it was metered: red is near 65,504, where FP16 ends, crosses were "
@@ -58,17 +67,22 @@ def write_run_page(
     if len(runs) > 1 and (names := list(dict.fromkeys(name for run in runs for name in run.sources))):
         plots = "".join(figures.add(source_loss_figure(runs, name, marks)) for name in names)
         parts.append(f'<h2>Loss by source</h2><div class="plots">{plots}</div>')
-    for run in runs:
-        parts += _details(run, description, figures, named=len(runs) > 1)
+    for run, told in zip(runs, summaries, strict=True):
+        parts += _details(run, told, description, figures, named=len(runs) > 1)
     write_text_atomically(path, html_page(title, parts))
 
 
-def _details(run: Run, description: Mapping[str, Any] | None, figures: Figures, *, named: bool) -> list[str]:
+def _details(
+    run: Run, told: Mapping[str, Any], description: Mapping[str, Any] | None, figures: Figures, *, named: bool
+) -> list[str]:
     marks, prefix = phase_marks(description), f"{html.escape(run.name)}: " if named else ""
     parts: list[str] = []
-    if evaluations := read_evaluations(run):
-        parts.append(f'<h2>{prefix}Held-out documents</h2><p class="read">{_READ_HELD_OUT}</p>')
-        parts.append(figures.add(held_out_figure(run, evaluations, marks)))
+    evaluations, averages = read_evaluations(run), read_averages(run)
+    if evaluations or averages:
+        read = _READ_HELD_OUT + (_READ_AVERAGE if averages else "")
+        parts.append(f'<h2>{prefix}Held-out documents</h2><p class="read">{read}</p>')
+        parts.append(figures.add(held_out_figure(run, evaluations, averages, marks)))
+        parts.append(_held_out_losses(told))
     if any(line.activations for line in run.lines):
         parts.append(f'<h2>{prefix}Activations and FP16</h2><p class="read">{_READ_ACTIVATIONS}</p>')
         parts.append(figures.add(activation_figure(run, marks)))
@@ -78,6 +92,12 @@ def _details(run: Run, description: Mapping[str, Any] | None, figures: Figures, 
         parts.append(figures.add(sources_figure(run, description, marks)))
         parts += [figures.add(bands_figure(run, name, description, marks)) for name in run.scored_sources]
     return parts
+
+
+def _held_out_losses(told: Mapping[str, Any]) -> str:
+    """The last losses of the run's own weights and of the average, in all and by source."""
+    header, rows = held_out_cells(told)
+    return html_table(header, rows, numbers=set(range(1, len(header))))
 
 
 def _head_of_one(run: Run, told: Mapping[str, Any]) -> list[str]:
@@ -117,6 +137,10 @@ def _other_cards(told: Mapping[str, Any]) -> list[str]:
         kind = "good" if headroom is not None and headroom >= 8 else "bad"
         value = format_optional(headroom, format_times)
         cards.append(html_card(value, f"smallest FP16 headroom, step {told['smallest_headroom_step']:,}", kind))
+    if average := told["held_out_average"]:
+        own = told["held_out"] and told["held_out"]["loss"]
+        beside = f"held-out loss of the average; {format_optional(own, '{:.4f}'.format)} of the last weights"
+        cards.append(html_card(format_optional(average["loss"], "{:.4f}".format), beside))
     if told["seconds_left"]:
         cards.append(html_card(format_duration(told["seconds_left"]), "left of the plan at this rate"))
     return cards
@@ -125,7 +149,9 @@ def _other_cards(told: Mapping[str, Any]) -> list[str]:
 def _comparison(summaries: Sequence[Mapping[str, Any]]) -> str:
     """A row for each run, with the colour of its curves; the losses of its sources beside it."""
     sources = list(dict.fromkeys(name for told in summaries for name in told["sources"]))
-    header = ["steps", "tokens", "loss", *sources, "tokens/s", "skipped steps", "smallest FP16 headroom"]
+    held_out = [name for name in HELD_OUT_COLUMNS if any(told[name] for told in summaries)]
+    header = ["steps", "tokens", "loss", *sources, *(HELD_OUT_COLUMNS[name] for name in held_out)]
+    header += ["tokens/s", "skipped steps", "smallest FP16 headroom"]
     rows = []
     for number, told in enumerate(summaries):
         losses = [told["sources"].get(name, {}).get("smoothed_loss") for name in sources]
@@ -133,6 +159,7 @@ def _comparison(summaries: Sequence[Mapping[str, Any]]) -> str:
             f"{told['steps']:,}",
             format_optional(told["tokens"], format_tokens),
             *(format_optional(loss, "{:.4f}".format) for loss in (told["smoothed_loss"], *losses)),
+            *(format_optional(told[name] and told[name]["loss"], "{:.4f}".format) for name in held_out),
             format_optional(told["tokens_per_second"], format_tokens),
             f"{told['skipped_steps']:,}",
             format_optional(told["smallest_headroom"], format_times),

@@ -13,9 +13,21 @@ from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_curves import half_life, smoothed
 from megatron_kaiyuan.reporting.run_data_figures import cumulative_bands, cumulative_tokens
 from megatron_kaiyuan.reporting.run_expected import expected_band_tokens, expected_tokens
+from megatron_kaiyuan.reporting.run_held_out import last_held_out, spell_average
 from megatron_kaiyuan.reporting.run_metrics import Run
 
-__all__ = ["format_duration", "format_optional", "format_times", "print_summaries", "summarize"]
+__all__ = [
+    "HELD_OUT_COLUMNS",
+    "format_duration",
+    "format_optional",
+    "format_times",
+    "held_out_cells",
+    "print_summaries",
+    "summarize",
+]
+
+HELD_OUT_COLUMNS = {"held_out": "held-out loss", "held_out_average": "of the average"}
+"""Headings in a table of runs, by the key of a summary."""
 
 
 def summarize(run: Run, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -49,6 +61,7 @@ def summarize(run: Run, description: Mapping[str, Any] | None = None) -> dict[st
         "torn_lines": run.torn_lines,
         "restarts": [{"first_step": first, "had_been_at": before} for first, before in run.restarts],
         "sources": {name: _summarize_source(run, name, description) for name in run.sources},
+        **last_held_out(run),
         "remarks": _remarks(run, description),
     }
 
@@ -125,7 +138,9 @@ def print_summaries(summaries: Sequence[Mapping[str, Any]]) -> None:
         console = Console(width=140)
     table = Table(title="Runs" if len(summaries) > 1 else None, title_justify="left")
     table.add_column("run")
-    for name in ("steps", "tokens", "loss", "tokens/s", "skipped", "FP16 headroom", "time left"):
+    held_out = [name for name in HELD_OUT_COLUMNS if any(told[name] for told in summaries)]
+    names = ("steps", "tokens", "loss", *(HELD_OUT_COLUMNS[name] for name in held_out))
+    for name in (*names, "tokens/s", "skipped", "FP16 headroom", "time left"):
         table.add_column(name, justify="right")
     for told in summaries:
         table.add_row(
@@ -133,6 +148,7 @@ def print_summaries(summaries: Sequence[Mapping[str, Any]]) -> None:
             f"{told['steps']:,}",
             format_optional(told["tokens"], format_tokens),
             format_optional(told["smoothed_loss"], "{:.4f}".format),
+            *(format_optional(told[name] and told[name]["loss"], "{:.4f}".format) for name in held_out),
             format_optional(told["tokens_per_second"], format_tokens),
             f"{told['skipped_steps']:,}",
             format_optional(told["smallest_headroom"], format_times),
@@ -141,9 +157,32 @@ def print_summaries(summaries: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
     if len(summaries) == 1 and summaries[0]["sources"]:
         console.print(_sources_table(summaries[0]["sources"]))
+    if len(summaries) == 1 and (summaries[0]["held_out"] or summaries[0]["held_out_average"]):
+        console.print(_held_out_table(summaries[0]))
     for told in summaries:
         for remark in told["remarks"]:
             console.print(f"{told['run']}: {remark}", style="yellow", markup=False, highlight=False)
+
+
+def held_out_cells(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of the last held-out losses: of the run's own weights, and of the average."""
+    own, average = told["held_out"], told["held_out_average"]
+    found = [(f"step {own['step']:,}", own)] if own else []
+    found += [(spell_average(average["averaged"]), average)] if average else []
+    names = list(dict.fromkeys(name for _, entry in found for name in entry["sources"]))
+    losses = [[entry["loss"], *(entry["sources"].get(name) for name in names)] for _, entry in found]
+    cells = [[format_optional(loss, "{:.4f}".format) for loss in row] for row in losses]
+    return ["held-out loss of", "all", *names], [[label, *row] for (label, _), row in zip(found, cells, strict=True)]
+
+
+def _held_out_table(told: Mapping[str, Any]) -> Table:
+    header, rows = held_out_cells(told)
+    table = Table(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Table:
