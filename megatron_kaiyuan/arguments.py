@@ -36,9 +36,13 @@ def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     )
     group.add_argument(
         "--kaiyuan-evaluate-average",
-        action="store_true",
-        help="after the last step, average the checkpoints that the plan names, into the folder of --save with "
-        "-averaged behind it, and evaluate the average on the held-out documents",
+        nargs="?",
+        choices=["end", "always"],
+        const="end",
+        metavar="WHEN",
+        help="end (or no WHEN): after the last step, average the checkpoints that the plan names, into the folder of "
+        "--save with -averaged behind it, and evaluate the average on the held-out documents. always: also evaluate "
+        "the average of those saved so far when one of them is saved, from the second on",
     )
     return parser
 

@@ -34,14 +34,17 @@ from megatron_kaiyuan.training.checkpoint_io import (
     saved_iterations,
 )
 from megatron_kaiyuan.training.checkpoint_recovery import damage
+from megatron_kaiyuan.training.lineage import comes_from
 from megatron_kaiyuan.training.run_identity import first_difference
 
 __all__ = [
     "MANIFEST_NAME",
     "AverageManifest",
     "average_checkpoints",
+    "check_one_run",
     "choose_checkpoints",
     "choose_planned",
+    "choose_so_far",
     "complete_average",
     "is_average",
     "weights_of",
@@ -106,7 +109,8 @@ def weights_of(kind: str, count: int) -> NDArray[np.float64]:
 def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[int] | None) -> list[Checkpoint]:
     """The last `last` checkpoints of a save directory, or those of `iterations`; oldest first.
 
-    Folders that are not chosen may be unfinished.
+    Folders that are not chosen may be unfinished. The last ones are counted back from the one that the tracker names:
+    newer ones are left of an attempt that the run gave up when it resumed from an older checkpoint.
 
     Raises:
         ConfigError: fewer are there than asked for, one of the iterations is not, or one that is chosen is damaged.
@@ -120,10 +124,20 @@ def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[i
             asked = " ".join(map(str, iterations))
             raise ConfigError(f"--iterations {asked}: {present}; name each of these at most once")
         return _intact(directory, iterations)
-    count = len(found) if last is None else last
-    if not 0 < count <= len(found):
-        raise ConfigError(f"--last {count}: {present}; ask for 1 to {len(found)}")
-    return _intact(directory, found[-count:])
+    newest = _newest(directory)
+    current = [number for number in found if newest is None or number <= newest]
+    count = len(current) if last is None else last
+    if not 0 < count <= len(current):
+        given_up = f", of which those after {newest} are of an attempt given up" if current != found else ""
+        raise ConfigError(f"--last {count}: {present}{given_up}; ask for 1 to {len(current)}, or name --iterations")
+    return _intact(directory, current[-count:])
+
+
+def _newest(directory: Path) -> int | None:
+    """What the tracker says; None where there is none, or where it names no iteration."""
+    tracker = directory / TRACKER_NAME
+    content = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(content) if content.isdigit() else None
 
 
 def _intact(directory: Path, iterations: Sequence[int]) -> list[Checkpoint]:
@@ -141,20 +155,41 @@ def choose_planned(directory: Path) -> tuple[list[Checkpoint], str]:
     Raises:
         ConfigError: the plan had no averaging section, or some of them are not there.
     """
-    planned = getattr(open_checkpoint(directory).arguments, PLANNED, None)
+    newest = open_checkpoint(directory)
+    planned = getattr(newest.arguments, PLANNED, None)
     if planned is None:
         raise ConfigError(
             f"{directory}: the plan of its run has no averaging section (or it was run without a plan); give --last N "
             "or --iterations"
         )
+    return choose_so_far(directory, planned["iterations"], newest.iteration, whole=True), str(planned["weights"])
+
+
+def choose_so_far(directory: Path, planned: Sequence[int], iteration: int, *, whole: bool = False) -> list[Checkpoint]:
+    """Of the planned checkpoints those that the run has saved when it is at `iteration`; oldest first.
+
+    Newer folders are left of an attempt that the run gave up.
+
+    Args:
+        directory: Save directory of the run.
+        planned: Iterations, ascending.
+        iteration: The newest one of the run.
+        whole: All of them must be saved.
+
+    Raises:
+        ConfigError: one is not there, is damaged, or is of another attempt or model.
+    """
     found = saved_iterations(directory)
-    missing = [number for number in planned["iterations"] if number not in found]
+    wanted = [number for number in planned if whole or number <= iteration]
+    missing = [number for number in wanted if number not in found or number > iteration]
     if missing:
         raise ConfigError(
-            f"{directory}: the plan averages iterations {', '.join(map(str, planned['iterations']))}, of which "
-            f"{', '.join(map(str, missing))} are not there: finish the run, or give --last N"
+            f"{directory}: the plan averages iterations {', '.join(map(str, planned))}, of which "
+            f"{', '.join(map(str, missing))} are not there, the run being at {iteration}: finish it, or give --last N"
         )
-    return _intact(directory, planned["iterations"]), str(planned["weights"])
+    chosen = _intact(directory, wanted)
+    check_one_run(chosen)
+    return chosen
 
 
 def average_checkpoints(
@@ -183,8 +218,7 @@ def average_checkpoints(
     conflict = output_conflict(output, last.iteration, like=MANIFEST_NAME)
     if conflict is not None:
         raise ConfigError(f"--output {output}: {conflict}")
-    _check_same_model(checkpoints)
-    _check_same_run(checkpoints)
+    check_one_run(checkpoints)
     averaged = {name: _averaged(checkpoints, weights, name, progress) for name in last.tensors}
     manifest = _describe(checkpoints, weights, kind)
     files = {MANIFEST_NAME: (json.dumps(asdict(manifest), indent=2) + "\n").encode()}
@@ -266,6 +300,19 @@ def _average_rows(
     return total.to(dtype)
 
 
+def check_one_run(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse to average checkpoints of which one was not trained on from the other.
+
+    Args:
+        checkpoints: Oldest first.
+
+    Raises:
+        ConfigError: they are of different models, runs, or attempts of a run.
+    """
+    _check_same_model(checkpoints)
+    _check_same_run(checkpoints)
+
+
 def _check_same_model(checkpoints: Sequence[Checkpoint]) -> None:
     last = checkpoints[-1]
     if not last.tensors:
@@ -296,6 +343,11 @@ def _check_same_run(checkpoints: Sequence[Checkpoint]) -> None:
         difference = first_difference(before, after)
         if difference is not None:
             raise ConfigError(f"{pair}: {difference}; average checkpoints of one run")
+        if not comes_from(after, before, earlier.iteration):
+            raise ConfigError(
+                f"{later.folder} was not trained on from {earlier.folder}: one of them is left of an attempt that the "
+                "run gave up when it resumed from an older checkpoint; name --iterations of one attempt"
+            )
         if before.consumed_train_samples >= after.consumed_train_samples:
             raise ConfigError(
                 f"{pair}: after {before.consumed_train_samples} and {after.consumed_train_samples} samples, which does "

@@ -6,6 +6,7 @@ The plan's `averaging` names the last `last` checkpoints, `every` steps apart, c
 import argparse
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ class CheckpointKeeper:
         self._keep = keep
         self._writes = writes
         self._last_saved = 0
+        self._listeners: list[Callable[[int], None]] = []
+
+    def listen(self, listener: Callable[[int], None]) -> None:
+        """Call `listener` with the iteration, on all ranks, when one of the averaged is saved and a step follows."""
+        self._listeners.append(listener)
 
     def lacks(self, iteration: int) -> bool:
         """Whether it must be saved now; the end of the run is saved by Megatron itself."""
@@ -121,6 +127,11 @@ class CheckpointKeeper:
             if gone:
                 threading.Thread(target=_remove, args=(gone,), name="delete checkpoints").start()
 
+    def goes_on(self, iteration: int) -> None:
+        """Tell who listens."""
+        for listener in self._listeners if iteration in self._averaged else []:
+            listener(iteration)
+
     def _superfluous(self, iteration: int, keep: int) -> list[int]:
         """Older than the newest `keep` complete ones; iterations after the present one are of another attempt."""
         tracker = self._directory / TRACKER_NAME
@@ -146,8 +157,8 @@ def _remove(folders: list[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_checkpoints(args: argparse.Namespace) -> None:
-    """Let the loop save, protect and delete as the arguments and the plan say.
+def keep_checkpoints(args: argparse.Namespace) -> CheckpointKeeper | None:
+    """Let the loop save, protect and delete as the arguments and the plan say; None where nothing is saved.
 
     Raises:
         ConfigError: a count below 1, nothing to keep, or two rules of deletion at once.
@@ -159,11 +170,12 @@ def keep_checkpoints(args: argparse.Namespace) -> None:
         if args.save_retain_interval is not None:
             raise ConfigError("--kaiyuan-keep-checkpoints and --save-retain-interval both delete; give one of them")
     if not args.save:
-        return
+        return None
     averaging = getattr(args, AVERAGING) or {"iterations": []}
     writes = args.rank == 0
     keeper = CheckpointKeeper(Path(args.save), tuple(averaging["iterations"]), keep, writes=writes)
     compat.keep_checkpoints(keeper)
+    return keeper
 
 
 def say_how_to_average(args: argparse.Namespace) -> None:

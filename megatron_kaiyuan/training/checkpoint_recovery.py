@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,6 +40,8 @@ class Start:
     """Iteration to load in place of the tracker's; None: as Megatron would."""
     announcement: str = ""
     """What was found amiss."""
+    name: str | None = None
+    """Of this start, like no other; None: the ranks have not agreed on one."""
 
 
 def damage(folder: Path) -> str | None:
@@ -159,7 +162,7 @@ def agree_on_start(args: argparse.Namespace) -> Start:
     found = json.loads(_from_rank_zero("start", lambda: json.dumps(_look(args))))
     if "error" in found:
         raise ResumeError(found["error"])
-    return Start(found["step"], found["announcement"])
+    return Start(found["step"], found["announcement"], found["name"])
 
 
 def _look(args: argparse.Namespace) -> dict[str, object]:
@@ -176,7 +179,7 @@ def _look(args: argparse.Namespace) -> dict[str, object]:
         print(f"\nWARNING: {start.announcement}\n", file=sys.stderr, flush=True)
     if start.step is not None and load is not None:
         write_text_atomically(load / TRACKER_NAME, str(start.step))  # Megatron stops, with code 0, at a torn one
-    return {"step": start.step, "announcement": start.announcement}
+    return {"step": start.step, "announcement": start.announcement, "name": uuid.uuid4().hex[:16]}
 
 
 def _from_rank_zero(key: str, produce: Callable[[], str]) -> str:

@@ -1,11 +1,13 @@
-"""The changes made to Megatron 0.19 from outside, all of them, each with its reason. Everything else uses its hooks."""
+"""The changes made to Megatron 0.19 from outside, all of them, each with its reason; everything else uses its hooks.
+
+But for those of `loop_observers.py`, which change nothing and listen.
+"""
 
 import argparse
 import functools
 import multiprocessing
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +26,6 @@ from megatron_kaiyuan.kernels import weight_gradient
 from megatron_kaiyuan.parent_death import die_with_parent
 
 __all__ = [
-    "Evaluation",
     "Keeper",
     "end_at",
     "end_save_helper_with_its_rank",
@@ -32,8 +33,6 @@ __all__ = [
     "fuse_weight_gradients_without_apex",
     "keep_checkpoints",
     "keep_shipped_dataset_helpers",
-    "observe_evaluations",
-    "observe_steps",
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
     "use_scheduler",
@@ -82,58 +81,6 @@ def end_at(iteration: int) -> None:
     training.update_train_iters = update_train_iters
 
 
-def observe_steps(observer: Callable[..., None]) -> None:
-    """Call `observer` after Megatron's own log line of each step, with the same arguments, on all ranks.
-
-    The loop has no hook after a step that learns of its loss, its gradient norm and whether it was skipped. A later
-    call replaces the observer.
-    """
-    original = getattr(training.training_log, "__wrapped__", training.training_log)
-
-    @functools.wraps(original)
-    def logged(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        observer(*args, **kwargs)
-        return result
-
-    training.training_log = logged
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """An evaluation that the loop has made."""
-
-    iteration: int
-    model: list[Any]
-    """Chunks of this rank's model, wrapped as in training."""
-    is_last: bool
-    """After the last step, when its checkpoint is saved; nothing is trained afterwards."""
-    repeat: Callable[[str], None]
-    """Evaluates the model again, on the next samples of the loader, under another name; all ranks together."""
-
-
-def observe_evaluations(observer: Callable[[Evaluation], None]) -> None:
-    """Call `observer` after each evaluation of the loop, on all ranks.
-
-    The loop reports the mean over all validation samples and has no hook after it. A later call replaces the observer.
-    """
-    original = getattr(training.evaluate_and_print_results, "__wrapped__", training.evaluate_and_print_results)
-
-    @functools.wraps(original)
-    def evaluated(
-        prefix: str, forward_step: Any, data_iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        def repeat(name: str) -> None:
-            silent = kwargs | {"write_to_tensorboard": False}  # it would be a second value of the same step
-            original(name, forward_step, data_iterator, model, iteration, *args, **silent)
-
-        result = original(prefix, forward_step, data_iterator, model, iteration, *args, **kwargs)
-        observer(Evaluation(iteration, model, "on validation set" in prefix, repeat))
-        return result
-
-    training.evaluate_and_print_results = evaluated
-
-
 class Keeper(Protocol):
     """What `keep_checkpoints` tells and asks; see `megatron_kaiyuan.training.checkpoint_keeping`."""
 
@@ -148,6 +95,9 @@ class Keeper(Protocol):
 
     def after_save(self, iteration: int) -> None:
         """Called on all ranks; an asynchronous save may still be writing."""
+
+    def goes_on(self, iteration: int) -> None:
+        """Called on all ranks when the step has been saved, if it is to be, and another one follows."""
 
 
 def keep_checkpoints(keeper: Keeper) -> None:
@@ -179,6 +129,8 @@ def keep_checkpoints(keeper: Keeper) -> None:
             training.save_checkpoint_and_time(
                 iteration, model, optimizer, scheduler, operations, context, train_data_iterator=data
             )
+        if not leave:
+            keeper.goes_on(iteration)
         return leave
 
     @functools.wraps(delete)

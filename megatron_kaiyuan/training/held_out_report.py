@@ -26,8 +26,8 @@ class HeldOutReport:
     of: str = ""
     """Whose loss it is where it is not that of the run's own weights, such as ` of the average`."""
 
-    def after_evaluation(self, iteration: int, consumed_samples: int) -> None:
-        """Add up the losses of all ranks and tell them."""
+    def after_evaluation(self, iteration: int, consumed_samples: int, **more: object) -> None:
+        """Add up the losses of all ranks and tell them; `more` goes into the line of the file."""
         sums = {name: found for name, found in self.losses.take().items() if found.loss is not None}
         if self.write_scalar is None or not sums:
             return
@@ -36,7 +36,7 @@ class HeldOutReport:
         for name, found in sums.items():
             self._write_source(name, found, iteration)
         if self.path is not None:
-            entry = {"iteration": iteration, "consumed_samples": consumed_samples}
+            entry = {"iteration": iteration, "consumed_samples": consumed_samples, **more}
             append_metrics(self.path, entry | {"sources": {name: _plain(found) for name, found in sums.items()}})
 
     def _write_source(self, name: str, found: HeldOutSums, iteration: int) -> None:

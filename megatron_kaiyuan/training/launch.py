@@ -26,8 +26,9 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     plan_averaging,
     say_how_to_average,
 )
-from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start
+from megatron_kaiyuan.training.checkpoint_recovery import Start, agree_on_start
 from megatron_kaiyuan.training.forward_step import ForwardStep
+from megatron_kaiyuan.training.lineage import store_start
 from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
@@ -46,8 +47,9 @@ def run_pretraining() -> None:
     Raises:
         KaiyuanError: a mistake in the flags, the plan or the data; raised before any model is built.
     """
-    args, plan, saved = _configure()
+    args, plan, saved, start = _configure()
     store_record(args, plan)
+    store_start(args, saved, start.name)
     last = final_iteration(args, saved)
     setattr(args, AVERAGING, plan_averaging(args, plan, last))
     if is_complete(args, saved):
@@ -57,7 +59,7 @@ def run_pretraining() -> None:
     check_average_arguments(
         args, planned=getattr(args, AVERAGING) is not None, held_out=plan is not None and bool(plan.validation)
     )
-    keep_checkpoints(args)
+    keeper = keep_checkpoints(args)
     compat.end_at(last)
     if args.exit_signal_handler:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -76,18 +78,22 @@ def run_pretraining() -> None:
         # It recommends a config class in place of a model builder; Megatron's own class cannot hold our options.
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig", category=UserWarning)
         container = pretrain_cfg_container_from_args(args)
+    datasets = PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod)
+    held_out = None
+    if isinstance(datasets, PlanDatasetsProvider):
+        held_out = build_held_out(args, datasets.plan, datasets.evaluation_batches, keeper)
     pretrain(
         container,
-        PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod),
+        datasets,
         ModelType.encoder_or_decoder,
-        ForwardStep(build_monitor(args, plan), build_held_out(args, plan)),
+        ForwardStep(build_monitor(args, plan), held_out),
         model_provider=partial(kaiyuan_builder, args),
     )
     say_how_to_average(args)
 
 
-def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | None]:
-    """Arguments as Megatron validated them, the plan if there is one, and arguments of the run to continue."""
+def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | None, Start]:
+    """Arguments as Megatron validated them, the plan if there is one, arguments of the run to continue, the start."""
     defaults = _platform_defaults()
     first_look = parse_args(arguments_provider(defaults))
     plan = None if first_look.plan is None else Plan.load(first_look.plan)
@@ -119,7 +125,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
         if not plan.validation:
             print_rank_0("> the plan holds out no documents: no evaluation (--eval-iters 0)")
             args.eval_iters = 0
-    return args, plan, saved
+    return args, plan, saved, start
 
 
 def _platform_defaults() -> dict[str, object]:

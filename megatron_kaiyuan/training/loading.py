@@ -23,7 +23,15 @@ from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
 from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 
-__all__ = ["build_untrained", "load_model", "load_weights", "single_process_arguments", "start_single_process"]
+__all__ = [
+    "bare_model",
+    "build_untrained",
+    "load_model",
+    "load_weights",
+    "read_weights",
+    "single_process_arguments",
+    "start_single_process",
+]
 
 _ONE_RANK: dict[str, object] = {
     "tensor_model_parallel_size": 1,
@@ -96,10 +104,18 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: the checkpoint is of another model.
     """
-    bare = model
-    while hasattr(bare, "module"):  # half precision, data parallelism
-        bare = bare.module
-    wanted = bare.sharded_state_dict()
+    bare_model(model).load_state_dict(read_weights(model, checkpoint))
+
+
+def read_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a model, or one rank's part of it, would be filled with, by name; all ranks together.
+
+    Its tensors may be those of the model itself, filled in place.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    wanted = bare_model(model).sharded_state_dict()
     missing = sorted(
         {
             tensor.key
@@ -113,7 +129,14 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
             "it is of another model than its arguments say"
         )
     state = dist_checkpointing.load(wanted, str(Path(checkpoint.folder)))
-    bare.load_state_dict({name: state[name] for name in wanted})
+    return {name: state[name] for name in wanted}
+
+
+def bare_model(model: Any) -> Any:
+    """The model without what half precision and data parallelism wrap around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def load_model(checkpoint: Checkpoint) -> tuple[Any, int]:

@@ -1,17 +1,26 @@
 """Connects the run monitor and the report of held-out losses to Megatron's loop: arguments, writers, log line."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_0, print_rank_last
 
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.training import compat
+from megatron_kaiyuan.training import loop_observers
 from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
+from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.held_out_report import HeldOutReport
-from megatron_kaiyuan.training.metrics_file import average_path, check_metrics_place, held_out_path, metrics_path
+from megatron_kaiyuan.training.metrics_file import (
+    average_path,
+    check_metrics_place,
+    held_out_path,
+    metrics_path,
+    read_metrics,
+)
 from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
 from megatron_kaiyuan.training.source_counters import SourceCounters
 
@@ -44,31 +53,69 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
     )
     counters = SourceCounters(() if plan is None else tuple(plan.sources))
     monitor = RunMonitor(options, counters, _write_scalar if is_logging_rank else None, print_rank_last)
-    compat.observe_steps(_Observer(args, monitor))
+    # At construction it is not yet known where the run starts: the checkpoint is loaded later.
+    loop_observers.observe_loop(lambda _: monitor.resume(args.iteration, args.consumed_train_samples))
+    loop_observers.observe_steps(_Observer(args, monitor))
     return monitor
 
 
-def build_held_out(args: argparse.Namespace, plan: Plan | None) -> HeldOutLosses | None:
+def build_held_out(
+    args: argparse.Namespace, plan: Plan, batches: Callable[[], Any], keeper: CheckpointKeeper | None
+) -> HeldOutLosses | None:
     """Counts the held-out losses of the loop that follows, and tells them after each evaluation.
 
-    None without a plan that holds documents out.
+    None where the plan holds no documents out.
+
+    Args:
+        args: Megatron's validated arguments.
+        plan: The plan of the run.
+        batches: See `PlanDatasetsProvider.evaluation_batches`.
+        keeper: Tells when a checkpoint is saved that the plan averages.
     """
-    if plan is None or not plan.validation:
+    if not plan.validation:
         return None
     losses = HeldOutLosses(tuple(plan.sources))
     path = metrics_path(args)
     write_scalar = _write_scalar if args.rank == args.world_size - 1 else None
     report = HeldOutReport(losses, held_out_path(path) if path else None, write_scalar, print_rank_last)
-    of_average = HeldOutReport(losses, average_path(path) if path else None, write_scalar, print_rank_last, _OF_AVERAGE)
-    average = AverageEvaluation(args.save, print_rank_0) if args.kaiyuan_evaluate_average else None
+    average = _build_average(args, losses, batches, keeper) if args.kaiyuan_evaluate_average else None
 
-    def observe(evaluation: compat.Evaluation) -> None:
+    def observe(evaluation: loop_observers.Evaluation) -> None:
         report.after_evaluation(evaluation.iteration, args.consumed_train_samples)
-        if average is not None and evaluation.is_last and average(evaluation):
-            of_average.after_evaluation(evaluation.iteration, args.consumed_train_samples)
+        if average is not None and evaluation.is_last:
+            average.at_end(evaluation)
 
-    compat.observe_evaluations(observe)
+    loop_observers.observe_evaluations(observe)
     return losses
+
+
+def _build_average(
+    args: argparse.Namespace, losses: HeldOutLosses, batches: Callable[[], Any], keeper: CheckpointKeeper | None
+) -> AverageEvaluation:
+    """Evaluates the average at the end of the run and, where it is to, after each checkpoint that the plan averages."""
+    metrics, planned = metrics_path(args), getattr(args, AVERAGING)
+    path = average_path(metrics) if metrics else None
+    write_scalar = _write_scalar if args.rank == args.world_size - 1 else None
+    report = HeldOutReport(losses, path, write_scalar, print_rank_last, _OF_AVERAGE)
+
+    def tell(iterations: Sequence[int]) -> None:
+        report.after_evaluation(iterations[-1], args.consumed_train_samples, averaged=list(iterations))
+
+    average = AverageEvaluation(
+        args.save, planned["iterations"], planned["weights"], batches, tell, losses.take, print_rank_0
+    )
+    if args.kaiyuan_evaluate_average == "always" and keeper is not None:
+        keeper.listen(average.when_saved)
+        loop_observers.observe_loop(
+            lambda loop: average.start(
+                loop, args.iteration, told=write_scalar is not None and _holds(path, args.iteration)
+            )
+        )
+    return average
+
+
+def _holds(path: Path | None, iteration: int) -> bool:
+    return path is not None and any(entry["iteration"] == iteration for entry in read_metrics(path))
 
 
 def _write_scalar(name: str, value: float, iteration: int) -> None:
@@ -86,7 +133,6 @@ class _Observer:
     def __init__(self, args: argparse.Namespace, monitor: RunMonitor) -> None:
         self._args = args
         self._monitor = monitor
-        self._resumed = False
 
     def __call__(
         self,
@@ -101,10 +147,6 @@ class _Observer:
         *_others: object,
         **_more: object,
     ) -> None:
-        if not self._resumed:
-            # The loop's own count; at construction it is not yet known, since the checkpoint is loaded later.
-            self._resumed = True
-            self._monitor.resume(iteration - 1, self._args.consumed_train_samples - self._args.global_batch_size)
         loss = loss_dict.get("lm loss")
         self._monitor.after_step(
             StepReport(

@@ -1,8 +1,8 @@
 """Datasets of a plan, in the shape Megatron's loop asks for them."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import is_first_or_last_pipeline_stage, print_rank_0
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.training.samples import SampleOptions, make_sample
@@ -58,7 +58,8 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
     """Held-out windows of one or several sources, evenly interleaved.
 
     The loop asks for ever new validation samples. Here number `i` is window `i` modulo `samples_per_evaluation`, so
-    that each evaluation of a run, and of a resumed run, sees the same text and their losses compare.
+    that each evaluation of a run, and of a resumed run, sees the same text and their losses compare. An evaluation that
+    asks for more windows than there are starts over within itself.
     """
 
     split = Split.valid
@@ -76,13 +77,14 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
             sources: Held-out windows of each source, by its number in the plan.
             options: Document boundaries.
             num_samples: Length of this dataset, over all evaluations of the run; None: each window once.
-            samples_per_evaluation: Windows of one evaluation; not more than there are.
+            samples_per_evaluation: Windows of one evaluation.
         """
         self.numbers, self.sources = list(sources), list(sources.values())
         self.options = options
         self.order = spread_evenly([len(source) for source in self.sources])
         self.period = min(samples_per_evaluation, len(self.order)) if num_samples is not None else len(self.order)
         self.num_samples = len(self.order) if num_samples is None else num_samples
+        self.cycle = len(self.order) if num_samples is None else samples_per_evaluation
 
     def __len__(self) -> int:
         return self.num_samples
@@ -93,7 +95,7 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
         `dataset_id` is the number of its source in the plan, int64 scalar; `token_bands` the quantile band of each
         predicted token, int8 `[seq_length]`, -1 for none.
         """
-        source, window = self.order[index % self.period].tolist()
+        source, window = self.order[index % self.cycle % self.period].tolist()
         sample = make_sample(self.sources[source][window]["tokens"], self.options)
         sample["dataset_id"] = torch.tensor(self.numbers[source])
         sample["token_bands"] = torch.from_numpy(self.sources[source].bands(window))
@@ -135,13 +137,43 @@ class PlanDatasetsProvider:
         self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
     ) -> tuple[PlanSamples | None, HeldOutSamples | list[HeldOutSamples] | None, None]:
         """Train, validation and test datasets; a plan has no test documents."""
-        if not is_first_or_last_pipeline_stage(vp_stage) or parallel_state.get_tensor_model_parallel_rank() != 0:
+        if not self._feeds(vp_stage):
             return None, None, None
         return PlanSamples(CurriculumDataset(self.plan), self.options), self._validation(num_samples[1]), None
 
-    def _validation(self, num_samples: int | None) -> HeldOutSamples | list[HeldOutSamples] | None:
+    def evaluation_batches(self) -> Any:
+        """The micro-batches of one evaluation for this rank: the windows that each evaluation of the run sees.
+
+        They are read here and now, and draw no random numbers, which starting a data loader would do.
+
+        Returns:
+            An iterator; None on a rank that feeds no model stage; a list of these with a virtual pipeline.
+        """
+        stages = self.args.virtual_pipeline_model_parallel_size
+        return self._batches(None) if stages is None else [self._batches(stage) for stage in range(stages)]
+
+    def _batches(self, vp_stage: int | None) -> Iterator[dict[str, Tensor]] | None:
+        if not self._feeds(vp_stage):
+            return None
+        samples = HeldOutSamples(self._held_out_sources(), self.options, wanted := self._wanted(), wanted)
+        size = self.args.eval_micro_batch_size
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        starts = range(rank * size, wanted, ranks * size)  # as Megatron's sampler deals them out
+        return (default_collate([samples[start + place] for place in range(size)]) for start in starts)
+
+    def _feeds(self, vp_stage: int | None) -> bool:
+        return bool(is_first_or_last_pipeline_stage(vp_stage) and parallel_state.get_tensor_model_parallel_rank() == 0)
+
+    def _wanted(self) -> int:
+        """Samples of one evaluation."""
+        return int(self.args.eval_iters * self.args.eval_global_batch_size)
+
+    def _held_out_sources(self) -> dict[int, HeldOutDataset]:
         numbers = {name: number for number, name in enumerate(self.plan.sources)}
-        sources = {numbers[name]: HeldOutDataset(self.plan, name) for name in self.plan.validation}
+        return {numbers[name]: HeldOutDataset(self.plan, name) for name in self.plan.validation}
+
+    def _validation(self, num_samples: int | None) -> HeldOutSamples | list[HeldOutSamples] | None:
+        sources = self._held_out_sources()
         if not sources:
             return None
         if self.args.multiple_validation_sets:
@@ -149,12 +181,10 @@ class PlanDatasetsProvider:
         return self._held_out(sources, num_samples)
 
     def _held_out(self, sources: Mapping[int, HeldOutDataset], num_samples: int | None) -> HeldOutSamples:
-        wanted = self.args.eval_iters * self.args.eval_global_batch_size if num_samples is not None else 0
+        wanted = self._wanted() if num_samples is not None else 0
         if num_samples is not None:
             # The loop plans with the present --eval-interval, and starts after what evaluations at another one took.
             num_samples += self.args.consumed_valid_samples
-            if self.args.kaiyuan_evaluate_average:
-                num_samples += wanted  # one evaluation more than the loop plans for
         samples = HeldOutSamples(sources, self.options, num_samples, wanted)
         if samples.period < wanted:
             print_rank_0(

@@ -8,11 +8,14 @@ import pytest
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
 from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING
+from megatron_kaiyuan.training.metrics_file import read_metrics
 from megatron_kaiyuan.training.scheduler import learning_rate_at
-from tests.functional_tests.training_run import BATCH, train_well, write_corpus
+from tests.functional_tests.training_run import BATCH, TRAINING_FLAGS, train_well, write_corpus
 
 SAVED = 3
 """Steps of `BATCH` samples before the change: half of the plan."""
+SEQ_LENGTH = 32
+"""Of the plan."""
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,18 @@ def test_all_samples_are_seen_with_a_larger_batch_and_with_a_smaller(
     assert finished.logged("learning-rate") == pytest.approx(rates, rel=1e-6)
     again = train_well(tmp_path, *flags, "--global-batch-size", str(batch))
     assert "the run is complete" in again.output
+
+
+def test_the_first_line_after_a_resume_counts_the_tokens_of_its_steps(tmp_path: Path) -> None:
+    """Two lines of steps of 4 samples, and of 8 from the 17th sample on; resumed in the midst of both."""
+    plan = write_corpus(tmp_path)
+    flags = ("--plan", str(plan), "--save", "saved", "--load", "saved", "--save-interval", "100", "--log-interval", "2")
+    fixed = TRAINING_FLAGS.index("--global-batch-size")
+    batch = ["--step-batch-size-schedule", f"0:4 {16 * SEQ_LENGTH}:8", "--eval-global-batch-size", str(BATCH)]
+    training = [*TRAINING_FLAGS[:fixed], *TRAINING_FLAGS[fixed + 2 :], *batch]
+    for step in ("3", "5", "8"):
+        train_well(tmp_path, *flags, "--exit-interval", step, training=training)
+    lines = read_metrics(tmp_path / "saved" / "metrics.jsonl")
+    assert [(line["iteration"], line["consumed_samples"]) for line in lines] == [(2, 8), (4, 16), (6, 32), (8, 48)]
+    # Step 3 was saved and in no line, so the line of step 4 has its own tokens alone; so has that of step 6.
+    assert [line["tokens"] for line in lines] == [8 * SEQ_LENGTH, 4 * SEQ_LENGTH, 8 * SEQ_LENGTH, 16 * SEQ_LENGTH]

@@ -88,7 +88,7 @@ def test_a_run_killed_and_signalled_again_and_again_ends_bit_for_bit_alike(
     assert "exiting program after receiving SIGTERM" in output, output[-3000:]
     assert second < saved_step(tmp_path) < STEPS
     workers = ("--num-workers", "2")  # loader processes that a resumed run starts in the midst of a phase
-    output, _ = run_until(tmp_path, "never printed", 0, *rarely, *workers, "--kaiyuan-evaluate-average")
+    output, _ = run_until(tmp_path, "never printed", 0, *rarely, *workers, "--kaiyuan-evaluate-average", "always")
     assert different_tensors(undisturbed[0], tmp_path, STEPS) == []
     assert "validation loss at the average of the checkpoints that the plan names, in saved-averaged/" in output
     assert "held-out loss of the average at step 48 by source (by quantile band): scored " in output
@@ -99,7 +99,7 @@ def assert_average_was_evaluated(folder: Path, plan: Path) -> None:
     """The losses that the run told of the average are those of the average on disk, evaluated by itself."""
     manifest = json.loads((folder / "saved-averaged" / "iter_0000048" / "average.json").read_text())
     assert [part["iteration"] for part in manifest["checkpoints"]] == [44, 46, 48]
-    [told] = read_metrics(average_path(folder / "saved" / "metrics.jsonl"))
+    *_, told = read_metrics(average_path(folder / "saved" / "metrics.jsonl"))
     *_, last = read_metrics(held_out_path(folder / "saved" / "metrics.jsonl"))
     windows = spread_evenly([len(HeldOutDataset(plan, name)) for name in told["sources"]])[:BATCH, 0].tolist()
     for name, found in told["sources"].items():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,17 +86,18 @@ class Finished:
         return {event.step: event.value for event in accumulator.Scalars(name)}
 
 
-def train(folder: Path, *flags: str, processes: int = 1) -> Finished:
+def train(folder: Path, *flags: str, processes: int = 1, training: Sequence[str] = TRAINING_FLAGS) -> Finished:
     """Run `python -m megatron_kaiyuan.pretrain`, under torchrun when there are several processes.
 
     Args:
         folder: Receives the TensorBoard events.
         *flags: After the flags of the tiny model.
         processes: Number of ranks.
+        training: Flags of its training.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     events = folder / "events"
-    command = [sys.executable, *launcher, "-m", "megatron_kaiyuan.pretrain", *MODEL_FLAGS, *TRAINING_FLAGS]
+    command = [sys.executable, *launcher, "-m", "megatron_kaiyuan.pretrain", *MODEL_FLAGS, *training]
     command += ["--tensorboard-dir", str(events), *flags]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -116,18 +118,18 @@ def train(folder: Path, *flags: str, processes: int = 1) -> Finished:
     return Finished(process.returncode, output, events)
 
 
-def train_well(folder: Path, *flags: str, processes: int = 1) -> Finished:
+def train_well(folder: Path, *flags: str, processes: int = 1, training: Sequence[str] = TRAINING_FLAGS) -> Finished:
     """`train`, which must succeed."""
-    finished = train(folder, *flags, processes=processes)
+    finished = train(folder, *flags, processes=processes, training=training)
     assert finished.returncode == 0, finished.output[-6000:]
     return finished
 
 
-def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+def saved_tensors(checkpoint: Path, *, random_states: bool = False) -> dict[str, torch.Tensor]:
     """Weights, master weights and optimizer state of a torch_dist checkpoint under their global names.
 
-    Not the random state: starting a data loader draws from torch's CPU generator, on every platform, so a run that
-    started twice has drawn once more. Nothing else draws without dropout.
+    The random states only if asked for: starting a data loader draws from torch's CPU generator, on every platform, so
+    a run that started twice has drawn once more. Nothing else draws without dropout.
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -135,7 +137,7 @@ def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     dcp_to_torch_save(checkpoint, whole)
     found: dict[str, torch.Tensor] = {}
     _collect(torch.load(whole, weights_only=False), "", found)
-    return {name: tensor for name, tensor in found.items() if not name.startswith("/rng_state")}
+    return {name: tensor for name, tensor in found.items() if random_states or not name.startswith("/rng_state")}
 
 
 def _collect(value: object, name: str, found: dict[str, torch.Tensor]) -> None:

@@ -104,7 +104,7 @@ def test_planned_checkpoints_are_those_that_the_run_recorded(tmp_path: Path) -> 
     assert [checkpoint.iteration for checkpoint in chosen] == [10, 20]
     assert weights == "wma"
     iteration_folder(tmp_path, 10).rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="of which 10 are not there: finish the run"):
+    with pytest.raises(ConfigError, match="of which 10 are not there, the run being at 20: finish it"):
         choose_planned(tmp_path)
 
 

@@ -1,0 +1,40 @@
+"""Which starts of a run led to a checkpoint, so that those of an abandoned attempt are told from its own.
+
+A run that is resumed from an older checkpoint leaves the newer ones behind, in the same folder, until it has come that
+far itself. They have the right names, model, seed and data, and other weights.
+"""
+
+import argparse
+
+__all__ = ["STARTS", "comes_from", "store_start"]
+
+STARTS = "kaiyuan_starts"
+"""Name of the argument that holds `[iteration, id]` of each start up to a checkpoint; None: they are not known."""
+
+
+def store_start(args: argparse.Namespace, saved: argparse.Namespace | None, start: str | None) -> None:
+    """Let every checkpoint of this run say which starts led to it.
+
+    Args:
+        args: Validated arguments of this run.
+        saved: Arguments of the run that it continues, if it does.
+        start: Names this start, the same on all ranks; None where the ranks have not agreed on one.
+    """
+    earlier = getattr(saved, STARTS, None) or []
+    here = 0 if saved is None else int(saved.iteration)
+    setattr(args, STARTS, None if start is None else [*earlier, [here, start]])
+
+
+def comes_from(later: argparse.Namespace, earlier: argparse.Namespace, iteration: int) -> bool:
+    """Whether a checkpoint was trained on from an earlier one; true where it cannot be told.
+
+    Args:
+        later: Arguments in the later checkpoint.
+        earlier: Arguments in the earlier one.
+        iteration: That of the earlier one.
+    """
+    led_to_later, led_to_earlier = getattr(later, STARTS, None), getattr(earlier, STARTS, None)
+    if led_to_later is None:
+        return True
+    before = [start for start in led_to_later if start[0] < iteration]
+    return before == (led_to_earlier or [])
