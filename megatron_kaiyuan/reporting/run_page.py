@@ -30,9 +30,7 @@ _READ_HELD_OUT = (
     "Loss on documents that no phase shows, the same ones at each evaluation. Right, by tenths of a source's documents "
     "from the lowest scores to the highest: the last evaluation, and dotted the first one."
 )
-_READ_AVERAGE = (
-    " Stars: the average of the checkpoints that the plan averages, as far as they were saved by then."
-)
+_READ_AVERAGE = " Stars: the average of the checkpoints that the plan averages, as far as they were saved by then."
 _READ_ACTIVATIONS = (
     "The largest absolute value in each layer when it was metered: red is near 65,504, where FP16 ends, crosses were "
     "not finite. Below, how many times larger the largest one could still grow; a trend matters more than the level."
