@@ -6,10 +6,10 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test lint format types check clean distclean
+.PHONY: help env demo test lint format types check check-slow clean distclean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 env:  ## prepare .venv: find Python 3.12, create, install
 	@bash tools/dev/env.sh
@@ -33,6 +33,9 @@ types: env  ## mypy --strict
 
 # The tests come last: the last line of a run is then pytest's summary.
 check: lint types test  ## everything that CI runs
+
+check-slow: env  ## the tests that take minutes, which the others leave out
+	@SLOW_TESTS=1 $(PYTHON_IN_VENV) -m pytest -m slow $(ARGS)
 
 clean:  ## remove caches, builds and the demo's output; keep .venv
 	@rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
