@@ -16,6 +16,7 @@ from megatron_kaiyuan.data.permutation import derive_key
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec, PhaseSpec
 from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.data.selection import Keep
+from megatron_kaiyuan.data.source import sources_at_once
 from megatron_kaiyuan.data.stream import Stream, thinned
 from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError
@@ -118,6 +119,7 @@ def build_phase(
     built = side_by_side(
         lambda item: _build_stream(spec, item[0], item[1], sources[item[0]], seq_length, seed),
         list(spec.sources.items()),
+        most=sources_at_once(sources[name].source for name in spec.sources),
     )
     streams = dict(zip(spec.sources, built, strict=True))
     natural = np.array([stream.num_windows for stream in streams.values()], dtype=np.int64)

@@ -10,6 +10,7 @@ from megatron_kaiyuan.data.interleave import prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
+from megatron_kaiyuan.data.source import sources_at_once
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ResumeError
@@ -22,7 +23,8 @@ _FORMAT = "megatron_kaiyuan.order/1"
 def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:
     """Plain data that two plans share exactly when they show the same samples in the same order."""
     used = dict.fromkeys(name for phase in phases for name in phase.streams)
-    side_by_side(lambda name: opened[name].content, list(used))  # and kept there: each one probes its files
+    most = sources_at_once(opened[name].source for name in used)
+    side_by_side(lambda name: opened[name].content, list(used), most)  # and kept there: each one probes its files
     return {
         "format": _FORMAT,
         "seq_length": spec.seq_length,

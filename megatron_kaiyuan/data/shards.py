@@ -97,13 +97,16 @@ class Shard:
                     raise ShardError(f"{self.prefix}.idx: became shorter while it was read; copy it again")
                 left = left[done:]
 
-    def read_tokens(self, first: int, count: int) -> NDArray[np.int64]:
-        """Read some tokens without mapping the file, int64 `[count]`."""
+    def read_tokens(self, first: int, count: int) -> NDArray[Any]:
+        """Read some tokens without mapping the file, `[count]` of the shard's dtype.
+
+        The first touch of a map can make the kernel read megabytes around it; this reads what it is asked for.
+        """
         with Path(f"{self.prefix}.bin").open("rb", buffering=0) as tokens:
             raw = os.pread(tokens.fileno(), count * self.dtype.itemsize, first * self.dtype.itemsize)
         if len(raw) < count * self.dtype.itemsize:
             raise ShardError(f"{self.prefix}.bin: became shorter while it was read; copy it again")
-        return np.frombuffer(raw, dtype=self.dtype).astype(np.int64)
+        return np.frombuffer(raw, dtype=self.dtype)
 
     def _index(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Lengths and pointers, views of one map."""

@@ -1,7 +1,7 @@
 """A source: the documents of many shards, numbered in storage order as if they were one."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.build_check import mixed_keys, require_whole_folder
-from megatron_kaiyuan.data.maps import look_up
+from megatron_kaiyuan.data.maps import look_up, open_maps
 from megatron_kaiyuan.data.score_files import kept_scores, load_score_sidecar
 from megatron_kaiyuan.data.shards import Shard, open_shard, refuse_duplicates, resolve_item
 from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ShardError
 
-__all__ = ["Segment", "Source", "open_source", "open_sources"]
+__all__ = ["Segment", "Source", "open_source", "open_sources", "sources_at_once"]
 
+_MAPS_OF_A_SHARD = 2  # index and scores; tokens are probed without a map
 _MANY_LOOK_UPS = 2048
 """From so many on, threads are worth starting for them."""
 
@@ -97,14 +98,11 @@ class Source:
             number += 1
 
     def probe_tokens(self, token: int, count: int) -> NDArray[np.int64]:
-        """`count` stored tokens from number `token` on, within one shard.
-
-        They are read and not mapped: the first touch of a mapped file can make the kernel read megabytes around it.
-        """
+        """`count` stored tokens from number `token` on, within one shard, read and not mapped; int64 `[count]`."""
         if not count:
             return np.empty(0, dtype=np.int64)
         number = bisect_right(self._token_offset_list, token) - 1
-        return self.shards[number].read_tokens(token - self._token_offset_list[number], count)
+        return self.shards[number].read_tokens(token - self._token_offset_list[number], count).astype(np.int64)
 
     def read_pieces(self, tokens: list[int], sizes: list[int], out: NDArray[np.int64]) -> None:
         """Fill `out` with several pieces one after another: `sizes[i]` stored tokens from number `tokens[i]` on."""
@@ -211,6 +209,15 @@ class Source:
     def _shards_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """The number of the shard of each document."""
         return self.document_offsets.searchsorted(documents, side="right") - 1
+
+
+def sources_at_once(sources: Iterable[Source]) -> int:
+    """How many sources may be looked up side by side so that the maps of all of them stay open.
+
+    With more, each would close the maps of the others, and mapping again costs more than waiting in turn.
+    """
+    shards = max((len(source.shards) for source in sources), default=0)
+    return open_maps().limit // max(1, _MAPS_OF_A_SHARD * shards)
 
 
 def open_source(name: str, shards: str | Sequence[str]) -> Source:

@@ -15,16 +15,23 @@ _MOST_AT_ONCE = 8  # items a thread takes at a time: warm files are read faster 
 _own = threading.local()
 
 
-def side_by_side[Item, Result](work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def side_by_side[Item, Result](
+    work: Callable[[Item], Result], items: Sequence[Item], most: int = _THREADS
+) -> list[Result]:
     """`[work(item) for item in items]`, several at a time; the error raised is that of the first item that has one.
 
     Called from within `work` it starts no further threads, so that nested calls stay at 16 threads in all.
+
+    Args:
+        work: called once for each item.
+        items: as `work` takes them.
+        most: how many at a time, if fewer than 16; 1: one after the other, in this thread.
     """
-    if len(items) < 2 or getattr(_own, "busy", False):
+    if len(items) < 2 or most < 2 or getattr(_own, "busy", False):
         return [work(item) for item in items]
     size = max(1, min(_MOST_AT_ONCE, len(items) // _THREADS))
     pieces = [items[first : first + size] for first in range(0, len(items), size)]
-    with ThreadPoolExecutor(min(_THREADS, len(pieces)), initializer=_mark_busy) as pool:
+    with ThreadPoolExecutor(min(most, _THREADS, len(pieces)), initializer=_mark_busy) as pool:
         done = pool.map(lambda piece: [work(item) for item in piece], pieces)
         return [result for piece in done for result in piece]
 

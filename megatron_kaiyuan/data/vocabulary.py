@@ -139,9 +139,13 @@ def largest_token_id(shard: Shard, most: int = _FULL_SCAN_TOKENS) -> int:
 
     Probes can miss a rare id: shards of that size should have a manifest. A negative id counts as a huge one.
     """
-    data = shard.token_data.view(np.dtype(f"u{shard.dtype.itemsize}"))
     if shard.tokens <= most:
-        return max((int(data[start : start + _CHUNK].max()) for start in range(0, len(data), _CHUNK)), default=-1)
-    size = min(most, _PROBED_TOKENS) // _PROBES
-    starts = np.linspace(0, len(data) - size, _PROBES).astype(np.int64)
-    return max(int(data[start : start + size].max()) for start in starts)
+        starts, size = np.arange(0, shard.tokens, _CHUNK), _CHUNK
+    else:
+        size = min(most, _PROBED_TOKENS) // _PROBES
+        starts = np.linspace(0, shard.tokens - size, _PROBES).astype(np.int64)
+    largest = (
+        shard.read_tokens(start, min(size, shard.tokens - start)).view(f"u{shard.dtype.itemsize}").max()
+        for start in starts.tolist()
+    )
+    return max(map(int, largest), default=-1)
