@@ -11,6 +11,7 @@ FP32 and rounded once: `cpu_products.py`.
 """
 
 import contextlib
+import ctypes
 import importlib
 import os
 import sys
@@ -24,9 +25,14 @@ from torch.overrides import TorchFunctionMode
 from megatron_kaiyuan.cpu_products import multiply_half_in_float
 from megatron_kaiyuan.errors import ConfigError
 
-__all__ = ["CPU_ARGUMENT_DEFAULTS", "install", "is_installed"]
+__all__ = ["CPU_ARGUMENT_DEFAULTS", "install", "is_installed", "keep_freed_memory"]
 
 _MARK = "_kaiyuan_cpu_platform"
+
+# Numbers of glibc's malloc.h: how many allocations may be mappings of their own; from how many free bytes at its end
+# the heap shrinks (-1: never).
+_MALLOPT_MMAP_MAX = -4
+_MALLOPT_TRIM_THRESHOLD = -1
 
 CPU_ARGUMENT_DEFAULTS: dict[str, object] = {
     # NCCL moves data between GPUs only.
@@ -81,6 +87,19 @@ def install() -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     setattr(torch.cuda, _MARK, True)
     return True
+
+
+def keep_freed_memory() -> None:
+    """Let glibc use the memory of freed tensors again; for training, where the same sizes come with each step.
+
+    It asks the system anew for each large one, whose pages the kernel then clears one by one: a fifth of a step of the
+    demo. The price is memory: its largest process grew by a quarter (docs/lab-notes.md), and what reads large
+    checkpoints piece by piece would keep pieces. Other libraries of C have no such switch, or ignore it.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MALLOPT_MMAP_MAX, 0)
+        set_option(_MALLOPT_TRIM_THRESHOLD, -1)
 
 
 class _SendToCpu(TorchFunctionMode):

@@ -20,7 +20,8 @@ def main() -> int:
         0 when the run is done; 1 after a mistake in the flags, the plan or the data, explained on stderr.
     """
     store = _stand_alone_unless_launched()  # noqa: F841 - held until the run ends
-    cpu_platform.install()
+    if cpu_platform.install():
+        cpu_platform.keep_freed_memory()
     with quiet_megatron_import():
         # Not before: importing Megatron reads what the CPU platform replaces.
         from megatron_kaiyuan.training.launch import run_pretraining

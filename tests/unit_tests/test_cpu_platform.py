@@ -1,6 +1,8 @@
 """The CPU platform is there exactly when it is needed, and a machine with CUDA never notices it."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_kaiyuan import cpu_platform
 from tests.helpers import run_distributed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -82,6 +85,27 @@ def test_installing_after_megatron_is_refused() -> None:
     finished = run_python("import megatron.core\nfrom megatron_kaiyuan import cpu_platform\ncpu_platform.install()\n")
     assert finished.returncode == 1
     assert "ConfigError: the CPU platform was asked for after megatron.core had been imported" in finished.stderr
+
+
+def _page_faults(rank: int) -> int:
+    """Faults of the kernel's pages while a tensor of 64 MiB is made and freed ten times.
+
+    Not from the first time on: small things may settle in the memory of the first ones.
+    """
+    cpu_platform.keep_freed_memory()
+    for _ in range(30):
+        torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is the library of C that can be told")
+def test_the_memory_of_freed_tensors_is_used_again() -> None:
+    """Each would cost 16 384 faults, or 32 where the system gives pages of 2 MiB."""
+    assert run_distributed(_page_faults, 1)[0] < 100
 
 
 def _answers(rank: int) -> None:
