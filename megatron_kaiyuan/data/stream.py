@@ -96,7 +96,7 @@ class Stream:
         passes = self.pass_of_window(samples)
         within = samples - self.pass_windows[passes]
         permuted = within < self._inner_windows[passes]
-        for number in np.unique(passes).tolist():
+        for number in sorted(set(passes.tolist())):
             where = permuted & (passes == number)
             result[where] = int(self.pass_windows[number]) + self._permutation(number).many(within[where])
         return result
