@@ -43,30 +43,39 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, 
     """
     tokens, labels = window[:-1], window[1:]
     length = len(tokens)
-    ends = tokens == options.eod_token if options.eod_token is not None else np.zeros(length, dtype=bool)
-    position_ids = np.arange(length, dtype=np.int64)
-    starts = _document_starts(ends, position_ids)
+    # Most runs keep no documents apart: what only these options need is half the work of a sample.
+    ends = tokens == options.eod_token if _needs_ends(options) else None
+    loss_mask, positions = torch.ones(length), torch.arange(length)
+    starts = None if ends is None else torch.from_numpy(_document_starts(ends))
+    if ends is not None and options.eod_mask_loss:
+        loss_mask[torch.from_numpy(ends)] = 0.0
     sample = {
         "tokens": torch.from_numpy(tokens.copy()),
         "labels": torch.from_numpy(labels.copy()),
-        "loss_mask": torch.from_numpy(np.where(ends & options.eod_mask_loss, 0.0, 1.0).astype(np.float32)),
-        "position_ids": torch.from_numpy(position_ids - starts if options.reset_position_ids else position_ids),
+        "loss_mask": loss_mask,
+        "position_ids": positions - starts if options.reset_position_ids and starts is not None else positions,
     }
     if options.create_attention_mask:
-        first_visible = starts if options.reset_attention_mask else np.zeros(length, dtype=np.int64)
-        sample["attention_mask"] = torch.from_numpy(_hidden(position_ids, first_visible)[None])
+        first_visible = starts if options.reset_attention_mask and starts is not None else torch.zeros_like(positions)
+        sample["attention_mask"] = _hidden(positions, first_visible)[None]
     return sample
 
 
-def _document_starts(ends: NDArray[np.bool_], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+def _needs_ends(options: SampleOptions) -> bool:
+    resets = options.reset_position_ids or options.reset_attention_mask
+    return options.eod_token is not None and (options.eod_mask_loss or resets)
+
+
+def _document_starts(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Position at which the document of each token starts, `[s]`; the window's first document starts at 0."""
-    after_end = np.concatenate([[False], ends[:-1]])
-    return np.maximum.accumulate(np.where(after_end, positions, 0))
+    starts = np.zeros(len(ends), dtype=np.int64)
+    after_end = np.flatnonzero(ends[:-1]) + 1
+    starts[after_end] = after_end
+    return np.maximum.accumulate(starts)
 
 
-def _hidden(positions: NDArray[np.int64], first_visible: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _hidden(positions: Tensor, first_visible: Tensor) -> Tensor:
     """Entry [query, key] is true where the key comes later, or before the query's first visible position."""
     later = positions[None, :] > positions[:, None]
     earlier_document = positions[None, :] < first_visible[:, None]
-    hidden: NDArray[np.bool_] = later | earlier_document
-    return hidden
+    return later | earlier_document
