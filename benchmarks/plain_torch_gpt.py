@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_kaiyuan.cpu_products import multiply_half_in_float
+
 __all__ = ["Job", "PlainGpt", "Shape", "Trainer", "main"]
 
 
@@ -202,6 +204,8 @@ def main() -> None:
     job = Job(**{field.name: given[field.name] for field in fields(Job)})
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
+    if job.dtype == "float16" and not torch.cuda.is_available():
+        multiply_half_in_float()  # as our training does: torch's own FP16 products say nothing about the rest
     trainer = Trainer(shape, job)
     seconds = []
     for _ in range(job.steps):
