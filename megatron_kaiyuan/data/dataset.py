@@ -19,6 +19,8 @@ from megatron_kaiyuan.errors import PlanError
 __all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance", "band_name"]
 
 _BLOCK = 1024
+_NEAR_IN_A_ROW = 3
+"""So many samples, each near the one before, are no random access: in a small plan one or two happen to be near."""
 
 
 def band_name(number: int) -> str:
@@ -52,7 +54,7 @@ class CurriculumDataset:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self._source_numbers = {name: number for number, name in enumerate(self.plan.sources)}
         self._block: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._last: tuple[int, tuple[Phase, int, int]] | None = None
+        self._last: tuple[int, tuple[Phase, int, int], int] | None = None
 
     def __len__(self) -> int:
         return self.plan.num_samples
@@ -95,15 +97,15 @@ class CurriculumDataset:
         phase, number, window = self._place(sample)
         name, stream = phase.source_list[number], phase.stream_list[number]
         opened = self.plan.opened[name]
-        tokens = np.zeros(NUM_BANDS, dtype=np.int64)
         if opened.spec.score is None:
-            return tokens
+            return np.zeros(NUM_BANDS, dtype=np.int64)
+        counts = np.zeros(NUM_BANDS)  # of float64, as bincount adds: exact far beyond the tokens of a window
         ranked, total = stream.selected.order.ranked, opened.source.num_documents
         for pieces in stream.pieces(window):
             bands = pieces.positions * NUM_BANDS // total if ranked else opened.bands_of(pieces.documents)
-            np.add.at(tokens, bands, pieces.sizes)
-        tokens[bands[-1]] -= 1  # the last token is a target only
-        return tokens
+            counts += np.bincount(bands, weights=pieces.sizes, minlength=NUM_BANDS)
+        counts[bands[-1]] -= 1  # the last token is a target only
+        return counts.astype(np.int64)
 
     def _quantile(self, name: str, stream: Stream, window: int) -> tuple[float, float] | None:
         source = self.plan.opened[name]
@@ -129,18 +131,19 @@ class CurriculumDataset:
         last = self._last  # one attribute, read once and set once: threads may share the dataset
         if last is not None and last[0] == sample:  # its tokens, its source and its bands are asked for one by one
             return last[1]
-        place = self._find(sample, near=last is not None and abs(sample - last[0]) < _BLOCK)
-        self._last = sample, place
+        near = last[2] + 1 if last is not None and abs(sample - last[0]) < _BLOCK else 0
+        place = self._find(sample, ordered=near >= _NEAR_IN_A_ROW)
+        self._last = sample, place, near
         return place
 
-    def _find(self, sample: int, *, near: bool) -> tuple[Phase, int, int]:
-        """`near`: to the last sample, so that others of its block will follow."""
+    def _find(self, sample: int, *, ordered: bool) -> tuple[Phase, int, int]:
+        """`ordered`: samples are asked for in order, as far as one can tell, and others of the block will follow."""
         phase = self.plan.phase_of(sample)
         local = sample - phase.first_sample
         block = (phase.first_sample, local // _BLOCK)
         current = self._block
         if current is None or current[0] != block:
-            if not near:  # random access: one sample is cheaper than its block
+            if not ordered:  # random access: one sample is cheaper than its block
                 return phase, *phase.sample(local)
             start = block[1] * _BLOCK
             current = (block, *phase.block(start, min(start + _BLOCK, phase.num_samples)))

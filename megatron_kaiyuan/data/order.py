@@ -141,6 +141,7 @@ class RankedOrder:
         self.index = index
         self.score = score
         self.block = block_size(source.num_documents, 1 << 18)
+        self._last: tuple[int, int, Pieces] | None = None
 
     @property
     def num_documents(self) -> int:
@@ -181,10 +182,15 @@ class RankedOrder:
 
     def pieces(self, token: int, count: int) -> Pieces:
         """Pieces of documents, in rank order."""
+        last = self._last  # one attribute, read once and set once: threads may share the order
+        if last is not None and last[0] == token and last[1] == count:  # first the tokens are read, then the bands
+            return last[2]
         window = self._window(token, count)
         ends = window.first_token + window.lengths.cumsum()
         positions = np.arange(window.first_position, window.first_position + len(ends))
-        return _cut(window.documents, positions, ends - window.lengths, ends, token, count)
+        found = _cut(window.documents, positions, ends - window.lengths, ends, token, count)
+        self._last = token, count, found
+        return found
 
     def segments(self, token: int, count: int) -> list[Segment]:
         """The same in terms of shards."""
@@ -208,7 +214,12 @@ def _cut(
     count: int,
 ) -> Pieces:
     """What `count` tokens from `token` on have of documents that begin and end at these tokens."""
-    used = (ends > token) & (starts < token + count) & (ends > starts)
+    # Starts and ends ascend, so that what is used is a slice, but for empty documents in it.
+    used: slice | NDArray[np.bool_] = slice(
+        int(ends.searchsorted(token, side="right")), int(starts.searchsorted(token + count, side="left"))
+    )
+    if not (ends[used] > starts[used]).all():
+        used = (ends > token) & (starts < token + count) & (ends > starts)
     starts, ends = starts[used], ends[used]
     return Pieces(
         documents[used], positions[used], np.maximum(token - starts, 0), np.minimum(token + count, ends) - starts

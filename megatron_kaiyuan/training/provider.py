@@ -49,7 +49,7 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
         int64 `[NUM_BANDS]`.
         """
         sample = make_sample(self.order[index]["tokens"], self.options)
-        sample["dataset_id"] = torch.tensor(self.order.source_index(index))
+        sample["dataset_id"] = torch.as_tensor(np.int64(self.order.source_index(index)))
         sample["band_tokens"] = torch.from_numpy(self.order.band_tokens(index))
         return sample
 

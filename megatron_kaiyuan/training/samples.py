@@ -5,6 +5,7 @@ mask hides, and the end-of-document token belongs to the document it ends. Shape
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, 
     length = len(tokens)
     # Most runs keep no documents apart: what only these options need is half the work of a sample.
     ends = tokens == options.eod_token if _needs_ends(options) else None
-    loss_mask, positions = torch.ones(length), torch.arange(length)
+    loss_mask, positions = (constant.clone() for constant in _constants(length))
     starts = None if ends is None else torch.from_numpy(_document_starts(ends))
     if ends is not None and options.eod_mask_loss:
         loss_mask[torch.from_numpy(ends)] = 0.0
@@ -59,6 +60,12 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, 
         first_visible = starts if options.reset_attention_mask and starts is not None else torch.zeros_like(positions)
         sample["attention_mask"] = _hidden(positions, first_visible)[None]
     return sample
+
+
+@lru_cache(maxsize=4)
+def _constants(length: int) -> tuple[Tensor, Tensor]:
+    """Loss mask and positions of a window whose documents are not kept apart; a copy costs half of making them."""
+    return torch.ones(length), torch.arange(length)
 
 
 def _needs_ends(options: SampleOptions) -> bool:
