@@ -6,11 +6,11 @@
     python -m benchmarks.fp16_stability --smoke --out runs/smoke      # tiny models, invented text, any CPU
 
 Every run sees the same samples in the same order through the real entry point; what differs is the precision, the
-learning rate, which stabilisers are on, and the seed of the initial weights. Runs go side by side, each in a process of
-its own, and are stopped by the clock. A run that reached its end, or that FP16 ended, is not repeated; one that the
-clock stopped counts as far as it came, and the next call trains it again. Numbers come from the runs' `metrics.jsonl`
-and are written after every run. "Headroom" is 65 504 over the largest |activation| that the monitor saw, wherever in
-the model; with scaled branches that is the scaled value.
+learning rate, which stabilisers are on, and the seed of the initial weights. Runs go side by side over all GPUs, each
+in a process of its own, and are stopped by the clock. A run that reached its end, or that FP16 ended, is not repeated;
+one that the clock stopped counts as far as it came, and the next call trains it again. Numbers come from the runs'
+`metrics.jsonl` and are written after every run. "Headroom" is 65 504 over the largest |activation| that the monitor
+saw, wherever in the model; with scaled branches that is the scaled value.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+
+import torch
 
 from benchmarks.benchmark_data import require_shards, smoke_plan
 from benchmarks.fp16_stability_report import RunRecord, draw, print_table, write_json
@@ -202,7 +204,7 @@ def parsed_arguments() -> argparse.Namespace:
         "--variants", default=",".join(variant.key for variant in VARIANTS), help="keys joined by commas (default: all)"
     )
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--together", type=int, default=8, help="runs at a time (default 8: for 78 GiB)")
+    parser.add_argument("--together", type=int, default=8, help="runs at a time on each GPU (default 8: for 78 GiB)")
     parser.add_argument("--run-seconds", type=float, default=3600, help="a run is stopped where it is after so long")
     parser.add_argument("--limit", type=float, default=7200, help="all runs are stopped after so many seconds")
     parser.add_argument("--smoke", action="store_true", help="tiny models on invented text, made on the spot")
@@ -219,6 +221,7 @@ class Running:
     run: Run
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    gpu: int
     since: float = field(default_factory=time.monotonic)
 
 
@@ -238,9 +241,10 @@ class Batch:
         """All runs that are not finished, so many at a time; those that end with an error leave it in their log."""
         waiting = [run for run in runs if not run.finished(self.args)]
         print(f"{len(runs)} runs, {len(waiting)} to train", flush=True)
+        places = self.args.together * max(1, torch.cuda.device_count())
         try:
             while (waiting or self.running) and self._left() > 0:
-                while waiting and len(self.running) < self.args.together and self._left() > self.longest:
+                while waiting and len(self.running) < places and self._left() > self.longest:
                     self._start(waiting.pop(0))
                 if not self.running:
                     break
@@ -261,11 +265,15 @@ class Batch:
             sys.executable, "-m", "megatron_kaiyuan.pretrain", "--plan", str(self.args.plan), *run.setting(self.args),
             "--kaiyuan-metrics", str(run.metrics),
         ]  # fmt: skip
+        busy = [one.gpu for one in self.running]
+        gpu = min(range(max(1, torch.cuda.device_count())), key=busy.count)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        if torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         log = run.log.open("wb")
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        self.running.append(Running(run, process, log))
+        self.running.append(Running(run, process, log, gpu))
 
     def _reap(self, seconds: float) -> None:
         """Stop the runs that are older, and write down those that ended."""

@@ -117,6 +117,7 @@ GROUPS = {
     "variants": (
         Row("unscaled", "ours, branches not scaled", LOCAL + UNSCALED),
         Row("recswiglu", "ours, SwiGLU's output recomputed", (*LOCAL, "--kaiyuan-recompute-swiglu")),
+        Row("documents", "ours, documents kept apart", (*LOCAL, "--reset-attention-mask", "--reset-position-ids")),
         Row("stock16", "stock, local, SDPA in our order, FP16", STOCK_LOCAL, STOCK),
         Row("graphs", "ours, local CUDA graphs", (*LOCAL, "--cuda-graph-impl", "local")),
         Row("selective", "ours, attention recomputed", LOCAL + SELECTIVE),

@@ -18,11 +18,14 @@ kept in results.json and not repeated.
 import argparse
 import json
 import os
+import queue
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ from megatron_kaiyuan.errors import StudyError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 110
+FIRST_PORT = 29500
 SAFETY = 1.2
 """A row starts if this many times the longest row of the call is left."""
 PROFILE = "--profile --use-pytorch-profiler --profile-step-start 5 --profile-step-end 7 --profile-ranks 0"
@@ -75,8 +79,8 @@ def main() -> None:
     session = Session(args, TINY if args.smoke else KAIYUAN)
     rows = chosen_rows(args.rows)
     session.prepare(rows)
-    for row in rows:
-        session.measure(row)
+    with ThreadPoolExecutor(args.at_once) as pool:
+        list(pool.map(session.measure, rows))  # raises what a row raised
     results = [session.results[row.key] for row in rows]
     print_table(results, session.size, session.setting["device"])
     if args.profile:
@@ -95,6 +99,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--te-site", type=Path, help="folder with Transformer Engine, for the rows that want it alone")
     parser.add_argument("--data-gigabytes", type=float, default=4.0, help="of the shard of the row `data`")
+    parser.add_argument("--at-once", type=int, default=1, help="rows that run side by side, each on a GPU of its own")
     parser.add_argument("--row-seconds", type=float, default=LIMIT_SECONDS, help="a row is stopped after so long")
     parser.add_argument("--limit", type=float, default=7200, help="no row starts that would end after so many seconds")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape on invented text, made on the spot")
@@ -137,6 +142,9 @@ class Session:
     started: float = field(default_factory=time.monotonic)
     longest: float = 0.0
     """Seconds of a row of this call."""
+    free: "queue.SimpleQueue[int]" = field(default_factory=queue.SimpleQueue)
+    """Numbers of the GPUs on which no row runs."""
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Data, the setting, and the rows of earlier calls.
@@ -145,6 +153,8 @@ class Session:
             StudyError: shards are missing, or the folder holds rows of another setting.
         """
         args = self.args
+        for gpu in range(args.at_once):
+            self.free.put(gpu)
         if args.smoke:
             args.plan = smoke_plan(args.logs, 65536, 1, {"start": 0, "end": 1.0e-3, "shape": "warmup"})
         elif not all(row.large_data for row in rows):
@@ -153,6 +163,7 @@ class Session:
         self.setting = {
             "device": device, "torch": torch.__version__, "parameters": self.size.parameters, "steps": args.steps,
             "sequences": self.size.sequences, "micro_batch": args.micro_batch_size or default_micro_batch(),
+            "at_once": args.at_once,
         }  # fmt: skip
         path = args.logs / "results.json"
         if not path.is_file():
@@ -174,12 +185,17 @@ class Session:
                 raise StudyError(f"{row.key} was measured as {known}, not as {self.told(row)}; name another --logs")
             print(f"{row.key}: known from {self.args.logs / 'results.json'}", flush=True)
             return
-        began = time.monotonic()
-        found = self.outcome(row)
-        self.results[row.key] = self.told(row) | found
-        self.longest = max(self.longest, time.monotonic() - began)
-        print(json.dumps({"key": row.key} | found), flush=True)
-        self.write()
+        gpu = self.free.get()
+        try:
+            began = time.monotonic()
+            found = self.outcome(row, gpu)
+        finally:
+            self.free.put(gpu)
+        with self.writing:
+            self.results[row.key] = self.told(row) | found
+            self.longest = max(self.longest, time.monotonic() - began)
+            print(json.dumps({"key": row.key} | found), flush=True)
+            self.write()
 
     def told(self, row: Row) -> dict[str, Any]:
         """What a row is, for its result."""
@@ -188,7 +204,7 @@ class Session:
             "micro_batch": row.micro_batch or self.setting["micro_batch"],
         }  # fmt: skip
 
-    def outcome(self, row: Row) -> dict[str, Any]:
+    def outcome(self, row: Row, gpu: int) -> dict[str, Any]:
         """Numbers of a row, or its error."""
         left = self.args.limit - (time.monotonic() - self.started)
         if left < max(SAFETY * self.longest, self.args.row_seconds / 2):
@@ -200,7 +216,7 @@ class Session:
         if row.engine and told["engine"] is None:
             return told | {"error": f"needs Transformer Engine (--te-site): {found['engine_error']}"}
         seconds = min(self.args.row_seconds, self.args.limit - (time.monotonic() - self.started))
-        return told | self.run(row, seconds)
+        return told | self.run(row, gpu, seconds)
 
     def found_by(self, row: Row) -> dict[str, str]:
         """Adam's class and Transformer Engine's version, or why it cannot be imported, on the path of a row."""
@@ -214,14 +230,14 @@ class Session:
             self.software[path] = broken if done.returncode else json.loads(done.stdout.splitlines()[-1])
         return self.software[path]
 
-    def run(self, row: Row, seconds: float, extra: Sequence[str] = ()) -> dict[str, Any]:
+    def run(self, row: Row, gpu: int, seconds: float, extra: Sequence[str] = ()) -> dict[str, Any]:
         """Train one configuration and read what it left."""
         log, metrics = (self.args.logs / f"{row.key}.{suffix}" for suffix in ("log", "jsonl"))
         metrics.unlink(missing_ok=True)  # lines are appended
         with log.open("w") as file:
             process = subprocess.Popen(
-                self.command(row, metrics, extra), env=self.environment(row), stdout=file, stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                self.command(row, metrics, extra), env=self.environment(row, gpu), cwd=ROOT, stdout=file,
+                stderr=subprocess.STDOUT,
             )  # fmt: skip
             stopped = False
             try:
@@ -247,7 +263,7 @@ class Session:
             "--save", "", "--load", "", "--eval-iters", "0", "--kaiyuan-metrics", str(metrics), *row.flags, *extra,
         ]  # fmt: skip
 
-    def environment(self, row: Row) -> dict[str, str]:
+    def environment(self, row: Row, gpu: int) -> dict[str, str]:
         """Of the example's script."""
         own = {
             "NPROC_PER_NODE": "1", "PLAN": str(self.plan(row).resolve()), "RUN": str(self.args.logs / row.key),
@@ -256,6 +272,8 @@ class Session:
             # Nothing is saved here, and the script's default of keeping two is refused then.
             "KEEP_CHECKPOINTS": "",
         }  # fmt: skip
+        if self.args.at_once > 1:
+            own |= {"CUDA_VISIBLE_DEVICES": str(gpu), "MASTER_PORT": str(FIRST_PORT + gpu)}
         return os.environ | row.environment | own
 
     def plan(self, row: Row) -> Path:
@@ -277,7 +295,7 @@ class Session:
     def profile(self, row: Row) -> None:
         """Two steps of a row under torch's profiler; its own result stays."""
         row = replace(row, key=f"{row.key}_profile")
-        told = self.run(row, self.args.row_seconds, PROFILE.split())
+        told = self.run(row, 0, self.args.row_seconds, PROFILE.split())
         trace = self.args.logs / row.key / "torch_profile" / "rank-0.json.gz"
         if "error" in told or not trace.is_file():
             raise StudyError(f"no profile of {row.key}: {told.get('error', 'no trace was written')}")
