@@ -9,8 +9,7 @@ Upstream instead: Megatron's `bias_swiglu_impl`, which torch.compile fuses, with
 Shapes: r = rows, f = half the columns of the input.
 """
 
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn import functional
 
 from megatron_kaiyuan.kernels.support import use_triton
 
-__all__ = ["recomputed", "swiglu"]
+__all__ = ["free_until_backward", "swiglu"]
 
 
 def swiglu(packed: Tensor, scale: float = 1.0) -> Tensor:
@@ -34,35 +33,36 @@ def swiglu(packed: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-class _Recipe(NamedTuple):
-    """How to make what was not kept."""
+def free_until_backward(activation: Tensor, packed: Tensor, scale: float, product: Tensor) -> None:
+    """Free the memory of `activation = swiglu(packed, scale)` until the gradient of `product` is known.
 
-    packed: Tensor
-    scale: float
-    shape: torch.Size
+    To be called when `product` has been computed from `activation` and nothing else in the forward pass will read it.
+    The same kernel runs again on the same values, so gradients are equal bit for bit. The memory is freed under the
+    tensor, as Megatron's `CheckpointWithoutOutput` does. Hooks on saved tensors would do for autograd, but they hand
+    Megatron's linear layers a weight without its marks, and the fused weight gradient needs those.
 
-
-def recomputed(activation: Tensor, packed: Tensor, scale: float = 1.0) -> AbstractContextManager[None]:
-    """Inside, autograd does not keep `activation = swiglu(packed, scale)` or views of all of it, but makes it again.
-
-    The backward pass calls the same kernel on the same values, so gradients are equal bit for bit. `packed`, which
-    SwiGLU's own backward pass keeps anyway, must not be changed in between.
+    Args:
+        activation: Its memory must be its own; views of it follow.
+        packed: Kept, as SwiGLU's own backward pass keeps it; must not be changed in between.
+        scale: That of the first call.
+        product: If it has no gradient, nothing is freed: autograd keeps nothing then.
     """
-    # Not the tensor itself: autograd holds both functions until the backward pass, and with them all they refer to.
-    address, size = activation.data_ptr(), activation.numel()
-    kept = packed.detach()
+    if not product.requires_grad:
+        return
+    storage, kept = activation.untyped_storage(), packed.detach()
+    target, size = activation.data, storage.nbytes()  # writing to .data leaves autograd's version counter alone
 
-    def pack(tensor: Tensor) -> Tensor | _Recipe:
-        same = tensor.data_ptr() == address and tensor.numel() == size and tensor.is_contiguous()
-        return _Recipe(kept, scale, tensor.shape) if same else tensor
+    def fill(_gradient: Tensor) -> None:
+        storage.resize_(size)
+        if use_triton(kept):
+            from megatron_kaiyuan.kernels import swiglu_triton as kernels
 
-    def unpack(packed_or_other: Tensor | _Recipe) -> Tensor:
-        if isinstance(packed_or_other, Tensor):
-            return packed_or_other
-        with torch.no_grad():
-            return swiglu(packed_or_other.packed, packed_or_other.scale).view(packed_or_other.shape)
+            kernels.forward(kept.contiguous().view(-1, kept.shape[-1]), scale, out=target)
+        else:
+            target.copy_(_reference(kept, scale))
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    product.register_hook(fill)  # type: ignore[no-untyped-call]
+    storage.resize_(0)
 
 
 def _reference(packed: Tensor, scale: float) -> Tensor:

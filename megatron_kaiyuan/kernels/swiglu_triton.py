@@ -37,10 +37,11 @@ def _backward(of_out_ptr, packed_ptr, of_packed_ptr, half, scale, BLOCK: tl.cons
     tl.store(of_packed_ptr + row * 2 * half + half + column, of_up.to(kind), mask=inside)
 
 
-def forward(packed: Tensor, scale: float) -> Tensor:
-    """[r, 2f] -> [r, f], times `scale` before the rounding."""
+def forward(packed: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """[r, 2f] -> [r, f], times `scale` before the rounding; into `out`, where given: r * f contiguous elements."""
     rows, half = packed.shape[0], packed.shape[1] // 2
-    out = torch.empty((rows, half), dtype=packed.dtype, device=packed.device)
+    if out is None:
+        out = torch.empty((rows, half), dtype=packed.dtype, device=packed.device)
     _forward[(rows, triton.cdiv(half, _BLOCK))](packed, out, half, scale, BLOCK=_BLOCK, num_warps=4)
     return out
 

@@ -203,7 +203,9 @@ class KaiyuanTransformerConfig(TransformerConfig):
     def _check_own_swiglu(self) -> None:
         """These options are of our SwiGLU, and the scale also of our attention's values; nothing else obeys them."""
         if self.kaiyuan.recompute_swiglu:
-            self._require_plain_swiglu("recompute_swiglu", {"--num-experts": self.num_moe_experts})
+            graphs = self.cuda_graph_impl != "none"  # memory freed and filled again while a graph is captured: untried
+            others = {"--num-experts": self.num_moe_experts, "--cuda-graph-impl": graphs}
+            self._require_plain_swiglu("recompute_swiglu", others)
         if self.kaiyuan.branch_scale_bits:
             self._require_plain_swiglu("branch_scale_bits", {"--fused-single-qkv-rope": self.fused_single_qkv_rope})
 

@@ -26,7 +26,6 @@ Shapes: s = sequence (divided by TP under sequence parallelism), b = batch, h = 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -42,7 +41,7 @@ from torch.nn import functional
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
-from megatron_kaiyuan.kernels.swiglu import recomputed, swiglu
+from megatron_kaiyuan.kernels.swiglu import free_until_backward, swiglu
 from megatron_kaiyuan.model.fused_attention import ScaledValueSelfAttention
 from megatron_kaiyuan.model.hooks import weight_for_kernel
 
@@ -107,8 +106,9 @@ class FusedSwiGLUMLP(MLP):
         packed, _bias = self.linear_fc1(hidden_states)
         scale = config.kaiyuan.branch_scale
         activation = swiglu(packed, scale)
-        with recomputed(activation, packed, scale) if config.kaiyuan.recompute_swiglu else nullcontext():
-            output: tuple[Tensor, Tensor | None] = self.linear_fc2(activation)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(activation)
+        if config.kaiyuan.recompute_swiglu:
+            free_until_backward(activation, packed, scale, output[0])
         return output
 
 

@@ -1,7 +1,5 @@
 """SwiGLU's output computed again in the backward pass: the same gradients to the bit, and nothing of it kept."""
 
-import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_kaiyuan.kernels.swiglu import recomputed, swiglu
+from megatron_kaiyuan.kernels.swiglu import free_until_backward, swiglu
 from tests.helpers import run_distributed
 from tests.unit_tests.model import tiny
 from tests.unit_tests.model.reference import random_batch
@@ -75,7 +73,7 @@ def test_no_layer_of_the_model_keeps_it() -> None:
 
 
 def activations_alive(_rank: int) -> dict[str, int]:
-    """How many inputs of `linear_fc2` a forward pass leaves in memory."""
+    """How many inputs of `linear_fc2` have memory after a forward pass."""
     tiny.initialize_parallel(1, 1)
     recomputing = case("")
     return {"recomputed": _alive_after(recomputing), "kept": _alive_after(keeping(recomputing))}
@@ -83,18 +81,13 @@ def activations_alive(_rank: int) -> dict[str, int]:
 
 def _alive_after(chosen: Case) -> int:
     model = tiny.build_stage(chosen)
-    seen: list[weakref.ref[Tensor]] = []
+    seen: list[Tensor] = []
     for layer in model.decoder.layers:
-        layer.mlp.linear_fc2.register_forward_pre_hook(lambda _module, inputs: seen.append(weakref.ref(inputs[0])))
+        layer.mlp.linear_fc2.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     tokens, _labels = random_batch(chosen.shape)
     output = model(tokens, torch.arange(chosen.shape.sequence).expand_as(tokens), None)
-    gc.collect()
     assert output.requires_grad
-    return sum(each() is not None for each in seen)
-
-
-def linear_of(weight: Tensor, activation: Tensor) -> Tensor:
-    return functional.linear(activation.view(-1, HALF), weight)
+    return sum(each.untyped_storage().nbytes() > 0 for each in seen)
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor]:
@@ -103,33 +96,34 @@ def drawn(seed: int) -> tuple[Tensor, Tensor]:
     return packed, torch.randn(3, HALF, generator=generator, requires_grad=True)
 
 
-def test_a_view_of_it_is_made_again_and_other_tensors_are_kept() -> None:
-    packed, weight = drawn(1)
+def gradients(packed: Tensor, weight: Tensor, *, free: bool) -> tuple[Tensor, ...]:
     activation = swiglu(packed, 0.25)
-    with recomputed(activation, packed, 0.25):
-        output = linear_of(weight, activation)
-    saved = output.grad_fn._saved_self  # type: ignore[union-attr]
-    assert torch.equal(saved, activation.view(-1, HALF))
-    assert saved.data_ptr() != activation.data_ptr()
-    assert output.grad_fn._saved_mat2.data_ptr() == weight.data_ptr()  # type: ignore[union-attr]
+    product = functional.linear(activation.view(-1, HALF), weight)
+    if free:
+        free_until_backward(activation, packed, 0.25, product)
+        assert activation.untyped_storage().nbytes() == 0
+    return torch.autograd.grad(product.square().sum(), (packed, weight))
 
 
-def test_the_graph_does_not_hold_it() -> None:
+def test_memory_is_free_in_between_and_gradients_are_those_of_the_kept_one() -> None:
+    for freed, kept in zip(gradients(*drawn(1), free=True), gradients(*drawn(1), free=False), strict=True):
+        assert torch.equal(freed, kept)
+
+
+def test_without_gradients_nothing_is_freed() -> None:
     packed, weight = drawn(2)
-    activation = swiglu(packed)
-    with recomputed(activation, packed):
-        output = linear_of(weight, activation.clone() * 0 + activation)
-        output = output + linear_of(weight, activation)
-    gone = weakref.ref(activation)
-    del activation
-    assert gone() is None
-    output.sum().backward()
-    assert packed.grad is not None
+    with torch.no_grad():
+        activation = swiglu(packed)
+        product = functional.linear(activation, weight)
+    free_until_backward(activation, packed, 1.0, product)
+    assert torch.equal(functional.linear(activation, weight), product)
 
 
-def test_part_of_it_is_kept_as_it_is() -> None:
+def test_a_second_backward_pass_of_a_kept_graph_fills_it_again() -> None:
     packed, weight = drawn(3)
     activation = swiglu(packed)
-    with recomputed(activation, packed):
-        output = functional.linear(activation[0], weight)
-    assert output.grad_fn._saved_self.data_ptr() == activation.data_ptr()  # type: ignore[union-attr]
+    product = functional.linear(activation, weight)
+    free_until_backward(activation, packed, 1.0, product)
+    [first] = torch.autograd.grad(product.sum(), weight, retain_graph=True)
+    [second] = torch.autograd.grad(product.sum(), weight)
+    assert torch.equal(first, second)

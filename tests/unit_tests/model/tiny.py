@@ -204,7 +204,7 @@ def train_step(case: Case) -> Outcome:
     fuse_weight_gradients_without_apex()
     model = build_stage(case)
     load_weights(model, case.weights())
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(overlap_grad_reduce=True), model)
     wrapped.config.grad_scale_func = lambda loss: loss * LOSS_SCALE
     wrapped.config.finalize_model_grads_func = finalize_model_grads
     tokens, labels = random_batch(case.shape)
