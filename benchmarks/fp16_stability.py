@@ -29,7 +29,7 @@ from typing import IO
 import torch
 
 from benchmarks.benchmark_data import require_shards, smoke_plan
-from benchmarks.fp16_stability_report import RunRecord, draw, print_table, write_json
+from benchmarks.fp16_stability_report import RunRecord, draw, print_over_seeds, print_table, write_json
 from benchmarks.packing import pack
 from benchmarks.scaling_jobs import end_family
 from megatron_kaiyuan.cli import run_tool
@@ -157,6 +157,8 @@ def main() -> None:
         Batch(args, lambda: save(runs, args)).train(runs)
     records = save(runs, args)
     print_table(records)
+    if len(args.seeds) > 1:
+        print_over_seeds(records)
     try:
         draw(records, args.out / "stability.html", args.png)
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
 
-__all__ = ["RunRecord", "draw", "print_table", "write_json"]
+__all__ = ["RunRecord", "draw", "print_over_seeds", "print_table", "write_json"]
 
 COLORS = ("#d62728", "#1f77b4", "#17becf", "#8c564b", "#000000", "#ff7f0e", "#2ca02c", "#9467bd")
 WARM_UP = 100
@@ -55,6 +55,37 @@ def print_table(records: Sequence[RunRecord]) -> None:
             "overflow" if peak is None else f"{65504 / peak:,.1f}x" if peak else "-",
         )  # fmt: skip
     Console(width=200).print(table)
+
+
+def print_over_seeds(records: Sequence[RunRecord]) -> None:
+    """One line a variant and rate, where there are several seeds: ranges over them."""
+    table = Table(title="Over the seeds: lowest to highest", title_justify="left")
+    for name in ("lr", "run", "reached the end", "steps", "loss, last 50 steps", "to bf16", "skipped", "after warm-up",
+                 "headroom"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "run" else "right")
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if record.entries:
+            groups.setdefault((record.rate, record.name), []).append(summary(record, records))
+    longest = max(row["steps"] for rows in groups.values() for row in rows)
+    for (rate, name), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        ended = sum(row["steps"] == longest for row in rows)
+        table.add_row(
+            f"{rate:g}", name, f"{ended} of {len(rows)}", _range([row["steps"] for row in rows], "d"),
+            _range([row["loss"] for row in rows], ".3f"), _range([row["to_bf16"] for row in rows], "+.2%"),
+            _range([row["skipped"] for row in rows], "d"), _range([row["skipped_after_warm_up"] for row in rows], "d"),
+            _range([65504 / row["peak"] if row["peak"] else None for row in rows], ".3g"),
+        )  # fmt: skip
+    Console(width=160).print(table)
+
+
+def _range(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    low, high = format(min(known), form), format(max(known), form)
+    shown = low if low == high else f"{low} to {high}"
+    return shown if len(known) == len(values) else f"{shown}; {len(values) - len(known)} without"
 
 
 def summary(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:

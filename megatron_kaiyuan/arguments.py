@@ -123,10 +123,10 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--kaiyuan-attention",
-        choices=["auto", "sdpa", "sdpa-torch-order", "unfused"],
+        choices=["auto", "sdpa", "sdpa-flash", "sdpa-torch-order", "unfused"],
         default="auto",
-        help="core attention of --transformer-impl local: torch SDPA, cuDNN's kernel first (auto); the same with "
-        "torch's own order of kernels, flash first; or Megatron's unfused one",
+        help="core attention of --transformer-impl local: torch SDPA, cuDNN's kernel first (auto); the same without "
+        "cuDNN, or in torch's own order of kernels; or Megatron's unfused one",
     )
     group.add_argument(
         "--kaiyuan-fusions",

@@ -32,14 +32,10 @@ from megatron_kaiyuan.model.document_attention import attend_within_documents, h
 
 __all__ = ["SdpaCoreAttention"]
 
-# cuDNN first: on Hopper it takes half the time of torch's flash kernel (docs/benchmarks.md), which torch itself
-# prefers.
-_KERNELS_BY_SPEED = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# cuDNN first: on Hopper it takes half the time of torch's flash kernel (docs/benchmarks.md).
+_KERNELS = {"sdpa": [SDPBackend.CUDNN_ATTENTION, *_WITHOUT_CUDNN], "sdpa-flash": _WITHOUT_CUDNN}
+"""By the option; others leave the order to torch."""
 _CAUSAL_MASKS = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 
 
@@ -62,8 +58,7 @@ class SdpaCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        options = getattr(config, "kaiyuan", None)
-        self.torch_order = options is not None and options.attention == "sdpa-torch-order"
+        self.kernels = _KERNELS.get(getattr(config, "local_attention_kernel", "sdpa"))
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -105,7 +100,7 @@ class SdpaCoreAttention(MegatronModule):
             self._check_documents(query, key)
             return attend_within_documents(query, key, value, attention_mask, self.softmax_scale)
         mask, is_causal = self._mask(query.size(0), key.size(0), attention_mask, attn_mask_type, query.device)
-        kernels = contextlib.nullcontext() if self.torch_order else _fastest_kernel(query)
+        kernels = _preferred(self.kernels, query)
         with self._dropout_rng(), kernels:
             # [sq, b, n, d] -> [b, n, sq, d], views only
             context = functional.scaled_dot_product_attention(
@@ -150,9 +145,9 @@ class SdpaCoreAttention(MegatronModule):
         return fork
 
 
-def _fastest_kernel(query: Tensor) -> AbstractContextManager[None]:
+def _preferred(kernels: list[SDPBackend] | None, query: Tensor) -> AbstractContextManager[None]:
     """The order in which torch tries its kernels; its own where results must repeat bit for bit, and on the CPU."""
-    if not query.is_cuda or torch.are_deterministic_algorithms_enabled():
+    if kernels is None or not query.is_cuda or torch.are_deterministic_algorithms_enabled():
         return contextlib.nullcontext()
-    chosen: AbstractContextManager[None] = sdpa_kernel(_KERNELS_BY_SPEED, set_priority=True)
+    chosen: AbstractContextManager[None] = sdpa_kernel(kernels, set_priority=True)
     return chosen

@@ -27,8 +27,8 @@ __all__ = [
 ARGUMENT_PREFIX = "kaiyuan_"
 """An option `x` is the attribute `kaiyuan_x` of Megatron's argument namespace, and the flag `--kaiyuan-x`."""
 
-LocalAttention = Literal["sdpa", "sdpa-torch-order", "unfused"]
-AttentionKernel = Literal["auto", "sdpa", "sdpa-torch-order", "unfused"]
+LocalAttention = Literal["sdpa", "sdpa-flash", "sdpa-torch-order", "unfused"]
+AttentionKernel = Literal["auto", "sdpa", "sdpa-flash", "sdpa-torch-order", "unfused"]
 FUSIONS = ("norm", "rotary", "swiglu", "loss")
 """What `fusions` can name."""
 MAX_BRANCH_SCALE_BITS = 8

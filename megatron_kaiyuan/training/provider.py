@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,9 +50,14 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
         int64 `[NUM_BANDS]`.
         """
         sample = make_sample(self.order[index]["tokens"], self.options)
-        sample["dataset_id"] = torch.as_tensor(np.int64(self.order.source_index(index)))
+        sample["dataset_id"] = _source_number(self.order.source_index(index))
         sample["band_tokens"] = torch.from_numpy(self.order.band_tokens(index))
         return sample
+
+
+@lru_cache(maxsize=4096)
+def _source_number(number: int) -> Tensor:
+    return torch.tensor(number)
 
 
 class HeldOutSamples(Dataset[dict[str, Tensor]]):

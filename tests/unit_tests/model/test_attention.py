@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.attention import SdpaCoreAttention
@@ -79,18 +80,30 @@ def test_scores_beyond_65504_stay_finite_in_fp16() -> None:
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in (query, key, value))
 
 
-@pytest.mark.parametrize(("attention", "orders"), [("auto", 1), ("sdpa", 1), ("sdpa-torch-order", 0)])
-def test_torchs_own_order_of_kernels_can_be_kept(attention: Any, orders: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA `_fastest_kernel` puts cuDNN first; here it is only seen to be asked, or not."""
-    asked: list[Tensor] = []
+@pytest.mark.parametrize(
+    ("attention", "first", "cudnn"),
+    [("auto", SDPBackend.CUDNN_ATTENTION, True), ("sdpa", SDPBackend.CUDNN_ATTENTION, True),
+     ("sdpa-flash", SDPBackend.FLASH_ATTENTION, False), ("sdpa-torch-order", None, None)],
+)  # fmt: skip
+def test_the_option_says_which_kernels_are_tried(
+    attention: Any, first: SDPBackend | None, cudnn: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are CUDA's; here it is only seen what would be asked for."""
+    asked: list[list[SDPBackend] | None] = []
 
-    def order(query: Tensor) -> contextlib.AbstractContextManager[None]:
-        asked.append(query)
+    def order(kernels: list[SDPBackend] | None, _query: Tensor) -> contextlib.AbstractContextManager[None]:
+        asked.append(kernels)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr("megatron_kaiyuan.model.attention._fastest_kernel", order)
+    monkeypatch.setattr("megatron_kaiyuan.model.attention._preferred", order)
     build_attention(KaiyuanModelOptions(attention=attention))(*random_inputs(5, 5, torch.float32), None)
-    assert len(asked) == orders
+    [kernels] = asked
+    if first is None:
+        assert kernels is None
+    else:
+        assert kernels is not None
+        assert kernels[0] == first
+        assert (SDPBackend.CUDNN_ATTENTION in kernels) == cudnn
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -51,7 +51,7 @@ def config(**values: Any) -> KaiyuanTransformerConfig:
         ({"branch_scale_bits": 4}, "add --kaiyuan-sandwich-norm or remove it"),
         (
             {"attention": "flash"},
-            "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, sdpa-torch-order, unfused",
+            "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, sdpa-flash, sdpa-torch-order, unfused",
         ),
     ],
 )
