@@ -111,6 +111,7 @@ GROUPS = {
         Row("oursteadam", "ours, local, FP16, TE's fused Adam", engine=True),
         Row("stockteadam", "stock, local, SDPA in our order, bf16, TE's fused Adam", STOCK_LOCAL, STOCK | BF16,
             engine=True),
+        Row("bfflash", "ours, local, bf16, SDPA without cuDNN", (*LOCAL, "--kaiyuan-attention", "sdpa-flash"), BF16),
         Row("tebf", "ours, Transformer Engine, bf16", ENGINE, BF16, engine=True),
         Row("terecswiglu", "ours, TE, SwiGLU recomputed", (*ENGINE, "--kaiyuan-recompute-swiglu"), engine=True),
         Row("teunscaled", "ours, TE, branches not scaled", ENGINE + UNSCALED, engine=True),
