@@ -1,6 +1,7 @@
 """Text that the GPU benchmarks train on: shards that must be there, and shards that are invented on the spot."""
 
 import glob
+import hashlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from benchmarks.fp16_stability_data import write_markov_text
 from megatron_kaiyuan.errors import StudyError
 
-__all__ = ["large_plan", "require_shards", "smoke_plan"]
+__all__ = ["large_plan", "plan_digest", "require_shards", "smoke_plan"]
 
 INT32_CODE = 4
 """Of Megatron's index format."""
@@ -34,6 +35,11 @@ def require_shards(plan: Path) -> None:
             "packages, and git ignores them: build them where the packages are and carry the folder here, or name "
             "another --plan"
         )
+
+
+def plan_digest(plan: Path | None) -> str:
+    """Says whether two runs had the same plan, as far as its file tells."""
+    return hashlib.sha256(plan.read_bytes()).hexdigest()[:16] if plan is not None and plan.is_file() else "none"
 
 
 def _has_shards(item: str) -> bool:

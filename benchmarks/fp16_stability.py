@@ -28,7 +28,7 @@ from typing import IO
 
 import torch
 
-from benchmarks.benchmark_data import require_shards, smoke_plan
+from benchmarks.benchmark_data import plan_digest, require_shards, smoke_plan
 from benchmarks.fp16_stability_report import RunRecord, draw, print_over_seeds, print_table, write_json
 from benchmarks.packing import pack
 from benchmarks.scaling_jobs import end_family
@@ -118,7 +118,11 @@ class Run:
         return self.place / "finished.json"
 
     def setting(self, args: argparse.Namespace) -> list[str]:
-        """Flags of the training, without places."""
+        """What tells it from other runs: its flags, and the plan by what it says."""
+        return [*self.flags(args), "--plan", plan_digest(args.plan)]
+
+    def flags(self, args: argparse.Namespace) -> list[str]:
+        """Of the training, without places."""
         return [
             *COMMON, *(TINY if args.smoke else SMALL), *self.variant.flags, "--lr", str(self.rate),
             "--seed", str(self.seed), "--exit-interval", str(args.steps),
@@ -264,7 +268,7 @@ class Batch:
         run.place.mkdir(parents=True, exist_ok=True)
         run.metrics.unlink(missing_ok=True)  # lines are appended
         command = [
-            sys.executable, "-m", "megatron_kaiyuan.pretrain", "--plan", str(self.args.plan), *run.setting(self.args),
+            sys.executable, "-m", "megatron_kaiyuan.pretrain", "--plan", str(self.args.plan), *run.flags(self.args),
             "--kaiyuan-metrics", str(run.metrics),
         ]  # fmt: skip
         busy = [one.gpu for one in self.running]

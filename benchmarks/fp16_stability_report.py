@@ -67,6 +67,8 @@ def print_over_seeds(records: Sequence[RunRecord]) -> None:
     for record in records:
         if record.entries:
             groups.setdefault((record.rate, record.name), []).append(summary(record, records))
+    if not groups:
+        return
     longest = max(row["steps"] for rows in groups.values() for row in rows)
     for (rate, name), rows in sorted(groups.items(), key=lambda item: item[0][0]):
         ended = sum(row["steps"] == longest for row in rows)

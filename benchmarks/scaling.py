@@ -158,8 +158,8 @@ def throughput(args: argparse.Namespace) -> list[str]:
         chosen = [row for row in chosen if row.key in wanted]
     plan = write_data(shape, args.out / "data", args.steps * max(row.global_batch for row in chosen))
     micro = micro_batch(args)
-    setting = {"device": device_name(), "shape": shape.name, "micro_batch": micro, "steps": args.steps,
-               "samples": samples, "torch": torch.__version__}  # fmt: skip
+    setting = {"device": device_name(), "processes": args.processes, "shape": shape.name, "micro_batch": micro,
+               "steps": args.steps, "samples": samples, "torch": torch.__version__}  # fmt: skip
     path = args.out / "throughput.json"
     known = json.loads(path.read_text()) if path.is_file() else {"setting": setting, "rows": {}}
     if known["setting"] != setting:
@@ -357,6 +357,8 @@ def print_projection(args: argparse.Namespace) -> None:
     """
     if args.network_gigabytes is None or args.hop_microseconds is None:
         raise StudyError("--project needs --network-gigabytes and --hop-microseconds: no run on one node knows them")
+    if args.network_gigabytes <= 0 or args.hop_microseconds < 0:
+        raise StudyError("--network-gigabytes must be above 0, --hop-microseconds at least 0")
     measured = load_measured(args.project)
     network = Network(args.network_gigabytes * 1e9, args.hop_microseconds * 1e-6)
     found = project(measured, network, args.nodes, args.micro_batches, args.global_micro_batches)

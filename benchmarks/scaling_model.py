@@ -128,9 +128,12 @@ def load_measured(path: Path) -> Measured:
     """Read the file that `benchmarks/scaling.py` writes, or one by hand.
 
     Raises:
-        StudyError: a field is missing, unknown or not positive.
+        StudyError: it is no such file, or a field is missing, unknown or not positive.
     """
-    told = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} cannot be read: {error}; benchmarks/scaling.py writes it after its rows") from error
     names = {entry.name for entry in fields(Measured)}
     if set(told) != names:
         missing, unknown = sorted(names - set(told)), sorted(set(told) - names)

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.benchmark_data import large_plan, require_shards, smoke_plan
+from benchmarks.benchmark_data import large_plan, plan_digest, require_shards, smoke_plan
 from benchmarks.packing import pack
 from benchmarks.scaling_jobs import default_micro_batch, end_family, stop_family
 from benchmarks.throughput_report import OUT_OF_MEMORY, is_unfinished, print_profile, print_table, read_row
@@ -79,8 +79,7 @@ def main() -> None:
     session = Session(args, TINY if args.smoke else KAIYUAN)
     rows = chosen_rows(args.rows)
     session.prepare(rows)
-    with ThreadPoolExecutor(args.at_once) as pool:
-        list(pool.map(session.measure, rows))  # raises what a row raised
+    session.measure_all(rows)
     results = [session.results[row.key] for row in rows]
     print_table(results, session.size, session.setting["device"])
     if args.profile:
@@ -150,11 +149,10 @@ class Session:
         """Data, the setting, and the rows of earlier calls.
 
         Raises:
-            StudyError: shards are missing, or the folder holds rows of another setting.
+            StudyError: shards or GPUs are missing, or the folder holds rows of another setting.
         """
         args = self.args
-        for gpu in range(args.at_once):
-            self.free.put(gpu)
+        self.count_gpus()
         if args.smoke:
             args.plan = smoke_plan(args.logs, 65536, 1, {"start": 0, "end": 1.0e-3, "shape": "warmup"})
         elif not all(row.large_data for row in rows):
@@ -163,7 +161,7 @@ class Session:
         self.setting = {
             "device": device, "torch": torch.__version__, "parameters": self.size.parameters, "steps": args.steps,
             "sequences": self.size.sequences, "micro_batch": args.micro_batch_size or default_micro_batch(),
-            "at_once": args.at_once,
+            "at_once": args.at_once, "plan": plan_digest(args.plan),
         }  # fmt: skip
         path = args.logs / "results.json"
         if not path.is_file():
@@ -172,6 +170,19 @@ class Session:
         if known["setting"] != self.setting:
             raise StudyError(f"{path}: was measured with {known['setting']}, not {self.setting}; name another --logs")
         self.results = {result["key"]: result for result in known["rows"]}
+
+    def count_gpus(self) -> None:
+        """Each row that runs at the same time gets one of its own."""
+        wanted, there = self.args.at_once, torch.cuda.device_count()
+        if wanted < 1 or (there and wanted > there):
+            raise StudyError(f"--at-once {wanted}: from 1 to the number of GPUs, {max(1, there)}")
+        for gpu in range(wanted):
+            self.free.put(gpu)
+
+    def measure_all(self, rows: Sequence[Row]) -> None:
+        """So many side by side as were asked for; errors as `measure`."""
+        with ThreadPoolExecutor(self.args.at_once) as pool:
+            list(pool.map(self.measure, rows))
 
     def measure(self, row: Row) -> None:
         """A row that is not finished; what it gave is on disk afterwards.

@@ -8,11 +8,11 @@
 #   one step        2 048 sequences x 4 096 tokens           = 8 388 608 tokens
 #   the whole run   2.2e12 tokens / 8 388 608                = 262 260 steps
 #   one pass        64 GPUs x micro-batch 4 = 256 sequences, so 2 048 / 256 = 8 micro-batches a step
-#   time            one H200 with Transformer Engine ran this shape at 41 843 tokens/s in FP16. 64 that scaled perfectly
-#                   would do 2.68 M tokens/s: 3.1 s a step, 9.5 days. Real clusters scale less than perfectly.
+#   time            one H200 with Transformer Engine ran this shape at 43 717 tokens/s in FP16. 64 that scaled perfectly
+#                   would do 2.80 M tokens/s: 3.0 s a step, 9.1 days. Real clusters scale less than perfectly.
 #
 # Disk: a checkpoint holds 14 bytes a parameter (FP16 weights; FP32 master weights and two Adam moments) x 2.03e9
-# = 28.4 GB. One is saved every 1 000 steps (52 minutes at 3.1 s a step, which is what a crash costs at most), and of
+# = 28.4 GB. One is saved every 1 000 steps (50 minutes at 3.0 s a step, which is what a crash costs at most), and of
 # these the newest 2 are kept: 262 of them would be 7.4 TB. Beside them the run saves and keeps what the plan's
 # `averaging` names, the last 8, 400 steps (3.36e9 tokens) apart. So there are never more than 8 + 2, and one that is being
 # written: 11 x 28.4 = 312 GB, towards the end; 85 GB before. KEEP_CHECKPOINTS= keeps all.

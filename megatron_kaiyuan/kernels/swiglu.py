@@ -20,20 +20,23 @@ from megatron_kaiyuan.kernels.support import use_triton
 __all__ = ["free_until_backward", "swiglu"]
 
 
-def swiglu(packed: Tensor, scale: float = 1.0) -> Tensor:
+def swiglu(packed: Tensor, scale: float = 1.0, *, fused: bool = True) -> Tensor:
     """`silu(packed[..., :f]) * packed[..., f:] * scale`, [..., 2f] -> [..., f], in packed's dtype.
 
     Args:
         packed: [..., 2f], FP16, BF16, FP32 or FP64.
         scale: A power of two, applied in FP32 before the one rounding.
+        fused: Whether the kernel may be used where there is one; torch's operations otherwise.
     """
-    if not use_triton(packed):
+    if not fused or not use_triton(packed):
         return _reference(packed, scale)
     out: Tensor = _SwiGLU.apply(packed, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-def free_until_backward(activation: Tensor, packed: Tensor, scale: float, product: Tensor) -> None:
+def free_until_backward(
+    activation: Tensor, packed: Tensor, scale: float, product: Tensor, *, fused: bool = True
+) -> None:
     """Free the memory of `activation = swiglu(packed, scale)` until the gradient of `product` is known.
 
     To be called when `product` has been computed from `activation` and nothing else in the forward pass will read it.
@@ -44,7 +47,8 @@ def free_until_backward(activation: Tensor, packed: Tensor, scale: float, produc
     Args:
         activation: Its memory must be its own; views of it follow.
         packed: Kept, as SwiGLU's own backward pass keeps it; must not be changed in between.
-        scale: That of the first call.
+        scale: That of the first call, as `fused`.
+        fused: Whether the kernel made `activation`.
         product: If it has no gradient, nothing is freed: autograd keeps nothing then.
     """
     if not product.requires_grad:
@@ -54,7 +58,7 @@ def free_until_backward(activation: Tensor, packed: Tensor, scale: float, produc
 
     def fill(_gradient: Tensor) -> None:
         storage.resize_(size)
-        if use_triton(kept):
+        if fused and use_triton(kept):
             from megatron_kaiyuan.kernels import swiglu_triton as kernels
 
             kernels.forward(kept.contiguous().view(-1, kept.shape[-1]), scale, out=target)

@@ -62,8 +62,8 @@ class KaiyuanModelOptions:
     z_loss: float = 0.0
     """Weight of `logsumexp(logits)^2` in the loss of each training token; 0 = off. PaLM (arXiv 2204.02311): 1e-4."""
     attention: AttentionKernel = "auto"
-    """Core attention of the local spec: torch SDPA, the same with torch's own order of kernels (flash before cuDNN), or
-    Megatron's unfused one. `auto` = SDPA; with TE, TE's own."""
+    """Core attention of the local spec: torch SDPA, cuDNN's kernel first; the same without cuDNN, or in torch's own
+    order of kernels; or Megatron's unfused one. `auto` = SDPA; with TE, TE's own."""
     fusions: str = "auto"
     """Kernels of `megatron_kaiyuan.kernels`, for the same mathematics: names of `FUSIONS` joined by commas, `none`, or
     `auto`: all of them where CUDA and Triton are present, none elsewhere."""
@@ -158,7 +158,8 @@ class KaiyuanTransformerConfig(TransformerConfig):
         """Whether the layers are exactly Megatron's own, so that Megatron's own spec is to be used."""
         unfused_if_local = self.transformer_impl != "local" or self.local_attention_kernel == "unfused"
         fused = any(self.kaiyuan.fuses(what) for what in ("norm", "rotary", "swiglu"))
-        return not self.kaiyuan.sandwich_norm and unfused_if_local and not fused
+        ours = self.kaiyuan.sandwich_norm or self.kaiyuan.recompute_swiglu or fused
+        return unfused_if_local and not ours
 
     def _check_output_head(self) -> None:
         options = self.kaiyuan

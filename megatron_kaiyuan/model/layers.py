@@ -104,11 +104,11 @@ class FusedSwiGLUMLP(MLP):
             unfused: tuple[Tensor, Tensor | None] = super().forward(hidden_states, per_token_scale, **kwargs)
             return unfused
         packed, _bias = self.linear_fc1(hidden_states)
-        scale = config.kaiyuan.branch_scale
-        activation = swiglu(packed, scale)
+        scale, fused = config.kaiyuan.branch_scale, config.kaiyuan.fuses("swiglu")
+        activation = swiglu(packed, scale, fused=fused)
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(activation)
         if config.kaiyuan.recompute_swiglu:
-            free_until_backward(activation, packed, scale, output[0])
+            free_until_backward(activation, packed, scale, output[0], fused=fused)
         return output
 
 

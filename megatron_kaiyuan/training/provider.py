@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
+from megatron_kaiyuan.training.document_ends import check_document_ends
 from megatron_kaiyuan.training.samples import SampleOptions, make_sample
 
 __all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
@@ -129,6 +130,7 @@ class PlanDatasetsProvider:
     """Tells Megatron to call this on all ranks."""
 
     def __init__(self, plan: Plan, args: argparse.Namespace, eod_token: int | None) -> None:
+        """Errors as `check_document_ends`."""
         self.plan = plan
         self.args = args
         self.options = SampleOptions(
@@ -138,6 +140,7 @@ class PlanDatasetsProvider:
             reset_attention_mask=args.reset_attention_mask,
             create_attention_mask=args.create_attention_mask_in_dataloader,
         )
+        check_document_ends(plan, self.options)
 
     def __call__(
         self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None

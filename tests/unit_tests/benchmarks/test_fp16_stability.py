@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import fp16_stability
 from benchmarks.fp16_stability import Batch, Run, chosen_runs, parsed_arguments, save
+from benchmarks.fp16_stability_report import RunRecord, print_over_seeds
 from megatron_kaiyuan.errors import StudyError
 
 LINE = {"iteration": 10, "loss": 5.0, "loss_scale": 1.0, "skipped_steps": 0}
@@ -110,6 +111,23 @@ def test_a_machine_without_plotly_still_reports(
 def test_the_default_fits_78_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [""])
     assert parsed_arguments().together == 8
+
+
+def test_ranges_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three seeds one was stopped early and one has no finite loss at its end."""
+    ends = [(600, 3.0, 0, 100.0), (600, 3.5, 2, 1000.0), (70, None, 30, None)]
+    records = [
+        RunRecord("ours", "ours, FP16", 0.1, seed, [LINE | {"iteration": step, "loss": loss, "skipped_steps": skipped,
+                                                    "loss_scale": 1.0, "activations": {"layer": peak}}])
+        for seed, (step, loss, skipped, peak) in enumerate(ends)
+    ]  # fmt: skip
+    print_over_seeds(records)
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "ours, FP16" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[2:5] == ["2 of 3", "70 to 600", "3.000 to 3.500; 1 without"]
+    assert cells[6:9] == ["0 to 30", "0 to 2", "65.5 to 655; 1 without"]
+    print_over_seeds([])
+    assert not capsys.readouterr().out
 
 
 def test_runs_are_compared_by_their_flags(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """What the scaling benchmark concludes from traces, logs and recorded samples, and the arithmetic of its projection."""
 
+import argparse
 import gzip
 import json
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling import measured_from, rows_for
+from benchmarks.scaling import measured_from, rows_for, throughput
 from benchmarks.scaling_faults import Elastic, lines_that_name, loss_tolerance, recorded_steps, resume_layouts
 from benchmarks.scaling_jobs import FULL, SMOKE, Budget, Job, Layout, communication_of, read_steps, write_data
 from benchmarks.scaling_model import Measured, Network, as_json, load_measured, project
@@ -184,6 +185,20 @@ def test_measured_values_are_read_back_and_checked(tmp_path: Path) -> None:
         path.write_text(json.dumps(told | change))
         with pytest.raises(StudyError, match=message):
             load_measured(path)
+    path.write_text("{")
+    with pytest.raises(StudyError, match=r"measured\.json cannot be read"):
+        load_measured(path)
+
+
+def test_rows_of_another_number_of_gpus_are_not_gone_on_with(tmp_path: Path) -> None:
+    """`exposed` of four would be taken for that of eight."""
+    args = argparse.Namespace(
+        smoke=True, samples=None, rows="weak2", processes=2, steps=4, out=tmp_path, micro_batch_size=None
+    )
+    known = {"device": "CPU", "processes": 4, "shape": "smoke", "micro_batch": 2, "steps": 4, "samples": 4}
+    (tmp_path / "throughput.json").write_text(json.dumps({"setting": known, "rows": {}}))
+    with pytest.raises(StudyError, match=r"was measured with .*'processes': 4.*'processes': 2.*name another --out"):
+        throughput(args)
 
 
 def test_what_a_projection_needs_follows_from_the_rows() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.benchmark_data import large_plan, require_shards
+from benchmarks.benchmark_data import large_plan, plan_digest, require_shards
 from benchmarks.packing import pack
 from benchmarks.scaling_jobs import default_micro_batch, stop_family
 from benchmarks.throughput_report import monitor_cost, print_table, read_row
@@ -108,7 +109,7 @@ def test_each_row_says_which_layers_it_has() -> None:
     """Without the flag the script falls back on local layers where Transformer Engine is missing."""
     layers = {row.key: row.flags[row.flags.index("--transformer-impl") + 1] for row in ROWS}
     named_te = {key for key, layer in layers.items() if layer == "transformer_engine"}
-    assert named_te == {"te", "testock", "tebf", "teunscaled"}
+    assert named_te == {"te", "testock", "tebf", "terecswiglu", "teunscaled"}
     assert {row.key for row in ROWS if row.engine} == named_te | {"oursteadam", "stockteadam"}
 
 
@@ -124,7 +125,7 @@ def test_local_rows_do_not_find_transformer_engine(tmp_path: Path) -> None:
 def session(folder: Path, **changed: Any) -> Session:
     told = {
         "logs": folder, "smoke": True, "plan": None, "steps": 9, "micro_batch_size": None, "tar": None, "limit": 500.0,
-        "row_seconds": 110.0, "te_site": None,
+        "row_seconds": 110.0, "te_site": None, "at_once": 1,
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     found = Session(argparse.Namespace(**(told | changed)), TINY)
@@ -143,7 +144,7 @@ def test_finished_rows_are_kept_and_failed_ones_are_tried_again(
     }
     tried: list[str] = []
 
-    def outcome(_self: Session, row: Row) -> dict[str, Any]:
+    def outcome(_self: Session, row: Row, _gpu: int) -> dict[str, Any]:
         tried.append(row.key)
         return {"optimizer": "torch.optim.AdamW"} | outcomes[row.key]
 
@@ -167,7 +168,7 @@ def test_a_row_of_transformer_engine_fails_where_it_cannot_be_imported(
     found = {"optimizer": "torch.optim.AdamW", "engine_error": "ImportError: no libcublas"}
     monkeypatch.setattr(Session, "found_by", lambda _self, _row: found)
     monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("it must not be started"))
-    error = here.outcome(Row("te", "te", engine=True))["error"]
+    error = here.outcome(Row("te", "te", engine=True), 0)["error"]
     assert error == "needs Transformer Engine (--te-site): ImportError: no libcublas"
 
 
@@ -177,7 +178,7 @@ def test_a_broken_transformer_engine_costs_its_own_rows_alone(tmp_path: Path) ->
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('built for another torch')")
     here = session(tmp_path / "logs", te_site=broken.parent)
-    assert here.outcome(Row("te", "te", engine=True))["error"].endswith("RuntimeError: built for another torch")
+    assert here.outcome(Row("te", "te", engine=True), 0)["error"].endswith("RuntimeError: built for another torch")
     assert here.found_by(Row("ours", "ours"))["optimizer"].startswith("torch.optim.")
 
 
@@ -185,7 +186,44 @@ def test_no_row_starts_that_could_not_end(tmp_path: Path, monkeypatch: pytest.Mo
     here = session(tmp_path, limit=100.0)
     monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("it must not be started"))
     here.longest = 90.0
-    assert "not started" in here.outcome(Row("ours", "ours"))["error"]
+    assert "not started" in here.outcome(Row("ours", "ours"), 0)["error"]
+
+
+def test_rows_at_once_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, gpus = threading.Barrier(2), []
+
+    def outcome(_self: Session, row: Row, gpu: int) -> dict[str, Any]:
+        both.wait(timeout=20)  # of four rows, two at a time
+        gpus.append(gpu)
+        both.wait(timeout=20)
+        return {"optimizer": "", "milliseconds": 1.0}
+
+    monkeypatch.setattr(Session, "outcome", outcome)
+    here = session(tmp_path, at_once=2)
+    rows = [Row(f"row{number}", "") for number in range(4)]
+    here.measure_all(rows)
+    assert sorted(gpus[:2]) == sorted(gpus[2:]) == [0, 1]
+    written = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert sorted(result["key"] for result in written) == [row.key for row in rows]
+    variables = [here.environment(rows[0], gpu) for gpu in (0, 1)]
+    assert [found["CUDA_VISIBLE_DEVICES"] for found in variables] == ["0", "1"]
+    assert variables[0]["MASTER_PORT"] != variables[1]["MASTER_PORT"]
+
+
+@pytest.mark.parametrize("wanted", [0, 5])
+def test_more_rows_at_once_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(StudyError, match=f"--at-once {wanted}: from 1 to the number of GPUs, 4"):
+        session(tmp_path, at_once=wanted)
+
+
+def test_another_plan_is_another_setting(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("seq_length: 64\n")
+    first = plan_digest(plan)
+    plan.write_text("seq_length: 128\n")
+    assert plan_digest(plan) != first
+    assert plan_digest(None) == "none"
 
 
 def test_the_monitors_cost_is_derived_from_two_rows() -> None:

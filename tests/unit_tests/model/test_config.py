@@ -112,6 +112,8 @@ def test_by_default_nothing_of_the_model_changes() -> None:
     assert config().local_attention_kernel == "sdpa"
     assert config(transformer_impl="transformer_engine").has_stock_layers
     assert config(kaiyuan=KaiyuanModelOptions(attention="unfused")).has_stock_layers
+    recomputing = KaiyuanModelOptions(attention="unfused", fusions="none", recompute_swiglu=True)
+    assert not config(kaiyuan=recomputing, **SWIGLU).has_stock_layers, "only ours recomputes"
     defaults = KaiyuanModelOptions()
     assert (defaults.sandwich_norm, defaults.logit_softcap, defaults.z_loss) == (False, 0.0, 0.0)
     assert (defaults.branch_scale_bits, defaults.branch_scale) == (0, 1.0)

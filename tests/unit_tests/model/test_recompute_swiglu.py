@@ -110,6 +110,44 @@ def test_memory_is_free_in_between_and_gradients_are_those_of_the_kept_one() -> 
         assert torch.equal(freed, kept)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("fusions", ["none", "norm,rotary,loss"])
+def test_without_the_fusion_the_kernel_is_not_used(fusions: str) -> None:
+    """Scaled branches need our MLP in any case; whether it calls the kernel is the fusion's to say."""
+    [asked] = run_distributed(uses_of_the_kernel, 1, fusions)
+    assert asked == [False] * Case(name="").shape.layers
+
+
+def uses_of_the_kernel(_rank: int, fusions: str) -> list[bool]:
+    """What `swiglu` is told by the layers of a model with scaled branches."""
+    from megatron_kaiyuan.model import layers
+
+    asked: list[bool] = []
+
+    def seen(packed: Tensor, scale: float = 1.0, *, fused: bool = True) -> Tensor:
+        asked.append(fused)
+        return swiglu(packed, scale, fused=fused)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "swiglu", seen)
+        tiny.initialize_parallel(1, 1)
+        chosen = case("", branch_scale_bits=4, fusions=fusions)
+        tokens, _labels = random_batch(chosen.shape)
+        positions = torch.arange(chosen.shape.sequence).expand_as(tokens)
+        tiny.build_stage(chosen)(tokens, positions, None).sum().backward()
+    return asked
+
+
+def test_the_kernel_is_not_used_where_the_fusion_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_kaiyuan.kernels.swiglu.use_triton", lambda _packed: pytest.fail("it is off"))
+    packed, weight = drawn(4)
+    activation = swiglu(packed, fused=False)
+    product = functional.linear(activation, weight)
+    free_until_backward(activation, packed, 1.0, product, fused=False)
+    product.sum().backward()
+    assert packed.grad is not None
+
+
 def test_without_gradients_nothing_is_freed() -> None:
     packed, weight = drawn(2)
     with torch.no_grad():
