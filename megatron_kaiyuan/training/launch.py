@@ -31,7 +31,12 @@ from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.lineage import store_start
 from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
-from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults, plan_parser_defaults
+from megatron_kaiyuan.training.plan_arguments import (
+    check_plan_arguments,
+    check_tokenizer_of_shards,
+    plan_argument_defaults,
+    plan_parser_defaults,
+)
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.run_identity import check_same_run, store_tokenizer
@@ -115,6 +120,8 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}
     args = parse_and_validate_args(arguments_provider(parsed_defaults), args_defaults=plan_values)
     _say_aloud(defaults, plan_values)
+    if plan is not None:
+        check_tokenizer_of_shards(args, plan, get_tokenizer().eod)
     store_tokenizer(args, plan, get_tokenizer())
     check_same_run(args, saved)
     check_resume(args, plan, saved)

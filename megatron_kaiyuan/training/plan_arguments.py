@@ -4,11 +4,18 @@ import argparse
 from typing import Any
 
 from megatron_kaiyuan.data import HeldOutDataset, Plan, resolve_prefixes
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.errors import ConfigError, TokenizerError
 from megatron_kaiyuan.preprocess.manifest import TokenizerRecord, load_manifest, manifest_path
+from megatron_kaiyuan.preprocess.tokenize import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
 
-__all__ = ["check_plan_arguments", "plan_argument_defaults", "plan_parser_defaults", "tokenizer_of_shards"]
+__all__ = [
+    "check_plan_arguments",
+    "check_tokenizer_of_shards",
+    "plan_argument_defaults",
+    "plan_parser_defaults",
+    "tokenizer_of_shards",
+]
 
 _OTHER_DATA = (
     "data_path",
@@ -89,6 +96,69 @@ def tokenizer_of_shards(plan: Plan) -> TokenizerRecord | None:
                 )
             found = found or (prefix, record)
     return None if found is None else found[1]
+
+
+def check_tokenizer_of_shards(args: argparse.Namespace, plan: Plan, eod_id: int | None) -> None:
+    """Refuse a tokenizer that the command line names and that did not make the tokens of the plan.
+
+    A `NullTokenizer` stands for any: only `--null-tokenizer-eod-id`, where it is given, is compared. Shards without a
+    manifest tell nothing.
+
+    Args:
+        args: Validated arguments.
+        plan: The plan of the run.
+        eod_id: End-of-document id of the tokenizer that Megatron built from the arguments.
+
+    Raises:
+        ConfigError: its content, or the id that ends a document, is another one.
+    """
+    record = tokenizer_of_shards(plan)
+    if record is None:
+        return
+    if args.tokenizer_type == "NullTokenizer":
+        named, eod_id = f"--null-tokenizer-eod-id {args.null_tokenizer_eod_id}", args.null_tokenizer_eod_id
+        remedy = "leave --null-tokenizer-eod-id out, with --tokenizer-type, to take it from their manifests"
+        difference = None
+    else:
+        named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+        remedy = "leave --tokenizer-type out to take it from their manifests, or name the tokenizer of the shards"
+        difference = _difference_from_shards(args, record)
+    if difference is None and None not in (eod_id, record.eod_id) and eod_id != record.eod_id:
+        difference = f"documents end with id {eod_id} there, and with {record.eod_id} in the shards"
+    if difference is not None:
+        built = f"{record.type} {record.model or ''}".rstrip()
+        raise ConfigError(f"{named}: {difference}. The shards of the plan were built with {built}; {remedy}")
+
+
+def _difference_from_shards(args: argparse.Namespace, record: TokenizerRecord) -> str | None:
+    types = {args.tokenizer_type, record.type}
+    if len(types) > 1 and not types <= set(SENTENCEPIECE_TYPES):
+        return "it is of another type"
+    try:
+        fingerprints = [tokenizer_fingerprint(config) for config in _named_tokenizers(args)]
+    except TokenizerError as error:
+        return f"it cannot be compared with that of the shards ({error})"
+    if record.fingerprint in fingerprints:
+        return None
+    return f"it is another one (fingerprint {fingerprints[0][:12]}, that of the shards {record.fingerprint[:12]})"
+
+
+def _named_tokenizers(args: argparse.Namespace) -> list[TokenizerConfig]:
+    """Shards may be built with or without the special tokens that a post-processor adds: it is the same vocabulary."""
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if kind == "HuggingFaceTokenizer":
+        return [TokenizerConfig(type=kind, model=model, include_special_tokens=special) for special in (True, False)]
+    if kind == "TikTokenizer":
+        return [
+            TokenizerConfig(
+                type=kind,
+                model=model,
+                vocab_size=args.vocab_size,
+                tiktoken_pattern=args.tiktoken_pattern or "v2",
+                tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
+            )
+        ]
+    return [TokenizerConfig(type=kind, model=model)]
 
 
 def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:

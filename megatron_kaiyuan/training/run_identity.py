@@ -12,7 +12,7 @@ TOKENIZER = "kaiyuan_tokenizer"
 """Name of the argument that holds a fingerprint of what the tokenizer does; None where nothing tells."""
 
 COMMAND_LINE_TOKENIZER = "kaiyuan_command_line_tokenizer"
-"""Its counterpart where the shards of a plan do not tell; apart from it, for manifests may be added to them later."""
+"""What a tokenizer that the command line names does; apart from it, for manifests may be added to the shards later."""
 
 _FLAGS = {
     "seed": "--seed",
@@ -43,12 +43,12 @@ _PROBE = "The 3 naïve Zürich engineers’ café: def f(x):\n\treturn x ** 2.5 
 def store_tokenizer(args: argparse.Namespace, plan: Plan | None, tokenizer: object) -> None:
     """Let every checkpoint of this run say what its tokenizer does.
 
-    A plan's tokens come from its shards. Where these do not tell (stock Megatron's have no manifest), or without a
-    plan, the tokenizer of the command line is asked for the ids of a text. Paths are no part.
+    A plan's tokens come from its shards, of which stock Megatron's do not tell: they have no manifest. The tokenizer of
+    the command line is asked for the ids of a text as well. Paths are no part.
     """
-    told = _of_text(tokenizer) if plan is None else _of_shards(plan)
-    setattr(args, TOKENIZER, told)
-    setattr(args, COMMAND_LINE_TOKENIZER, _of_text(tokenizer) if told is None else None)
+    told = _of_text(tokenizer)
+    setattr(args, TOKENIZER, told if plan is None else _of_shards(plan))
+    setattr(args, COMMAND_LINE_TOKENIZER, None if plan is None else told)
 
 
 def _of_shards(plan: Plan) -> str | None:

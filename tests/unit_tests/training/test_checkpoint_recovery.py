@@ -190,12 +190,14 @@ class Numbers:
         return [int(word) for word in text.split()]
 
 
-def test_shards_without_a_manifest_leave_it_to_the_tokenizer_of_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_shard(tmp_path / "text", numbered_documents([20, 21]))
+def letters_plan(folder: Path) -> Plan:
+    write_shard(folder / "text", numbered_documents([20, 21]))
     phase = {"name": "only", "order": "shuffled", "sources": {"text": "all"}}
-    plan = Plan.from_spec({"seq_length": 4, "sources": {"text": {"shards": str(tmp_path / "text")}}, "phases": [phase]})
+    return Plan.from_spec({"seq_length": 4, "sources": {"text": {"shards": str(folder / "text")}}, "phases": [phase]})
+
+
+def test_shards_without_a_manifest_leave_it_to_the_tokenizer_of_the_command_line(tmp_path: Path) -> None:
+    plan = letters_plan(tmp_path)
     first, second, again, numbers = (Namespace(load="run") for _ in range(4))
     store_tokenizer(first, plan, Letters(0))
     store_tokenizer(second, plan, Letters(1))
@@ -205,7 +207,21 @@ def test_shards_without_a_manifest_leave_it_to_the_tokenizer_of_the_command_line
     check_same_run(numbers, first)
     with pytest.raises(ResumeError, match=r"--load run: --tokenizer-model .* was .* and is now"):
         check_same_run(second, first)
-    monkeypatch.setattr(run_identity, "_of_shards", lambda _plan: "told by manifests")
+
+
+def test_a_tokenizer_named_beside_shards_with_a_manifest_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = letters_plan(tmp_path)
+    first, second, again, silent = (Namespace(load="run") for _ in range(4))
+    store_tokenizer(first, plan, Letters(0))
+    monkeypatch.setattr(run_identity, "_of_shards", lambda _plan: "told by manifests")  # added to the shards since
     store_tokenizer(second, plan, Letters(1))
-    assert vars(second)[TOKENIZER] == "told by manifests"
-    check_same_run(second, first)
+    store_tokenizer(again, plan, Letters(0))
+    store_tokenizer(silent, plan, Numbers())
+    assert vars(again)[TOKENIZER] == "told by manifests"
+    check_same_run(again, first)
+    check_same_run(silent, first)
+    check_same_run(again, silent)
+    with pytest.raises(ResumeError, match=r"--load run: --tokenizer-model .* was .* and is now"):
+        check_same_run(second, first)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,15 @@ import pytest
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
-from megatron_kaiyuan.training.plan_arguments import check_plan_arguments, plan_argument_defaults
+from megatron_kaiyuan.preprocess import TokenizerConfig
+from megatron_kaiyuan.training.plan_arguments import (
+    check_plan_arguments,
+    check_tokenizer_of_shards,
+    plan_argument_defaults,
+    tokenizer_of_shards,
+)
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
+from tests.unit_tests.preprocess.corpus import build_folder, save_bpe, write_jsonl
 
 FINGERPRINT = "a" * 64
 
@@ -146,3 +154,85 @@ def test_a_contradiction_is_an_error_with_both_values(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         check_plan_arguments(arguments(monkeypatch, *words.split(), **values), Plan.from_spec(spec))
+
+
+@pytest.fixture
+def tokenizer(spec: dict[str, Any], tmp_path: Path) -> Path:
+    """A tokenizer, of which the shards of the plan are built."""
+    folder = save_bpe(tmp_path / "bpe")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the quick brown fox"}] * 9)
+    config = TokenizerConfig(type="HuggingFaceTokenizer", model=str(folder))
+    build_folder([path], tmp_path / "shards", tokenizer=config)
+    spec["sources"]["text"]["shards"] = str(tmp_path / "shards")
+    return folder
+
+
+def named(monkeypatch: pytest.MonkeyPatch, model: Path, kind: str = "HuggingFaceTokenizer") -> argparse.Namespace:
+    return arguments(monkeypatch, "--tokenizer-type", kind, "--tokenizer-model", str(model))
+
+
+def swapped(tokenizer: Path) -> Path:
+    """A copy in which two tokens have each other's ids."""
+    other = shutil.copytree(tokenizer, tokenizer.with_name("swapped"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    first, second = [token for token in ids if len(token) == 1][:2]
+    ids[first], ids[second] = ids[second], ids[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    return other
+
+
+def test_the_tokenizer_of_the_shards_is_accepted_wherever_it_lies(
+    spec: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, copied = Plan.from_spec(spec), shutil.copytree(tokenizer, tokenizer.with_name("copied"))
+    record = tokenizer_of_shards(plan)
+    assert record is not None
+    for model in (tokenizer, copied, copied / "tokenizer.json"):
+        check_tokenizer_of_shards(named(monkeypatch, model), plan, record.eod_id)
+
+
+@pytest.mark.parametrize("what", ["ids", "type", "file"])
+def test_another_tokenizer_than_that_of_the_shards_is_refused(
+    spec: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    plan = Plan.from_spec(spec)
+    record = tokenizer_of_shards(plan)
+    assert record is not None
+    given = {
+        "ids": lambda: named(monkeypatch, swapped(tokenizer)),
+        "type": lambda: named(monkeypatch, tokenizer / "tokenizer.json", "TikTokenizer"),
+        "file": lambda: named(monkeypatch, tokenizer / "nowhere"),
+    }[what]()
+    complaint = {"ids": "another one", "type": "another type", "file": "cannot be compared.*No such file"}[what]
+    with pytest.raises(ConfigError, match=rf"--tokenizer-model .*: it .*{complaint}.*leave --tokenizer-type out"):
+        check_tokenizer_of_shards(given, plan, record.eod_id)
+
+
+def test_another_end_of_document_than_in_the_shards_is_refused(
+    spec: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.from_spec(spec)
+    record = tokenizer_of_shards(plan)
+    assert record is not None
+    assert record.eod_id is not None
+    with pytest.raises(ConfigError, match=rf"end with id 9 there, and with {record.eod_id} in the shards.*leave"):
+        check_tokenizer_of_shards(named(monkeypatch, tokenizer), plan, 9)
+
+
+def test_a_null_tokenizer_stands_for_any_but_must_not_name_another_end(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(tmp_path / "text")
+    plan = Plan.from_spec(spec)
+    null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "151935")
+    check_tokenizer_of_shards(arguments(monkeypatch, *null), plan, 151934)
+    check_tokenizer_of_shards(arguments(monkeypatch, *null, "--null-tokenizer-eod-id", "3"), plan, 3)
+    with pytest.raises(ConfigError, match=r"--null-tokenizer-eod-id 4: .* id 4 there, and with 3 in the shards.*leave"):
+        check_tokenizer_of_shards(arguments(monkeypatch, *null, "--null-tokenizer-eod-id", "4"), plan, 4)
+
+
+def test_shards_without_a_manifest_take_any_tokenizer(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_tokenizer_of_shards(named(monkeypatch, tmp_path / "nowhere"), Plan.from_spec(spec), 9)
