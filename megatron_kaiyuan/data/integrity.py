@@ -96,6 +96,7 @@ def compare_shards(
     for prefix, fingerprint, usual in _unusual(prints):
         message = f"tokenizer {fingerprint[:16]}..., most shards have {usual[:16]}...; build all with one tokenizer"
         yield Finding("tokenizer", f"{prefix}.manifest.json", message)
+    yield from _mixed_ends(manifests)
     scores = sorted({score for entry in files for score in entry.sidecars})
     for entry in files:
         if not entry.has_manifest and any(other.has_manifest for other in files):
@@ -106,6 +107,17 @@ def compare_shards(
                 message = "other shards have these scores; a source is ranked by scores of all its documents"
                 yield Finding("missing", f"{entry.prefix}.scores.{score}.npy", message)
     yield from _duplicates(manifests)
+
+
+def _mixed_ends(manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
+    """Shards whose documents end otherwise than those of the most shards."""
+    ends = {prefix: "with" if manifest.append_eod else "without" for prefix, manifest in manifests.items()}
+    for prefix, end, usual in _unusual(ends):
+        message = (
+            f"documents {end} the end-of-document id at their end, other shards {usual}; build all with --append-eod, "
+            "or all without"
+        )
+        yield Finding("eod", f"{prefix}.manifest.json", message)
 
 
 def folder_findings(named: Sequence[str]) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """A source of a plan with its files opened: its orders, and which of its documents are held out."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -16,11 +16,13 @@ from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, load_or_rank
 from megatron_kaiyuan.data.ranking import STRIDE
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
+from megatron_kaiyuan.data.shards import real_files
+from megatron_kaiyuan.data.shared_shards import held_out_elsewhere
 from megatron_kaiyuan.data.source import Source, open_sources
 from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError, ShardError
 
-__all__ = ["OpenedSource", "open_plan_source", "open_plan_sources"]
+__all__ = ["OpenedSource", "leave_out_elsewhere", "open_plan_source", "open_plan_sources"]
 
 _PROBES = 64
 
@@ -34,6 +36,8 @@ class OpenedSource:
     source: Source
     held_out: NDArray[np.int64]
     """Document numbers that no phase may see, ascending, int64 `[H]`."""
+    held_out_elsewhere: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Further ones: another source of the plan names the same shards and holds these documents out, int64 `[n]`."""
 
     @cached_property
     def storage_order(self) -> DocumentOrder:
@@ -47,16 +51,20 @@ class OpenedSource:
         return RankedOrder(self.source, self._rank_index, self.spec.score)
 
     def trainable(self, *, ranked: bool) -> DocumentRuns:
-        """All documents but the held-out ones, by rank or as stored."""
+        """All documents but those held out of this source or of another with the same shards, by rank or as stored."""
         return self._trainable_ranked if ranked else self._trainable_stored
 
     @cached_property
     def _trainable_ranked(self) -> DocumentRuns:
-        return trainable_runs(self.ranked_order, self.held_out)
+        return trainable_runs(self.ranked_order, self._untrained)
 
     @cached_property
     def _trainable_stored(self) -> DocumentRuns:
-        return trainable_runs(self.storage_order, self.held_out)
+        return trainable_runs(self.storage_order, self._untrained)
+
+    @property
+    def _untrained(self) -> NDArray[np.int64]:
+        return np.concatenate([self.held_out, self.held_out_elsewhere])
 
     @cached_property
     def held_out_runs(self) -> DocumentRuns:
@@ -129,7 +137,8 @@ def open_plan_sources(
 ) -> dict[str, OpenedSource]:
     """Open the shards of all sources of a plan and draw their held-out documents.
 
-    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone. A rank
+    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone. What
+    one source holds out is left out of every other source that names the same shards. A rank
     index is opened here, so that one that is missing stops a run before it starts and not at a report.
 
     Args:
@@ -140,13 +149,15 @@ def open_plan_sources(
     Raises:
         ShardError: shards are missing or damaged.
         ScoreError, RankIndexError: a source names a score, and its sidecars or its rank index are missing or stale.
-        PlanError: fewer documents than are to be held out.
+        PlanError: fewer documents than are to be held out, or none left by what other sources hold out.
     """
     sources = open_sources({name: spec.shards for name, spec in specs.items()})
     opened = {
         name: OpenedSource(name, spec, sources[name], _draw(sources[name], held_out[name], seed))
         for name, spec in specs.items()
     }
+    files = {name: _files(source) for name, source in sources.items()} if any(held_out.values()) else {}
+    opened = leave_out_elsewhere(opened, files)
     scored = [source for source in opened.values() if source.spec.score is not None]
     digests = content_digests([(source.source, source.spec.score) for source in scored])
     indices = side_by_side(
@@ -155,6 +166,33 @@ def open_plan_sources(
     for source, index in zip(scored, indices, strict=True):
         source.__dict__["_rank_index"] = index  # what the cached property would find
     return opened
+
+
+def leave_out_elsewhere(
+    opened: Mapping[str, OpenedSource], files: Mapping[str, Sequence[tuple[Hashable, int]]]
+) -> dict[str, OpenedSource]:
+    """Leave out of each source what another one holds out of the shards that both name; `files` as its `parts`.
+
+    Raises:
+        PlanError: that leaves a source without a document.
+    """
+    others = held_out_elsewhere(files, {name: opened[name].held_out for name in files})
+    for name, documents in others.items():
+        left = opened[name].source.num_documents - len(opened[name].held_out) - len(documents)
+        if left < 1:
+            raise PlanError(
+                f"sources.{name}: other sources name the same shards and hold out {len(documents):,} of its documents "
+                "(see validation), which leaves none to train on; hold out fewer, or leave the source out of the plan"
+            )
+    return {
+        name: replace(source, held_out_elsewhere=others[name]) if len(others.get(name, ())) else source
+        for name, source in opened.items()
+    }
+
+
+def _files(source: Source) -> list[tuple[Hashable, int]]:
+    sizes = [shard.documents for shard in source.shards]
+    return list(zip(real_files([shard.prefix for shard in source.shards]), sizes, strict=True))
 
 
 def _draw(source: Source, held_out: int, seed: int) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_kaiyuan.errors import ResumeError
 __all__ = ["check_resume", "order_record"]
 
 _FORMAT = "megatron_kaiyuan.order/1"
+_OPTIONAL = {"held_out_elsewhere"}  # only records of sources that have such documents hold it
 
 
 def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource]) -> dict[str,
 def _stream_record(
     phase: Phase, name: str, stream: Stream, rate: float, used: int, source: OpenedSource
 ) -> dict[str, Any]:
+    elsewhere = source.held_out_elsewhere
+    shared = {"held_out_elsewhere": sha256(elsewhere.tobytes()).hexdigest()[:16]} if len(elsewhere) else {}
     return {
         "content": source.content,
         "score": source.spec.score,
@@ -63,7 +67,7 @@ def _stream_record(
         "passes": stream.whole_passes,
         "extra_documents": stream.extra.num_documents if stream.extra else 0,
         "used": used,
-    }
+    } | shared
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_samples: int) -> None:
@@ -119,8 +123,8 @@ def _compare_phase(where: str, old: dict[str, Any], new: dict[str, Any], consume
         free = set() if consumed.here is None else {"used"}
         if consumed.here is not None and _passes_are_free(stream, other, shown[name], consumed.seq_length):
             free |= {"passes", "extra_documents"}
-        for field in sorted(set(stream) - free):
-            _same(f"{where}.sources.{name}.{field}", stream[field], other.get(field), consumed.samples)
+        for field in sorted((set(stream) | (_OPTIONAL & set(other))) - free):
+            _same(f"{where}.sources.{name}.{field}", stream.get(field), other.get(field), consumed.samples)
 
 
 def _passes_are_free(old: dict[str, Any], new: dict[str, Any], shown: int, seq_length: int) -> bool:

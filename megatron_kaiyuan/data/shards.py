@@ -29,6 +29,7 @@ __all__ = [
     "INDEX_HEADER",
     "Shard",
     "open_shard",
+    "real_files",
     "refuse_duplicates",
     "resolve_item",
     "resolve_prefixes",
@@ -212,12 +213,17 @@ def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str
 
 def refuse_duplicates(items: Sequence[str], found: Sequence[str]) -> None:
     """Raise ShardError where two of these prefixes, named by these items, are one shard."""
-    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(prefix) for prefix in found}}  # noqa: PTH120
-    files = [_real_file(prefix, folders) for prefix in found]
+    files = real_files(found)
     times = Counter(files)
     duplicates = [prefix for prefix, file in zip(found, files, strict=True) if times[file] > 1]
     if duplicates:
         raise ShardError(f"shards {items}: {duplicates[-1]!r} is named twice; name each shard once and use repeat")
+
+
+def real_files(prefixes: Sequence[str]) -> list[str]:
+    """The `.bin` file of each of these shards with symbolic links followed: equal for equal shards."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(prefix) for prefix in prefixes}}  # noqa: PTH120
+    return [_real_file(prefix, folders) for prefix in prefixes]
 
 
 def _real_file(prefix: str, folders: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.invented_lengths import InventedLengths
-from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.opened import OpenedSource, leave_out_elsewhere
 from megatron_kaiyuan.data.order import Pieces, block_size
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
@@ -97,7 +97,13 @@ def simulate_plan_sources(
     specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
 ) -> dict[str, OpenedSource]:
     """Sources of the sizes that their `expected` fields give; arguments and errors as of `open_plan_sources`."""
-    return {name: _simulate(name, spec, held_out[name], seed) for name, spec in specs.items()}
+    opened = {name: _simulate(name, spec, held_out[name], seed) for name, spec in specs.items()}
+    sizes = {name: source.source.num_documents for name, source in opened.items()}
+    shards = {name: [((str(specs[name].shards), size), size)] for name, size in sizes.items()}
+    opened = leave_out_elsewhere(opened, shards)
+    for source in opened.values():
+        _invent_files(source, seed)
+    return opened
 
 
 def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
@@ -115,12 +121,17 @@ def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSo
     if held_out >= source.num_documents:
         raise PlanError(f"validation.{name}.documents: {held_out} of {source.num_documents} leaves none to train on")
     drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))
-    digest = hashlib.sha256(f"simulated {spec.expected}".encode()).hexdigest()
-    opened = OpenedSource(name, spec, source, np.sort(drawn))
-    opened.__dict__.update(  # what the cached properties of a real source find in its files
+    return OpenedSource(name, spec, source, np.sort(drawn))
+
+
+def _invent_files(opened: OpenedSource, seed: int) -> None:
+    """Put there what the cached properties of a real source find in its files."""
+    source = opened.source
+    assert isinstance(source, SimulatedSource)
+    digest = hashlib.sha256(f"simulated {source.expected}".encode()).hexdigest()
+    opened.__dict__.update(
         storage_order=SimulatedOrder(source, ranked=False, seed=seed),
         ranked_order=SimulatedOrder(source, ranked=True, seed=seed),
         content=digest,
         ranking=digest[:16],
     )
-    return opened

@@ -1,7 +1,7 @@
 """Whether the sources of a plan speak of the same vocabulary, and fit the model's, before training starts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +31,8 @@ class _Record:
     type: str
     model: str | None
     fingerprint: str
+    append_eod: bool | None
+    """Whether documents end with the end-of-document id; None: the manifest does not tell."""
 
 
 def check_vocabulary(opened: Mapping[str, OpenedSource], vocab_size: int) -> None:
@@ -54,33 +56,53 @@ def check_vocabulary(opened: Mapping[str, OpenedSource], vocab_size: int) -> Non
 
 
 def check_tokenizers(opened: Mapping[str, OpenedSource], tokenizer: TokenizerSpec | None) -> None:
-    """Refuse sources built with different tokenizers, or with another one than the plan names.
+    """Refuse shards built with different tokenizers, or with another one than the plan names.
 
-    The manifests of the first and the last shard of each source are read; shards without one, or whose manifest tells
-    no tokenizer, cannot be checked, and `tools/inspect_data.py` compares all shards of a source.
+    The manifest of every shard is read; shards without one, or whose manifest tells no tokenizer, cannot be checked.
+    The shards of one source must also agree on whether documents end with the end-of-document id.
 
     Raises:
         ShardError: names two shards, or a shard and the plan's tokenizer.
         PlanError: the plan's tokenizer cannot be read, so that it cannot be compared with the shards'.
     """
-    ends = [source.source.shards[place].prefix for source in opened.values() for place in (0, -1)]
-    records = [record for record in side_by_side(_tokenizer_of, list(dict.fromkeys(ends))) if record is not None]
-    for record in records[1:]:
-        if record.fingerprint != records[0].fingerprint:
-            raise ShardError(
-                f"shards {records[0].prefix} and {record.prefix} were built with different tokenizers (fingerprints "
-                f"{records[0].fingerprint[:12]} and {record.fingerprint[:12]}); build one of them again, they cannot "
-                "share a vocabulary"
-            )
+    prefixes = {name: [shard.prefix for shard in source.source.shards] for name, source in opened.items()}
+    several = list(dict.fromkeys(prefix for some in prefixes.values() for prefix in some))
+    read = dict(zip(several, side_by_side(_tokenizer_of, several), strict=True))
+    records = [record for record in read.values() if record is not None]
+    _refuse_several_tokenizers(records)
+    for name, some in prefixes.items():
+        _refuse_mixed_ends(name, [record for prefix in some if (record := read[prefix]) is not None])
     if records and tokenizer is not None:
         _compare_with_plan(records[0], tokenizer)
 
 
+def _refuse_several_tokenizers(records: Sequence[_Record]) -> None:
+    others = [record for record in records if record.fingerprint != records[0].fingerprint]
+    if others:
+        raise ShardError(
+            f"shards {records[0].prefix} and {others[0].prefix} were built with different tokenizers (fingerprints "
+            f"{records[0].fingerprint[:12]} and {others[0].fingerprint[:12]}; {len(others):,} of {len(records):,} "
+            "shards differ from the first); build one kind again, they cannot share a vocabulary"
+        )
+
+
+def _refuse_mixed_ends(name: str, records: Sequence[_Record]) -> None:
+    first = {record.append_eod: record for record in reversed(records)}
+    if True in first and False in first:
+        count = sum(record.append_eod is False for record in records)
+        raise ShardError(
+            f"source {name!r}: documents of shard {first[True].prefix} end with the end-of-document id, those of "
+            f"{first[False].prefix} do not ({count:,} of {len(records):,} shards are without); build all of them with "
+            "--append-eod or all without, or make two sources of them"
+        )
+
+
 def _tokenizer_of(prefix: str) -> _Record | None:
     try:
-        told = json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))["tokenizer"]
-        return _Record(prefix, str(told["type"]), told["model"], str(told["fingerprint"]))
-    except (OSError, ValueError, KeyError, TypeError):  # inspection tells what is wrong with it
+        manifest = json.loads(Path(f"{prefix}.manifest.json").read_bytes())
+        told, append_eod = manifest["tokenizer"], manifest.get("append_eod")
+        return _Record(prefix, str(told["type"]), told["model"], str(told["fingerprint"]), append_eod)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # inspection tells what is wrong with it
         return None
 
 

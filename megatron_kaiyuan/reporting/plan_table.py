@@ -137,10 +137,16 @@ def _bands_table(description: dict[str, Any]) -> Table:
 
 def _summary(description: dict[str, Any], batch: int | None) -> Text:
     held_out = sum(source["held_out_documents"] for source in description["sources"].values())
+    elsewhere = "".join(
+        f"\n{name}: {source['held_out_elsewhere_documents']:,} more documents are left out, held out of another source "
+        "with the same shards"
+        for name, source in description["sources"].items()
+        if source["held_out_elsewhere_documents"]
+    )
     steps = f", {description['samples'] / batch:,.1f} steps of {batch:,}" if batch else ""
     return Text(
         f"{description['samples']:,} samples of {description['seq_length']:,} tokens = "
-        f"{format_tokens(description['tokens'])} tokens{steps}; {held_out:,} documents held out\n"
+        f"{format_tokens(description['tokens'])} tokens{steps}; {held_out:,} documents held out{elsewhere}\n"
         f"over the run: {_shares(description['domains'])}\n"
         f"seed {description['seed']}, fingerprint {description['fingerprint']}"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_kaiyuan.data import Plan, vocabulary
+from megatron_kaiyuan.data.inspection import describe_source
 from megatron_kaiyuan.errors import PlanError, ShardError
 from megatron_kaiyuan.preprocess import TokenizerConfig
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, write_source
@@ -87,9 +88,13 @@ def test_a_tokenizer_that_was_moved_is_the_same(built: tuple[Path, Path], tmp_pa
 
 def edit_manifests(folder: Path, **tokenizer: Any) -> None:
     for path in folder.glob("*.manifest.json"):
-        manifest = json.loads(path.read_text())
-        manifest["tokenizer"] |= tokenizer
-        path.write_text(json.dumps(manifest))
+        edit_manifest(path, **tokenizer)
+
+
+def edit_manifest(path: Path, **tokenizer: Any) -> None:
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"] |= tokenizer
+    path.write_text(json.dumps(manifest))
 
 
 def test_names_of_one_tokenizer_type_are_one_type(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -152,3 +157,45 @@ def test_shards_without_a_manifest_are_probed_where_there_are_too_many_to_read(
         with pytest.raises(ShardError, match=r"part-003: token id 199999, but the vocabulary has 199999 ids"):
             plan.check_vocabulary(199_999)
     assert set(read) == {1 << 26, 25_000}
+
+
+def copied_shards(built: Path, folder: Path, count: int) -> Path:
+    """A folder with the same shard several times, under numbers."""
+    folder.mkdir()
+    for number in range(count):
+        for path in built.glob("shard_00000_text_document*"):
+            shutil.copy(path, folder / path.name.replace("00000", f"{number:05}"))
+    return folder
+
+
+@pytest.mark.parametrize("odd", [0, 1, 4, 8])
+def test_one_shard_of_another_tokenizer_is_found_wherever_it_stands_in_its_source(
+    built: tuple[Path, Path], tmp_path: Path, odd: int
+) -> None:
+    """Only the first and the last shard of a source were compared."""
+    folder = copied_shards(built[0], tmp_path / "s", 9)
+    assert Plan.from_spec(plan_of([folder])).num_samples > 0
+    edit_manifest(folder / f"shard_{odd:05}_text_document.manifest.json", fingerprint="0" * 64)
+    with pytest.raises(ShardError, match=r"were built with different tokenizers .* of 9 shards differ") as caught:
+        Plan.from_spec(plan_of([folder]))
+    assert f"shard_{odd:05}" in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_shards_of_one_source_end_their_documents_alike(built: tuple[Path, Path], tmp_path: Path, odd: int) -> None:
+    folder = copied_shards(built[0], tmp_path / "s", 3)
+    path = folder / f"shard_{odd:05}_text_document.manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"append_eod": True}))
+    with pytest.raises(ShardError, match=r"source 's0': documents of .* end with .*--append-eod or all") as caught:
+        Plan.from_spec(plan_of([folder]))
+    assert f"shard_{odd:05}" in str(caught.value)
+    (finding,) = (row for row in describe_source("s", str(folder))["findings"] if row["kind"] == "eod")
+    assert finding["file"] == str(path)
+    assert "documents with the end-of-document id at their end, other shards without; build" in finding["message"]
+    parts = [tmp_path / "with", tmp_path / "without"]
+    for part, numbers in zip(parts, ([odd], [n for n in range(3) if n != odd]), strict=True):
+        part.mkdir()
+        for number in numbers:
+            for file in folder.glob(f"shard_{number:05}*"):
+                shutil.copy(file, part)
+    assert Plan.from_spec(plan_of(parts)).num_samples > 0  # as two sources they may
