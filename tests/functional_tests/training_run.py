@@ -57,11 +57,18 @@ TRAINING_FLAGS = (
 ).split()
 
 
-def write_corpus(folder: Path) -> Path:
-    """Two tiny sources and a plan over them; returns the plan."""
+def write_corpus(folder: Path, longer: int = 0, end: int | None = None) -> Path:
+    """Two tiny sources and a plan over them; returns the plan.
+
+    Args:
+        folder: For all files.
+        longer: Tokens more in each document of `scored`.
+        end: Token at the end of each document, and nowhere else.
+    """
     rng = np.random.default_rng(0)
-    for name, largest in (("scored", 60), ("plain", VOCABULARY)):
-        documents = [rng.integers(0, largest, size=int(rng.integers(20, 90))).tolist() for _ in range(200)]
+    for name, largest, more in (("scored", 60, longer), ("plain", VOCABULARY if end is None else end, 0)):
+        documents = [rng.integers(0, largest, size=int(rng.integers(20, 90)) + more).tolist() for _ in range(200)]
+        documents = [document if end is None else [*document, end] for document in documents]
         write_shard(folder / name, documents, rng.random(200).tolist())
     plan = folder / "plan.yaml"
     plan.write_text(PLAN.format(folder=folder))
