@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PLAN",
         help="instead of SHARDS: all scored sources of a plan; an index that is there and up to date stays",
     )
-    parser.add_argument("--score", default="score", help="name of the score sidecar (default: score)")
+    parser.add_argument("--score", default="score", type=score_name, help="name of the score sidecar (default: score)")
     parser.add_argument(
         "--scores",
         metavar="F",
@@ -31,6 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="index file (default: beside the first shard)")
     parser.add_argument("--verify", action="store_true", help="compare an existing index with a fresh ranking")
     return parser
+
+
+def score_name(text: str) -> str:
+    """What `--score` may be."""
+    from megatron_kaiyuan.data.score_files import check_score_name
+
+    try:
+        return check_score_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ from megatron_kaiyuan.errors import PlanError
 
 __all__ = ["Phase", "build_phase"]
 
+_MOST_SAMPLES = 1 << 45  # beyond, interleave.py would round positions too coarsely
+_MOST_TOKENS = 1 << 62
 _FEW = 16  # samples of a shuffled stream; below, plain integers are faster than arrays
 _FEW_STREAMS = 48  # likewise for the merge of one sample
 
@@ -122,6 +124,7 @@ def build_phase(
         most=sources_at_once(sources[name].source for name in spec.sources),
     )
     streams = dict(zip(spec.sources, built, strict=True))
+    _refuse_too_many(spec, built, seq_length)
     natural = np.array([stream.num_windows for stream in streams.values()], dtype=np.int64)
     weights = [part.weight for part in spec.sources.values()]
     rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)
@@ -137,6 +140,17 @@ def build_phase(
             _refuse_budget(spec, name, stream, int(used[number]), _largest_budget(rates, most, num_samples))
         streams[name] = _stretched(spec, name, stream, int(used[number]), num_samples)
     return Phase(spec, first_sample, num_samples, streams, rates, used)
+
+
+def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int) -> None:
+    """More samples than the merge can place exactly, or more tokens than 64 bits count."""
+    tokens = max(sum(stream.num_tokens for stream in streams), spec.tokens or 0)
+    if tokens // seq_length > _MOST_SAMPLES or tokens > _MOST_TOKENS:
+        raise PlanError(
+            f"phase {spec.name!r}: {tokens:,} tokens are {tokens // seq_length:,} samples of {seq_length:,}; a phase "
+            f"has at most {_MOST_SAMPLES:,} samples and {_MOST_TOKENS:,} tokens: lower repeat or tokens, or make "
+            "several phases of it"
+        )
 
 
 def _build_stream(

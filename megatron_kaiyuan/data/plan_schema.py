@@ -1,17 +1,28 @@
 """The plan file: YAML validated field by field, unknown keys refused, errors with the path of the field."""
 
 import math
-import re
 from collections.abc import Hashable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_kaiyuan.data.selection import Keep, parse_fraction, parse_keep
+from megatron_kaiyuan.data.plan_fields import (
+    IndexPath,
+    Rate,
+    Repetition,
+    ScoreName,
+    Selection,
+    Shards,
+    Share,
+    Tokens,
+    Weight,
+    Weighting,
+)
+from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = [
@@ -24,65 +35,14 @@ __all__ = [
     "PlanSpec",
     "SourceSpec",
     "TokenizerSpec",
+    "Tokens",
     "ValidationSpec",
     "load_plan_spec",
     "parse_plan_spec",
 ]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
-
-
-def _parse_tokens(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("true and false are not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kmbgt]?)", value.strip().lower())
-    if match is None:
-        raise ValueError(f"{value!r} is not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
-    tokens = Fraction(match[1].replace("_", "")) * _UNITS[match[2]]
-    if tokens.denominator != 1:
-        raise ValueError(f"{value!r} is not a whole number of tokens")
-    return int(tokens)
-
-
-def _parse_ratio(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a number")
-    try:
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{value!r} is not a number") from error
-
-
-def _parse_selection(value: object) -> Keep:
-    return value if isinstance(value, Keep) else parse_keep(str(value))
-
-
-def _parse_share(value: object) -> object:
-    if value is None or isinstance(value, Fraction):
-        return value
-    if isinstance(value, bool):
-        raise ValueError("true and false are not a share; write 30% or 0.3")
-    return parse_fraction(str(value).strip())
-
-
-def _positive(value: Fraction) -> Fraction:
-    if value <= 0:
-        raise ValueError(f"must be above 0, got {float(value)}; leave the source out of the phase to skip it")
-    return value
-
-
-def _check_weights(value: str) -> str:
-    if not _WEIGHTS.fullmatch(value) or (value.startswith("ema:") and float(value[4:]) == 0):
-        raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 < ALPHA <= 1")
-    return value
-
-
-Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(gt=0)]
-Ratio = Annotated[Fraction, BeforeValidator(_parse_ratio), AfterValidator(_positive)]
-Share = Annotated[Fraction | None, BeforeValidator(_parse_share)]
+# PyYAML lets errors of Python's own through where a value is not of the type it looks like, such as 2024-13-45
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class _Strict(BaseModel):
@@ -118,13 +78,13 @@ class ExpectedSpec(_Strict):
 class SourceSpec(_Strict):
     """A named set of shards."""
 
-    shards: str | list[str]
+    shards: Shards
     """A prefix, a directory, a glob, or a list of these; relative to the working directory."""
-    score: str | None = None
+    score: ScoreName | None = None
     """Score sidecar that ranks the documents, higher is better; None: unscored, always in random order."""
-    domain: str | None = None
+    domain: str | None = Field(default=None, min_length=1)
     """Group that reports and domain bounds sum over."""
-    rank_index: str | None = None
+    rank_index: IndexPath | None = None
     """Path of the rank index, when it is not beside the shards."""
     expected: ExpectedSpec | None = None
     """Documents and tokens to plan with before the shards exist; used by `plan_data.py --simulate` alone."""
@@ -133,13 +93,13 @@ class SourceSpec(_Strict):
 class PhaseSourceSpec(_Strict):
     """What a phase takes from a source."""
 
-    keep: Annotated[Keep, BeforeValidator(_parse_selection)] = Keep("all")
+    keep: Selection = Keep("all")
     """The selection, such as `top 30%`."""
-    repeat: Ratio = Fraction(1)
+    repeat: Repetition = Fraction(1)
     """Passes over the selection: 2.5 = twice all of it, and once a random half."""
-    max_repeat: Ratio | None = None
+    max_repeat: Repetition | None = None
     """How many passes a token budget larger than the streams may stretch `repeat` to."""
-    weight: Ratio | None = None
+    weight: Weight | None = None
     """Share of the phase's tokens, relative to the other weights; None: the natural size of the stream."""
     sorted: bool = True
     """In a curriculum: ascending quality (True) or random order (False)."""
@@ -149,12 +109,21 @@ class PhaseSourceSpec(_Strict):
     def _shorthand(cls, value: object) -> object:
         return {"keep": value} if isinstance(value, str) else ({} if value is None else value)
 
+    @model_validator(mode="after")
+    def _limit_is_no_less(self) -> "PhaseSourceSpec":
+        if self.max_repeat is not None and self.max_repeat < self.repeat:
+            raise ValueError(
+                f"max_repeat {float(self.max_repeat):.4g} is below repeat {float(self.repeat):.4g}; lower repeat, "
+                "which is how often the source is shown, or raise max_repeat, to which a larger budget may stretch it"
+            )
+        return self
+
 
 class LearningRateSpec(_Strict):
     """The learning rate over a phase."""
 
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
+    start: Rate
+    end: Rate
     shape: Literal["constant", "linear", "cosine", "sqrt", "warmup"] = "constant"
     jump: bool = False
     """Whether the rate may begin elsewhere than where the phase before ended; without the word that is a mistake."""
@@ -200,9 +169,9 @@ class ValidationSpec(_Strict):
 class DomainBoundSpec(_Strict):
     """Which share of the tokens a domain must or may have. It is checked, and changes nothing in the order."""
 
-    min: Share = None
+    min: Share | None = None
     """At least this share; None: no lower bound."""
-    max: Share = None
+    max: Share | None = None
     """At most this share; None: no upper bound."""
     scope: Literal["run", "phase"] = "run"
     """Whether all phases together keep the bound, or each phase does."""
@@ -224,7 +193,7 @@ class AveragingSpec(_Strict):
     last: int = Field(gt=0)
     every: int = Field(gt=0)
     """Training steps between two averaged checkpoints."""
-    weights: Annotated[str, AfterValidator(_check_weights)] = "mean"
+    weights: Weighting = "mean"
 
 
 class PlanSpec(_Strict):
@@ -322,8 +291,8 @@ def load_plan_spec(path: str | Path) -> PlanSpec:
         raw = yaml.load(text, _UniqueKeyLoader)
     except OSError as error:
         raise PlanError(f"plan {path}: cannot be read ({error.strerror}); give the path of a YAML plan") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlanError(f"plan {path}: not YAML: {error}") from error
+    except _NOT_YAML as error:
+        raise PlanError(f"plan {path}: not YAML: {error}; docs/plan.md shows a whole plan") from error
     return parse_plan_spec(raw, str(path))
 
 

@@ -13,6 +13,7 @@ from megatron_kaiyuan.data.shards import Shard
 from megatron_kaiyuan.errors import ScoreError
 
 __all__ = [
+    "check_score_name",
     "check_score_shape",
     "check_scores",
     "kept_scores",
@@ -34,6 +35,16 @@ _PLAIN_BYTES = 128
 def score_path(prefix: str, score: str) -> Path:
     """Where the scores called `score` of a shard are stored."""
     return Path(f"{prefix}.scores.{score}.npy")
+
+
+def check_score_name(name: str) -> str:
+    """The name as it is; ValueError unless it can be a part of a file name."""
+    if not name or "/" in name or "\0" in name:
+        raise ValueError(
+            f"{name!r} is not the name of a score: it is a part of a file name, P.scores.NAME.npy; write it without a "
+            "folder"
+        )
+    return name
 
 
 def load_score_sidecar(shard: Shard, score: str) -> NDArray[np.floating]:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-__all__ = ["Keep", "parse_fraction", "parse_keep"]
+__all__ = ["Keep", "exact_number", "parse_fraction", "parse_keep"]
 
 _PATTERN = re.compile(
     r"(?P<all>all)|(?P<kind>top|bottom|random)\s+(?P<size>\S+)|band\s*\[\s*(?P<low>[^,\s]+)\s*,\s*(?P<high>[^)\s]+)\s*\)"
 )
+_LONG_EXPONENT = re.compile(r"e[+-]?\d{4,}")
+_SMALLEST = Fraction(1, 10**100)
 _UNIT = re.compile(r"\s+by\s+(documents|tokens)$")
 
 
@@ -83,12 +85,27 @@ def parse_fraction(text: str) -> Fraction:
         ValueError: not a number, or outside [0, 1]; a bare `30` is refused because it could mean either.
     """
     try:
-        value = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        value = exact_number(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except OverflowError as error:
+        raise ValueError(f"{text!r} is too large or too small: {error}") from error
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{text!r} is not a fraction; write 30% or 0.3") from error
     if not 0 <= value <= 1:
         hint = f"; did you mean {text}%?" if 1 < value <= 100 and not text.endswith("%") else ""
         raise ValueError(f"{text!r} is not between 0% and 100%{hint}")
+    return value
+
+
+def exact_number(text: str) -> Fraction:
+    """`2.5`, `1e-3` and `7/2` as they stand.
+
+    Raises:
+        ValueError, ZeroDivisionError: not a number, as of Fraction.
+        OverflowError: beyond 1e-100 to 1e100. An exponent of nine digits would take minutes to write out.
+    """
+    value = None if _LONG_EXPONENT.search(text.replace("_", "").lower()) else Fraction(text)
+    if value is None or (value and not _SMALLEST <= abs(value) <= 1 / _SMALLEST):
+        raise OverflowError("numbers are between 1e-100 and 1e100")
     return value
 
 

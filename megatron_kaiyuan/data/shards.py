@@ -31,6 +31,7 @@ __all__ = [
     "open_shard",
     "real_files",
     "refuse_duplicates",
+    "refuse_empty_name",
     "resolve_item",
     "resolve_prefixes",
 ]
@@ -233,8 +234,15 @@ def _real_file(prefix: str, folders: Mapping[str, str]) -> str:
     return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114
 
 
+def refuse_empty_name(item: str) -> None:
+    """Raise ShardError for an empty name, which would be the working directory."""
+    if not item.strip():
+        raise ShardError(f"shards {item!r}: an empty name; name a prefix, a directory (. is this one) or a glob")
+
+
 def resolve_item(item: str) -> list[str]:
     """`resolve_prefixes` of one prefix, directory or glob."""
+    refuse_empty_name(item)
     if Path(item).is_dir():
         found = sorted(str(path)[: -len(".idx")] for path in Path(item).glob("*.idx"))
         kind = "directory without .idx files"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.build_check import mixed_keys, require_whole_folder
 from megatron_kaiyuan.data.maps import look_up, open_maps
 from megatron_kaiyuan.data.score_files import kept_scores, load_score_sidecar
-from megatron_kaiyuan.data.shards import Shard, open_shard, refuse_duplicates, resolve_item
+from megatron_kaiyuan.data.shards import Shard, open_shard, refuse_duplicates, refuse_empty_name, resolve_item
 from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ShardError
 
@@ -241,6 +241,7 @@ def _prefixes(name: str, shards: str | Sequence[str]) -> list[str]:
     items = [shards] if isinstance(shards, str) else list(shards)
     found = []
     for item in items:
+        refuse_empty_name(item)
         require_whole_folder(item)
         prefixes = resolve_item(item)
         problem = mixed_keys(item, prefixes)

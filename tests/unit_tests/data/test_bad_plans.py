@@ -60,6 +60,30 @@ WRONG_FIELDS = [
     ("phases.0.sources.web.repeat", ".inf", "is not a number"),
     ("phases.0.sources.web.repeat", float("nan"), "is not a number"),
     ("phases.0.sources.web.max_repeat", 0, "must be above 0"),
+    ("phases.0.sources.web.repeat", 1.0e30, "more than 1,000,000 passes; give fewer (given: 1e+30)"),
+    ("phases.0.sources.web.repeat", "1000001", "more than 1,000,000 passes"),
+    ("phases.0.sources.web.repeat", "1e999999999", "too large or too small"),
+    ("phases.0.sources.web.repeat", "0e-999_999_999", "too large or too small"),
+    ("phases.0.sources.web.repeat", "-1" + 400 * "0", "too large or too small"),
+    ("phases.0.sources.web.max_repeat", 1.0e30, "more than 1,000,000 passes"),
+    ("phases.0.sources.web.weight", 1.0e-320, "too large or too small"),
+    ("phases.0.sources.web.weight", "1/1" + 400 * "0", "too large or too small"),
+    ("phases.0.sources.web.keep", "random 1e-999999999", "too large or too small"),
+    ("phases.0.tokens", 1.0e30, "exceeded maximum size (given: 1e+30)"),
+    ("phases.0.tokens", "9999999999T", "less than 4611686018427387904"),
+    ("phases.0.lr", {"start": float("inf"), "end": float("inf")}, "finite number"),
+    ("sources.web.score", "../x", "not the name of a score: it is a part of a file name, P.scores.NAME.npy"),
+    ("sources.web.score", "a/b", "not the name of a score"),
+    ("sources.web.score", "x\0", "not the name of a score"),
+    ("sources.web.score", "", "empty; leave score: out where a source has no scores"),
+    ("sources.web.shards", "", "empty; name a prefix, a directory or a glob (. is the working directory)"),
+    ("sources.web.shards", [], "an empty list; name a prefix, a directory or a glob"),
+    ("sources.web.shards", ["a", ""], "empty; name a prefix"),
+    ("sources.web.shards", "a\0", "a path has no zero byte"),
+    ("sources.web.shards", 5, "not a path; name a prefix, a directory or a glob"),
+    ("sources.web.shards", ["a", 5], "not a path; name a prefix"),
+    ("sources.web.rank_index", "", "empty; leave rank_index: out where the index lies beside the shards"),
+    ("sources.web.domain", "", "at least 1 character"),
     ("phases.0.lr", {"start": 1e-3, "end": 1e-4}, "make them equal or name a shape"),
     ("phases.0.lr", {"start": 1e-3, "end": 1e-4, "shape": "wobbly"}, "'constant', 'linear', 'cosine'"),
     ("phases.0.lr", {"end": 1e-4}, "Field required"),
@@ -163,6 +187,12 @@ FILES = {
     "a template": ("seq_length: {{ length }}\n", "a key is a dict; keys are names"),
     "a list": ("- seq_length\n", "a plan is a mapping with seq_length, sources and phases, got list"),
     "empty": ("", "got NoneType"),
+    "no date": ("seq_length: 2024-13-45\n", "not YAML: month must be in 1..12"),
+    "no time stamp": ("seq_length: !!timestamp x\n", "not YAML"),
+    "no truth": ("seq_length: !!bool x\n", "not YAML"),
+    "no number": ("seq_length: !!int x\n", "not YAML"),
+    "nothing as a number": ("seq_length: !!int ''\n", "not YAML"),
+    "lists in lists": ("a: " + 3000 * "[" + 3000 * "]", "not YAML"),
     "python object": ("!!python/object/apply:os.getcwd []\n", "not YAML"),
     "unquoted band in braces": ("keep: {web: {keep: band [20%, 40%)}}\n", "not YAML"),
 }
@@ -218,3 +248,42 @@ def test_a_part_may_be_written_as_its_selection_alone(spec):
 def test_every_error_is_of_the_named_base_class_and_has_no_numpy_in_its_words():
     assert issubclass(PlanError, KaiyuanError)
     assert "np." not in str(PlanError(f"{np.int64(3)}"))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"max_repeat": 0.5}, "max_repeat 0.5 is below repeat 1"),
+        ({"repeat": 2.5, "max_repeat": "7/3"}, "max_repeat 2.333 is below repeat 2.5"),
+    ],
+)
+def test_a_limit_below_the_repetition_itself_is_refused(spec, part, message):
+    with pytest.raises(PlanError) as caught:
+        Plan.from_spec(with_field(spec, "phases.0.sources.web", part))
+    assert f"phases.0.sources.web: {message}" in str(caught.value)
+    equal = Plan.from_spec(with_field(spec, "phases.0.sources.web", part | {"max_repeat": part.get("repeat", 1)}))
+    assert equal.num_samples > 0
+
+
+def test_weights_and_repetitions_far_apart_are_exact_or_refused(spec):
+    """Each was an error of Python's own at another place."""
+    for weight in ("1e-100", "1e100", "1e-30"):
+        parts = {"web": {"weight": weight}, "code": {"weight": weight, "max_repeat": 1_000_000}}
+        assert Plan.from_spec(with_field(with_field(spec, "phases.0.sources", parts), "phases.0.tokens", 80)).phases[
+            0
+        ].used.tolist() == [10, 10]
+        parts["code"]["weight"] = 1
+        with pytest.raises(PlanError, match=r"too small to show it even once|passes\. Lower"):
+            Plan.from_spec(with_field(with_field(spec, "phases.0.sources", parts), "phases.0.tokens", 80))
+    most = Plan.from_spec(with_field(spec, "phases.0.sources.web", {"repeat": 1_000_000}))
+    assert most.phases[0].streams["web"].num_tokens == 120_000_000
+
+
+def test_a_phase_of_too_many_samples_to_be_ordered_exactly_is_refused(spec):
+    for name in ("web", "code"):
+        spec["sources"][name] |= {"expected": {"documents": "1B", "tokens": "1000000T"}}
+    with pytest.raises(PlanError, match=r"phase 'main': 2,000,000,000,000,000,000 tokens .*at most 35,184,372,088,832"):
+        Plan.from_spec(spec, simulate=True)
+    parts = {"web": {"repeat": 1_000_000}, "code": "all"}
+    with pytest.raises(PlanError, match=r"phase 'main': .* tokens .*lower repeat"):
+        Plan.from_spec(with_field(spec, "phases.0.sources", parts) | {"seq_length": 1 << 40}, simulate=True)

@@ -136,7 +136,7 @@ def test_a_shuffled_stream_is_stretched_by_whole_new_passes(tmp_path):
 def test_a_budget_is_refused_from_one_window_past_what_may_be_shown_on(tmp_path, order):
     """31 documents of 4 tokens are 30 windows of 4; 2.25 passes of them, 279 tokens, are 69."""
     sources = {"s": write_source(tmp_path / "s", numbered_documents([4] * 31), range(31))}
-    for entry, most in (({}, 30), ({"max_repeat": 0.5}, 30), ({"max_repeat": 2.25}, 69)):
+    for entry, most in (({}, 30), ({"max_repeat": 1}, 30), ({"max_repeat": 2.25}, 69)):
         fits = plan_of(sources, phase_of(order, {"s": entry}, tokens=4 * most + 3))
         assert len(all_samples(fits)) == most
         with pytest.raises(PlanError, match=f"Lower the phase's tokens to {4 * most}, or"):

@@ -1,0 +1,122 @@
+"""What a single field of a plan may hold: numbers with units, shares, names of files."""
+
+import re
+from fractions import Fraction
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from megatron_kaiyuan.data.score_files import check_score_name
+from megatron_kaiyuan.data.selection import Keep, exact_number, parse_fraction, parse_keep
+
+__all__ = [
+    "IndexPath",
+    "Rate",
+    "Repetition",
+    "ScoreName",
+    "Selection",
+    "Shards",
+    "Share",
+    "Tokens",
+    "Weight",
+    "Weighting",
+]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_MOST_PASSES = 1_000_000
+_NAME_SHARDS = "name a prefix, a directory or a glob (. is the working directory), or a list of them"
+_WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
+
+
+def _parse_tokens(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kmbgt]?)", value.strip().lower())
+    if match is None:
+        raise ValueError(f"{value!r} is not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
+    tokens = Fraction(match[1].replace("_", "")) * _UNITS[match[2]]
+    if tokens.denominator != 1:
+        raise ValueError(f"{value!r} is not a whole number of tokens")
+    return int(tokens)
+
+
+def _parse_ratio(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        return exact_number(str(value))
+    except OverflowError as error:
+        raise ValueError(f"too large or too small: {error}") from error
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{value!r} is not a number") from error
+
+
+def _parse_selection(value: object) -> Keep:
+    return value if isinstance(value, Keep) else parse_keep(str(value))
+
+
+def _parse_share(value: object) -> object:
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool):
+        raise ValueError("true and false are not a share; write 30% or 0.3")
+    return parse_fraction(str(value).strip())
+
+
+def _positive(value: Fraction) -> Fraction:
+    if value <= 0:
+        raise ValueError(f"must be above 0, got {float(value)}; leave the source out of the phase to skip it")
+    return value
+
+
+def _check_weights(value: str) -> str:
+    if not _WEIGHTS.fullmatch(value) or (value.startswith("ema:") and float(value[4:]) == 0):
+        raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 < ALPHA <= 1")
+    return value
+
+
+def _few_passes(value: Fraction) -> Fraction:
+    if value > _MOST_PASSES:
+        raise ValueError(f"more than {_MOST_PASSES:,} passes; give fewer")
+    return value
+
+
+def _parse_shards(value: object) -> object:
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError(f"an empty list; {_NAME_SHARDS}")
+    for item in items:
+        if not isinstance(item, str):
+            raise ValueError(f"{item!r} is not a path; {_NAME_SHARDS}")
+        if not item.strip():
+            raise ValueError(f"empty; {_NAME_SHARDS}")
+        if "\0" in item:
+            raise ValueError(f"{item!r}: a path has no zero byte; {_NAME_SHARDS}")
+    return value
+
+
+def _check_index_path(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("empty; leave rank_index: out where the index lies beside the shards")
+    return value
+
+
+def _check_score(value: str) -> str:
+    if not value:
+        raise ValueError("empty; leave score: out where a source has no scores")
+    return check_score_name(value)
+
+
+Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(gt=0, lt=1 << 62)]
+Ratio = Annotated[Fraction, BeforeValidator(_parse_ratio), AfterValidator(_positive)]
+Repetition = Annotated[Ratio, AfterValidator(_few_passes)]
+Weight = Ratio
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[Fraction, BeforeValidator(_parse_share)]
+Selection = Annotated[Keep, BeforeValidator(_parse_selection)]
+Weighting = Annotated[str, AfterValidator(_check_weights)]
+Shards = Annotated[str | list[str], BeforeValidator(_parse_shards)]
+ScoreName = Annotated[str, AfterValidator(_check_score)]
+IndexPath = Annotated[str, AfterValidator(_check_index_path)]
