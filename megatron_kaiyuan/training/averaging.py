@@ -183,13 +183,26 @@ def choose_so_far(directory: Path, planned: Sequence[int], iteration: int, *, wh
     wanted = [number for number in planned if whole or number <= iteration]
     missing = [number for number in wanted if number not in found or number > iteration]
     if missing:
+        lost = [number for number in missing if number <= iteration]
+        remedy = _instead(planned, lost, found, iteration) if lost else "finish it, or give --last N"
         raise ConfigError(
             f"{directory}: the plan averages iterations {', '.join(map(str, planned))}, of which "
-            f"{', '.join(map(str, missing))} are not there, the run being at {iteration}: finish it, or give --last N"
+            f"{', '.join(map(str, missing))} are not there, the run being at {iteration}: {remedy}"
         )
     chosen = _intact(directory, wanted)
     check_one_run(chosen)
     return chosen
+
+
+def _instead(planned: Sequence[int], lost: Sequence[int], found: Sequence[int], iteration: int) -> str:
+    """What to do where the run has gone past planned checkpoints that it did not save, or that were deleted."""
+    left = [number for number in planned if number in found and number <= iteration]
+    those = f"--iterations {' '.join(map(str, left))}" if len(left) > 1 else "--last N"
+    amend = "" if iteration >= planned[-1] else ", or lower last or every of averaging in the plan and resume"
+    return (
+        f"{', '.join(map(str, lost))} will not be saved any more; average others with "
+        f"tools/average_checkpoints.py {those}{amend}"
+    )
 
 
 def average_checkpoints(

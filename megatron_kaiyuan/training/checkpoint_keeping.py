@@ -5,8 +5,9 @@ The plan's `averaging` names the last `last` checkpoints, `every` steps apart, c
 
 import argparse
 import shutil
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "keep_checkpoints",
     "plan_averaging",
     "say_how_to_average",
+    "say_what_cannot_be_averaged",
 ]
 
 AVERAGING = "kaiyuan_averaging"
@@ -178,6 +180,31 @@ def keep_checkpoints(args: argparse.Namespace) -> CheckpointKeeper | None:
     return keeper
 
 
+def say_what_cannot_be_averaged(args: argparse.Namespace, start: int) -> None:
+    """At the start of a run: which checkpoints its plan averages lie behind it and were not saved.
+
+    So it is where averaging was added to a plan, or changed, after the run had passed them.
+
+    Args:
+        args: Megatron's validated arguments, `plan_averaging()` included.
+        start: The iteration that the run continues from; 0: its first.
+    """
+    averaging = getattr(args, AVERAGING)
+    if averaging is None or args.rank != 0:
+        return
+    iterations, saved = averaging["iterations"], saved_iterations(Path(args.save))
+    lost = [number for number in iterations if number <= start and number not in saved]
+    if lost:
+        print(
+            f"\nWARNING: the plan averages iterations {', '.join(map(str, iterations))}, but the run starts at {start} "
+            f"and {', '.join(map(str, lost))} are not in --save {args.save}: this average cannot be made. Lower last "
+            "or every of averaging in the plan and start again, or average others when the run is finished "
+            "(tools/average_checkpoints.py --iterations)\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def say_how_to_average(args: argparse.Namespace) -> None:
     """At the end of a run, called on all ranks: the commands that are left to average and evaluate as its plan wants.
 
@@ -191,14 +218,29 @@ def say_how_to_average(args: argparse.Namespace) -> None:
     if args.rank != 0:
         return
     iterations, weights, output = averaging["iterations"], averaging["weights"], average_folder(args.save)
+    lost = _lost(Path(args.save), iterations)
+    left = [number for number in iterations if number not in lost]
+    planned = f"> the plan averages iterations {', '.join(map(str, iterations))} ({weights})"
+    if lost:
+        planned += f", of which {', '.join(map(str, lost))} are not there"
+    if len(left) < min(2, len(iterations)):
+        print(f"{planned}: nothing is left to average", flush=True)
+        return
     commands = [f"python tools/evaluate.py {args.save} {output} --plan {args.plan}"]
-    if not is_average(output, iterations, weights, iteration_folder(Path(args.save), iterations[-1])):
-        commands.insert(0, f"python tools/average_checkpoints.py {args.save} --planned --output {output}")
+    if not is_average(output, left, weights, iteration_folder(Path(args.save), iterations[-1])):
+        which = f"--iterations {' '.join(map(str, left))} --weights {weights}" if lost else "--planned"
+        commands.insert(0, f"python tools/average_checkpoints.py {args.save} {which} --output {output}")
     elif _was_evaluated(args, iterations[-1]):
         return
-    print(f"> the plan averages iterations {', '.join(map(str, iterations))} ({weights}):", flush=True)
+    print(f"{planned}{'; without them' if lost else ''}:", flush=True)
     for command in commands:
         print(f">   {command}", flush=True)
+
+
+def _lost(save: Path, iterations: Sequence[int]) -> list[int]:
+    """Those that a finished run never saved, or that somebody deleted; none where it is not finished."""
+    saved = saved_iterations(save)
+    return [number for number in iterations if number not in saved] if iterations[-1] in saved else []
 
 
 def _was_evaluated(args: argparse.Namespace, iteration: int) -> bool:

@@ -25,6 +25,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     keep_checkpoints,
     plan_averaging,
     say_how_to_average,
+    say_what_cannot_be_averaged,
 )
 from megatron_kaiyuan.training.checkpoint_recovery import Start, agree_on_start
 from megatron_kaiyuan.training.forward_step import ForwardStep
@@ -61,6 +62,7 @@ def run_pretraining() -> None:
         print_rank_0(f"> --load {args.load}: the run is complete, nothing is left to train on")
         say_how_to_average(args)
         return
+    say_what_cannot_be_averaged(args, 0 if saved is None else saved.iteration)
     check_average_arguments(
         args, planned=getattr(args, AVERAGING) is not None, held_out=plan is not None and bool(plan.validation)
     )

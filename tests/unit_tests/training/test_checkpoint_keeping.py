@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.averaging import PLANNED, choose_planned, complete_average
+from megatron_kaiyuan.training.averaging import (
+    PLANNED,
+    average_checkpoints,
+    choose_checkpoints,
+    choose_planned,
+    complete_average,
+)
 from megatron_kaiyuan.training.checkpoint_io import iteration_folder, saved_iterations
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
@@ -17,6 +23,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     average_folder,
     averaged_iterations,
     say_how_to_average,
+    say_what_cannot_be_averaged,
 )
 from megatron_kaiyuan.training.metrics_file import append_metrics, average_path
 from tests.unit_tests.training.test_averaging import save
@@ -103,9 +110,63 @@ def test_planned_checkpoints_are_those_that_the_run_recorded(tmp_path: Path) -> 
     chosen, weights = choose_planned(tmp_path)
     assert [checkpoint.iteration for checkpoint in chosen] == [10, 20]
     assert weights == "wma"
-    iteration_folder(tmp_path, 10).rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="of which 10 are not there, the run being at 20: finish it"):
+
+
+@pytest.mark.parametrize(
+    ("saved", "complaint"),
+    [
+        ([6, 9], "of which 3, 12 are not there, the run being at 9: 3 will not be .*--iterations 6 9, or lower last"),
+        ([3, 6, 9], "of which 12 are not there, the run being at 9: finish it, or give --last N$"),
+        (
+            [6, 9, 12],
+            "of which 3 are not there, the run being at 12: 3 will not be saved .*--iterations 6 9 12$",
+        ),
+        ([12], "of which 3, 6, 9 are not there, the run being at 12: 3, 6, 9 will not be .*--last N$"),
+    ],
+)
+def test_a_planned_checkpoint_that_is_missing_has_a_remedy_that_works(
+    tmp_path: Path, saved: list[int], complaint: str
+) -> None:
+    for iteration in saved:
+        save(tmp_path, iteration, kaiyuan_averaging={"iterations": [3, 6, 9, 12], "weights": "mean"})
+    with pytest.raises(ConfigError, match=complaint):
         choose_planned(tmp_path)
+
+
+def run_arguments(save: Path, wanted: dict[str, object] | None, rank: int = 0) -> argparse.Namespace:
+    return argparse.Namespace(save=str(save), plan="plan.yaml", rank=rank, kaiyuan_metrics=None, **{AVERAGING: wanted})
+
+
+def test_an_impossible_average_is_told_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Saved every second step up to 8, where `averaging: {last: 4, every: 3}` was added; the run ends at 12."""
+    for iteration in (4, 6, 8):
+        pretend_saved(tmp_path, iteration)
+    wanted = {"iterations": [3, 6, 9, 12], "weights": "mean"}
+    say_what_cannot_be_averaged(run_arguments(tmp_path, wanted), 8)
+    told = capsys.readouterr().err
+    assert "averages iterations 3, 6, 9, 12, but the run starts at 8 and 3 are not in --save" in told
+    for silent in (run_arguments(tmp_path, wanted, rank=1), run_arguments(tmp_path, None)):
+        say_what_cannot_be_averaged(silent, 8)
+    say_what_cannot_be_averaged(run_arguments(tmp_path, wanted), 0)
+    say_what_cannot_be_averaged(run_arguments(tmp_path, {"iterations": [6, 9, 12], "weights": "mean"}), 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_commands_at_the_end_are_those_that_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, wanted = tmp_path / "saved", {"iterations": [3, 6, 9, 12], "weights": "wma"}
+    for iteration in (6, 9, 12):
+        save(run, iteration, kaiyuan_averaging=wanted)
+    say_how_to_average(run_arguments(run, wanted))
+    told = capsys.readouterr().out.splitlines()
+    assert "of which 3 are not there; without them" in told[0]
+    assert f"{run} --iterations 6 9 12 --weights wma --output {run}-averaged" in told[1]
+    average_checkpoints(choose_checkpoints(run, None, [6, 9, 12]), "wma", average_folder(str(run)))
+    say_how_to_average(run_arguments(run, wanted))
+    assert ["tools/evaluate.py" in line for line in capsys.readouterr().out.splitlines()] == [False, True]
+    for iteration in (6, 9):
+        iteration_folder(run, iteration).rename(tmp_path / str(iteration))
+    say_how_to_average(run_arguments(run, wanted))
+    assert capsys.readouterr().out.endswith("of which 3, 6, 9 are not there: nothing is left to average\n")
 
 
 def test_a_run_without_averaging_has_none_planned(tmp_path: Path) -> None:
@@ -119,7 +180,7 @@ def test_what_is_left_of_averaging_and_evaluating_is_told(tmp_path: Path, capsys
     wanted = {"iterations": [10, 20], "weights": "wma"}
     for iteration in (10, 20):
         save(run, iteration, kaiyuan_averaging=wanted)
-    args = argparse.Namespace(save=str(run), plan="plan.yaml", rank=0, kaiyuan_metrics=None, **{AVERAGING: wanted})
+    args = run_arguments(run, wanted)
 
     def told() -> list[str]:
         say_how_to_average(args)
