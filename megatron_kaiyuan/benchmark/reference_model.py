@@ -46,6 +46,11 @@ class ReferenceModel(BaseModel):
     def _heads_divide(self) -> "ReferenceModel":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"heads of {self.hidden_size // self.num_attention_heads} are odd, and rotary positions turn pairs; "
+                "change hidden_size or num_attention_heads"
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups "

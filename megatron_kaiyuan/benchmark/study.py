@@ -103,6 +103,14 @@ class TrainingSpec(StrictModel):
     flags: tuple[str, ...] = ()
     """More of Megatron's flags, the same for all runs."""
 
+    @model_validator(mode="after")
+    def _rates_and_seeds(self) -> "TrainingSpec":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, where the rate falls to it")
+        if low := [seed for seed in self.seeds if seed < 1]:
+            raise ValueError(f"seeds: {low[0]} is no seed; Megatron takes whole numbers from 1")
+        return self
+
 
 class MainRunSpec(StrictModel):
     """The run that the study is for; the report says what share of it the study costs."""

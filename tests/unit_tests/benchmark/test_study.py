@@ -41,6 +41,9 @@ def changed(content: dict[str, Any], path: str, value: object) -> dict[str, Any]
         ("training.tokens", 512, "training.tokens: 512 is less than a slice (1,024)"),
         ("training.seeds", [1, 1], "training.seeds: 1 is named twice"),
         ("training.seeds", 0, "training.seeds: 0 seeds"),
+        ("training.seeds", [-1, 2], "seeds: -1 is no seed; Megatron takes whole numbers from 1"),
+        ("training.min_lr", 0.5, "min_lr 0.5 is above lr"),
+        ("model.hidden_size", 30, "heads of 15 are odd"),
         ("training.processes", 3, "global_batch_size must be a multiple of micro_batch_size x processes"),
         ("model", "huge", "model: 'huge' is unknown; name one of kaiyuan_0.5b, tiny"),
         ("model.num_query_groups", 7, "num_attention_heads 2 is not divisible by num_query_groups 7"),
@@ -174,6 +177,20 @@ def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     assert training_command(study, sliced.runs[0])[1:6] == [
         *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [({"tasks": ["piqa"]}, "evaluation.tasks needs the tokenizer"),
+     ({"task_folders": ["nowhere"]}, "task_folders: nowhere is no folder")],
+)  # fmt: skip
+def test_what_the_evaluation_would_miss_is_said_before_the_training(
+    tmp_path: Path, evaluation: dict[str, Any], words: str
+) -> None:
+    write_sources(tmp_path)
+    known = study_content(tmp_path)["evaluation"]
+    with pytest.raises(StudyError, match=words):
+        write_slices(tiny_study(tmp_path, evaluation=known | evaluation))
 
 
 def test_shards_without_a_known_vocabulary_are_refused(tmp_path: Path) -> None:
