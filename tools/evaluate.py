@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.reporting.held_out_table import band_table, source_table
+from megatron_kaiyuan.reporting.held_out_table import band_tables, source_table
 from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
 
@@ -59,9 +59,8 @@ def main() -> None:
         bytes_of_token=token_bytes(tokenizer) if tokenizer else None,
         progress=lambda line: print(line, file=sys.stderr),
     )
-    for table in (source_table(results, plan), band_table(results, plan)):
-        if table is not None:
-            Console().print(table)
+    for table in (source_table(results, plan), *band_tables(results, plan)):
+        Console().print(table)
     if options.json:
         options.json.write_text(results_as_json(results, plan))
 

@@ -1,8 +1,10 @@
 """Held-out losses of checkpoints as tables for a terminal."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from megatron_kaiyuan.data import NUM_BANDS, Plan, band_name
@@ -10,7 +12,7 @@ from megatron_kaiyuan.data import NUM_BANDS, Plan, band_name
 if TYPE_CHECKING:  # it imports Megatron
     from megatron_kaiyuan.training.evaluation import CheckpointLoss, SourceLoss
 
-__all__ = ["band_table", "source_table"]
+__all__ = ["band_tables", "source_table"]
 
 
 def source_table(results: Sequence["CheckpointLoss"], plan: Plan) -> Table:
@@ -22,18 +24,28 @@ def source_table(results: Sequence["CheckpointLoss"], plan: Plan) -> Table:
     return table
 
 
-def band_table(results: Sequence["CheckpointLoss"], plan: Plan) -> Table | None:
-    """Nats a token by quantile band, lowest scores first; None where no held-out source has scores."""
+def band_tables(results: Sequence["CheckpointLoss"], plan: Plan) -> list[Table]:
+    """One table a checkpoint: nats a token by quantile band, lowest scores first; none where no source has scores.
+
+    Ten losses and the name of a source fill 80 columns; that of the weights stands above them.
+    """
     scored = [name for name in plan.validation if plan.sources[name].score is not None]
-    if not scored:
-        return None
-    bands = [band_name(number).replace("%", "") for number in range(NUM_BANDS)]
-    table = Table("step", "source", *bands, title="Held-out loss by quantile band of the score, %; - is no document")
-    for result in results:
+    bands = [Column(band_name(number).replace("%", ""), no_wrap=True, justify="right") for number in range(NUM_BANDS)]
+    tables = []
+    for result in results if scored else []:
+        table = Table(
+            Column("source", overflow="fold"),
+            *map(copy, bands),
+            title=f"{result.label}\nheld-out loss by quantile band of the score, %; - is no document",
+            box=SIMPLE_HEAD,
+            padding=0,
+            collapse_padding=True,
+            pad_edge=False,
+        )
         for name in scored:
-            cells = ["-" if loss is None else f"{loss:.3f}" for loss in result.sources[name].bands]
-            table.add_row(str(result.iteration), name, *cells)
-    return table
+            table.add_row(name, *("-" if loss is None else f"{loss:.3f}" for loss in result.sources[name].bands))
+        tables.append(table)
+    return tables
 
 
 def _cell(loss: "SourceLoss") -> str:
