@@ -51,11 +51,11 @@ def main() -> None:
     from megatron_kaiyuan.export.from_hugging_face import import_model
     from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
-    from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+    from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
 
     with ConsoleMeter() as meter:
         if options.command == "export":
-            checkpoint = open_checkpoint(options.source)
+            checkpoint = open_intact_checkpoint(options.source)
             meter.start("exporting", checkpoint.num_bytes)
             model = export_checkpoint(
                 checkpoint,

@@ -45,13 +45,13 @@ def main() -> None:
     with quiet_megatron_import():
         from megatron_kaiyuan.training.evaluation import evaluate_checkpoints, results_as_json
 
-    from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+    from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
     from megatron_kaiyuan.training.token_bytes import token_bytes
 
     plan = Plan.load(options.plan)
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan.tokenizer else None)
     results = evaluate_checkpoints(
-        [open_checkpoint(path) for path in options.checkpoints],
+        [open_intact_checkpoint(path) for path in options.checkpoints],
         plan,
         untrained=options.untrained,
         max_windows=options.windows,

@@ -35,8 +35,8 @@ def main() -> None:
     cpu_platform.install()
     from transformers import AutoTokenizer
 
-    from megatron_kaiyuan.errors import TokenizerError
-    from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+    from megatron_kaiyuan.export.tokenizer_files import open_tokenizer
+    from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
     from megatron_kaiyuan.training.generation import Sampling, continue_text
 
     with quiet_megatron_import():
@@ -45,10 +45,10 @@ def main() -> None:
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, max_new_tokens=options.max_new_tokens, seed=options.seed
     )
-    if not (options.tokenizer / "tokenizer.json").is_file():
-        raise TokenizerError(f"--tokenizer {options.tokenizer}: no tokenizer.json there; give the folder that holds it")
+    checkpoint = open_intact_checkpoint(options.checkpoint)
+    open_tokenizer(options.tokenizer, checkpoint.arguments.padded_vocab_size)  # raises where it does not fit
     tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
-    model, positions = load_model(open_checkpoint(options.checkpoint))
+    model, positions = load_model(checkpoint)
     texts = [prompt + continue_text(model, tokenizer, prompt, sampling, positions) for prompt in options.prompt]
     separated = f"\n{'-' * 40}\n".join(texts) + "\n"
     print(separated)

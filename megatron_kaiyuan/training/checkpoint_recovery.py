@@ -21,10 +21,16 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_kaiyuan.data.atomic import write_text_atomically
-from megatron_kaiyuan.errors import ResumeError
-from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME, iteration_folder, saved_iterations
+from megatron_kaiyuan.errors import ConfigError, ResumeError
+from megatron_kaiyuan.training.checkpoint_io import (
+    TRACKER_NAME,
+    Checkpoint,
+    iteration_folder,
+    open_checkpoint,
+    saved_iterations,
+)
 
-__all__ = ["Start", "agree_on_start", "check_save_directory", "choose_start", "damage"]
+__all__ = ["Start", "agree_on_start", "check_save_directory", "choose_start", "damage", "open_intact_checkpoint"]
 
 _WAIT = timedelta(minutes=10)
 _UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, LookupError, ImportError)
@@ -71,6 +77,19 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def open_intact_checkpoint(path: Path) -> Checkpoint:
+    """`open_checkpoint`, for tools that read the tensors.
+
+    Raises:
+        ConfigError: as there, or the checkpoint is damaged.
+    """
+    checkpoint = open_checkpoint(path)
+    reason = damage(checkpoint.folder)
+    if reason is not None:
+        raise ConfigError(f"{checkpoint.folder} {reason}; restore it from a copy, or name another checkpoint")
+    return checkpoint
+
+
 def choose_start(directory: Path, asked: int | None) -> Start:
     """The checkpoint to load from a save directory: that of the tracker, or the newest intact one before it.
 
@@ -111,7 +130,6 @@ def _check_asked(directory: Path, asked: int, iterations: list[int]) -> None:
     reason = damage(iteration_folder(directory, asked))
     if reason is None:
         return
-    others = [number for number in iterations if number != asked]
     others = [number for number in iterations if number != asked]
     intact = [number for number in others if damage(iteration_folder(directory, number)) is None]
     raise ResumeError(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data import NUM_BANDS, HeldOutDataset, Plan
-from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.errors import ConfigError, PlanError
 from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 from megatron_kaiyuan.training.loading import (
     build_untrained,
@@ -20,7 +20,7 @@ from megatron_kaiyuan.training.loading import (
     start_single_process,
 )
 
-__all__ = ["CheckpointLoss", "SourceLoss", "evaluate_checkpoints", "results_as_json", "window_losses"]
+__all__ = ["CheckpointLoss", "SourceLoss", "check_counts", "evaluate_checkpoints", "results_as_json", "window_losses"]
 
 
 class Windows(Protocol):
@@ -82,8 +82,9 @@ def evaluate_checkpoints(
 
     Raises:
         PlanError: the plan holds out nothing, or its samples are longer than the model's positions.
-        ConfigError: a checkpoint is of another model.
+        ConfigError: a checkpoint is of another model, or a number is below 1.
     """
+    check_counts(max_windows, batch_size)
     start_single_process()
     arguments = single_process_arguments(checkpoints[0].arguments)
     _check_plan(plan, arguments.max_position_embeddings)
@@ -101,6 +102,17 @@ def evaluate_checkpoints(
         results.append(CheckpointLoss(label, iteration, losses))
         progress(f"{label}: " + ", ".join(f"{name} {result.loss:.3f}" for name, result in losses.items()))
     return results
+
+
+def check_counts(windows: int | None, batch_size: int) -> None:
+    """Refuse to evaluate nothing.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for flag, value in (("--windows", windows), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {value}")
 
 
 def _states(checkpoints: Sequence[Checkpoint], *, untrained: bool) -> Iterator[tuple[str, int, Checkpoint | None]]:
