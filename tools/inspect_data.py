@@ -9,13 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.data.inspection import NoSuchScoreError
+from megatron_kaiyuan.errors import ConfigError, ShardError
 from megatron_kaiyuan.preprocess.tokenize import TOKENIZER_TYPES
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
+from megatron_kaiyuan.reporting.sample_text import parse_sample_range
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the tool, checked against each other."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def sample_word(text: str) -> str:
+    """What `--sample` may be; whether the plan has these samples is known once it is open."""
+    try:
+        parse_sample_range(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of the tool."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Exit code 1 if anything is wrong with the shards. docs/inspect.md reads the output.",
@@ -25,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sample",
         nargs="+",
+        type=sample_word,
         metavar="S",
         help="with --plan: show these samples of the plan; numbers, or ranges such as 10-12 (both ends included)",
     )
@@ -50,9 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots")
-    args = parser.parse_args(argv)
-    _check(parser, args)
-    return args
+    return parser
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -88,7 +106,10 @@ def main() -> None:
     if args.sample:
         told = inspect_samples(args.plan, args.sample, options)
     else:
-        told = inspect_sources(args.plan or args.shards, options)
+        try:
+            told = inspect_sources(args.plan or args.shards, options)
+        except NoSuchScoreError as error:
+            build_parser().error(str(error))
     if args.json:
         json.dump(_plain(told), sys.stdout, indent=2, allow_nan=False)
         print()

@@ -11,6 +11,7 @@ import sys
 import time
 
 from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.errors import ConfigError, TokenizerError
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess
 from megatron_kaiyuan.preprocess.config import SHARD_BYTES
 from megatron_kaiyuan.preprocess.progress import ConsoleReporter
@@ -19,13 +20,13 @@ from megatron_kaiyuan.preprocess.tokenize import TOKENIZER_TYPES
 _MOST_SHARDS_LISTED = 8
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """Flags of the tool; those that Megatron's tool has mean the same here."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="docs/shards.md describes files and policies.")
     _add_data_flags(parser.add_argument_group("input and output"))
     _add_tokenizer_flags(parser.add_argument_group("tokenizer"))
     _add_run_flags(parser.add_argument_group("run"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add_data_flags(data: argparse._ArgumentGroup) -> None:
@@ -144,7 +145,12 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> PreprocessConfig:
-    """The run that these flags ask for."""
+    """The run that these flags ask for.
+
+    Raises:
+        ConfigError: flags that cannot work, whatever the files hold.
+        TokenizerError: the same of the flags of the tokenizer.
+    """
     return PreprocessConfig(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
@@ -203,10 +209,15 @@ def parse_size(text: str) -> int:
 
 def main() -> None:
     """Run the tool."""
-    arguments = parse_arguments()
+    parser = build_parser()
+    arguments = parser.parse_args()
+    try:
+        config = config_from_arguments(arguments)
+    except (ConfigError, TokenizerError) as error:
+        parser.error(str(error))
     began = time.monotonic()
     with ConsoleReporter(arguments.log_interval) as reporter:
-        summary = preprocess(config_from_arguments(arguments), reporter)
+        summary = preprocess(config, reporter)
     print_summary(summary, time.monotonic() - began)
 
 

@@ -27,13 +27,17 @@ from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.preprocess.manifest import Manifest, load_manifest
 
-__all__ = ["BANDS", "QUANTILES", "describe_source"]
+__all__ = ["BANDS", "QUANTILES", "NoSuchScoreError", "describe_source"]
 
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 BANDS = 10
 """Bands of equally many documents, by score, whose tokens are told."""
 _BINS = 40
 _SCORE_VALUES = 48  # so many different scores or fewer are grades: one bar each
+
+
+class NoSuchScoreError(ScoreError):
+    """A score was asked for that no shard has."""
 
 
 def describe_source(
@@ -58,7 +62,7 @@ def describe_source(
 
     Raises:
         ShardError: there is no shard at all, or one is named twice.
-        ScoreError: no shard has a score that `scores` names.
+        NoSuchScoreError: no shard has a score that `scores` names.
     """
     meter = meter or SilentMeter()
     named = [shards] if isinstance(shards, str) else list(shards)
@@ -96,7 +100,7 @@ def _score_keys(files: Sequence[ShardFiles], scores: Sequence[str] | None) -> li
     present = sorted({score for entry in files for score in entry.sidecars})
     for score in scores or ():
         if score not in present:
-            raise ScoreError(
+            raise NoSuchScoreError(
                 f"--score {score}: no shard has these scores (there: {', '.join(present) or 'none'}); build the shards "
                 f"with --score-key {score}, or give the scores with tools/rank_data.py --scores"
             )

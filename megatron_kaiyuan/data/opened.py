@@ -13,7 +13,7 @@ from megatron_kaiyuan.data.bands import BandEdges, band_edges
 from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import SourceSpec
-from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, load_or_rank
+from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
 from megatron_kaiyuan.data.ranking import STRIDE
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
 from megatron_kaiyuan.data.shards import real_files
@@ -120,7 +120,10 @@ class OpenedSource:
     def _band_edges(self) -> BandEdges:
         score, index = self.spec.score, self._rank_index
         assert score is not None
-        return band_edges(index.order, lambda documents: self.source.scores_of(score, documents), index.seed)
+        try:
+            return band_edges(index.order, lambda documents: self.source.scores_of(score, documents), index.seed)
+        except IndexError as error:  # a document that the source does not have
+            raise damaged_index(index, self.source, score) from error
 
     @cached_property
     def _rank_index(self) -> RankIndex:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.maps import look_up
-from megatron_kaiyuan.data.rank_index import RankIndex
+from megatron_kaiyuan.data.rank_index import RankIndex, damaged_index
 from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
 from megatron_kaiyuan.data.source import Segment, Source
 
@@ -123,11 +123,11 @@ class StorageOrder:
 
 @dataclass(frozen=True)
 class _Window:
-    """Consecutive ranked documents: their numbers, lengths, and the tokens before the first."""
+    """Consecutive ranked documents: their numbers, and where their tokens begin and end in the ranked order."""
 
     documents: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    first_token: int
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
     first_position: int
 
 
@@ -159,20 +159,25 @@ class RankedOrder:
         used = np.arange(STRIDE - 1) < inside[:, None]
         documents = look_up(self.index.order, members[used]).astype(np.int64)
         lengths = np.zeros(used.shape, dtype=np.int64)
-        lengths[used] = self.source.lengths(documents)
+        try:
+            lengths[used] = self.source.lengths(documents)
+        except IndexError as error:  # a document that the source does not have
+            raise damaged_index(self.index, self.source, self.score) from error
         return result + lengths.sum(axis=1)
 
     def locate(self, token: int) -> int:
         """Rank of the document that holds this token of the ranked order."""
         window = self._window(token, 1)
-        ends = window.first_token + np.cumsum(window.lengths)
-        return window.first_position + int(np.searchsorted(ends, token, side="right"))
+        return window.first_position + int(np.searchsorted(window.ends, token, side="right"))
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ranks of these documents."""
-        return ranks_of(
-            documents, self.index.order, lambda some: self.source.scores_of(self.score, some), self.index.seed
-        )
+        try:
+            return ranks_of(
+                documents, self.index.order, lambda some: self.source.scores_of(self.score, some), self.index.seed
+            )
+        except IndexError as error:
+            raise damaged_index(self.index, self.source, self.score) from error
 
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Gather the documents one after another, best last."""
@@ -186,9 +191,8 @@ class RankedOrder:
         if last is not None and last[0] == token and last[1] == count:  # first the tokens are read, then the bands
             return last[2]
         window = self._window(token, count)
-        ends = window.first_token + window.lengths.cumsum()
-        positions = np.arange(window.first_position, window.first_position + len(ends))
-        found = _cut(window.documents, positions, ends - window.lengths, ends, token, count)
+        positions = np.arange(window.first_position, window.first_position + len(window.ends))
+        found = _cut(window.documents, positions, window.starts, window.ends, token, count)
         self._last = token, count, found
         return found
 
@@ -202,7 +206,15 @@ class RankedOrder:
         first = int(marks.searchsorted(token, side="right")) - 1
         last = int(marks.searchsorted(token + count, side="left"))
         documents = self.index.order[first * STRIDE : last * STRIDE].astype(np.int64)
-        return _Window(documents, self.source.lengths(documents), int(marks[first]), first * STRIDE)
+        try:
+            lengths = self.source.lengths(documents)
+            ends = marks[first] + lengths.cumsum()
+            if ends[-1] == marks[last]:
+                return _Window(documents, ends - lengths, ends, first * STRIDE)
+        except IndexError:  # a document or a mark that does not exist
+            pass
+        where = f" (rank {first * STRIDE:,} to {min(last * STRIDE, self.num_documents) - 1:,})"
+        raise damaged_index(self.index, self.source, self.score, where)
 
 
 def _cut(

@@ -34,6 +34,7 @@ __all__ = [
     "build_rank_index",
     "content_digest",
     "content_digests",
+    "damaged_index",
     "index_path",
     "load_or_rank",
     "open_rank_index",
@@ -220,9 +221,7 @@ def open_rank_index(path: Path, source: Source, score: str, digest: str | None =
     Raises:
         RankIndexError: the file is missing, damaged, truncated, or was built from other shards or scores.
     """
-    command = f"python tools/rank_data.py {shlex.join(source.named)} --score {score}"
-    if path != index_path(source, score):
-        command += f" --output {shlex.quote(str(path))}"
+    command = _command(source, score, path)
     if not path.is_file():
         raise RankIndexError(
             f"source {source.name!r}: no rank index {path} for its {source.num_documents:,} documents; build it "
@@ -236,6 +235,25 @@ def open_rank_index(path: Path, source: Source, score: str, digest: str | None =
             f"  {command}"
         )
     return index
+
+
+def damaged_index(index: RankIndex, source: Source, score: str, where: str = "") -> RankIndexError:
+    """The error of an index that was read and cannot be right; `where` says which of its entries."""
+    if index.path is None:
+        return RankIndexError(
+            f"source {source.name!r}: its files no longer agree with the ranking by {score!r} made of them{where}; "
+            "they were changed or damaged since: start anew"
+        )
+    command = _command(source, score, index.path)
+    return RankIndexError(
+        f"{index.path}: damaged, or the shards of source {source.name!r} are{where}; see how much with\n"
+        f"  {command} --verify\nand build it again with the same command without --verify"
+    )
+
+
+def _command(source: Source, score: str, path: Path) -> str:
+    command = f"python tools/rank_data.py {shlex.join(source.named)} --score {score}"
+    return command if path == index_path(source, score) else f"{command} --output {shlex.quote(str(path))}"
 
 
 def _read_header(path: Path) -> dict[str, Any]:

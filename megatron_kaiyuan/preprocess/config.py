@@ -70,6 +70,10 @@ def _check_keys(config: PreprocessConfig) -> None:
 
 
 def _check_output(config: PreprocessConfig) -> None:
+    paths = {"--output-prefix": (config.output_prefix,), "--output-dir": (config.output_dir,), "--input": config.inputs}
+    for flag, given in paths.items():
+        if "" in given:
+            raise ConfigError(f"{flag} '': names nothing; give a path (is a variable of the command unset?)")
     if (config.output_prefix is None) == (config.output_dir is None):
         raise ConfigError("give one of --output-prefix (one shard) and --output-dir (a folder of shards)")
     if config.output_dir is not None:

@@ -2,6 +2,8 @@
 
 import glob as globbing
 import hashlib
+import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,16 +59,17 @@ def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
     named outright may have any name; `-` is standard input.
 
     Raises:
-        PreprocessError: a pattern matches nothing, a file is named twice, or standard input is one of several.
+        PreprocessError: a pattern matches nothing, a file is named twice or is a pipe, or standard input is one of
+            several.
     """
     if STDIN in patterns:
         if len(patterns) > 1:
             raise PreprocessError(f"--input {' '.join(patterns)}: standard input (-) is read alone; name files instead")
         return [InputFile(name=STDIN, bytes=0, kind="stdin")]
     names = [name for pattern in patterns for name in _expand(pattern)]
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for name in names:
-        resolved = Path(name).resolve()
+        resolved = os.path.realpath(name)  # of a link to itself too
         if resolved in seen:
             raise PreprocessError(
                 f"--input: {name} is named twice (also as {seen[resolved]}); name each file once, repetition belongs "
@@ -102,7 +105,8 @@ def _expand(pattern: str) -> list[str]:
     elif globbing.has_magic(pattern):
         root = Path(pattern).anchor
         matches = Path(root).glob(pattern.removeprefix(root))
-        found = [str(path) for path in matches if path.is_file() and not path.name.startswith(".")]
+        # a link to nothing is a fault, a pipe is refused: neither is passed over
+        found = [str(path) for path in matches if not path.is_dir() and not path.name.startswith(".")]
         what = "a glob that matches no file"
     else:
         found, what = [], "no such file"
@@ -117,11 +121,20 @@ def _is_document_file(path: Path) -> bool:
         name = name.removesuffix(suffix)
     if name.startswith(".") or not (name.endswith(_SUFFIXES) or path.name.endswith(".parquet")):
         return False
-    return path.is_file() or (path.is_symlink() and not path.exists())  # a dangling link is a fault, not nothing
+    return not path.is_dir()
+
+
+def _refuse_pipe(name: str) -> None:
+    if not stat.S_ISREG(Path(name).stat().st_mode):
+        raise PreprocessError(
+            f"--input {name}: a pipe or a device, not a file; it can be read only once: give `--input -` with "
+            "--output-prefix, and the documents on standard input"
+        )
 
 
 def _inspect(name: str) -> InputFile:
     try:
+        _refuse_pipe(name)  # before it is opened, which would wait for a writer
         with Path(name).open("rb") as stream:
             head = stream.read(_PROBE_BYTES)
             size = stream.seek(0, 2)

@@ -5,19 +5,19 @@ Compressed JSONL and Parquet have to be decoded from the start of a file or row 
 ships whole lines or an Arrow batch. Where blocks are cut depends on the input alone, never on the number of workers.
 """
 
-import gzip
 import io
+import json
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.preprocess.decompress import DamagedStreamError, Readable, open_gzip, open_zstd
 from megatron_kaiyuan.preprocess.inputs import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC, InputFile, Part
 from megatron_kaiyuan.preprocess.shard_cut import part_bytes
 
@@ -38,6 +38,8 @@ BLOCK_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
 """A longer line is a faulty row; it is passed over without being held in memory."""
 _PARQUET_ROWS = 1024
+_PARQUET_BUFFER = 1 << 20
+"""Bytes of a column that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +117,17 @@ def read_blocks(parts: Sequence[Part], keys: Sequence[str], block_bytes: int = B
             yield from _compressed_blocks(source, file, block_bytes)
 
 
-class _Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
 def _compressed_blocks(source: int, file: InputFile, block_bytes: int) -> Iterator[Block]:
     done = 0
     try:
         with Path(file.name).open("rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if file.kind == "gzip" else pa.CompressedInputStream(raw, "zstd")
+            stream = open_gzip(raw) if file.kind == "gzip" else open_zstd(raw)
             for payload in _whole_lines(stream, block_bytes):
                 reached = raw.tell()
                 yield Block(source, reached - done, payload)
                 done = reached
-    except (OSError, EOFError, zlib.error) as error:
-        yield Block(source, file.bytes - done, Unreadable(f"the compressed stream is damaged: {error}"))
+    except (OSError, DamagedStreamError) as error:
+        yield Block(source, file.bytes - done, Unreadable(str(error)))
 
 
 def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
@@ -138,42 +136,58 @@ def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
     head = raw.peek(4)[:4]
     if head == PARQUET_MAGIC:
         raise PreprocessError("--input -: standard input holds Parquet, which is read from its end; name the file")
-    stream: _Readable = raw
+    stream: Readable = raw
     if head.startswith(GZIP_MAGIC):
-        stream = gzip.GzipFile(fileobj=raw)
+        stream = open_gzip(raw)
     elif head == ZSTD_MAGIC:
-        stream = pa.CompressedInputStream(raw, "zstd")
+        stream = open_zstd(raw)
     try:
         for payload in _whole_lines(stream, block_bytes):
             yield Block(source, len(payload.data) if isinstance(payload, Lines) else MAX_LINE_BYTES, payload)
-    except (OSError, EOFError, zlib.error) as error:
-        yield Block(source, 0, Unreadable(f"the compressed stream is damaged: {error}"))
+    except (OSError, DamagedStreamError) as error:
+        yield Block(source, 0, Unreadable(str(error)))
 
 
-def _whole_lines(stream: _Readable, block_bytes: int) -> Iterator[Lines | LongLine]:
-    """Cut a stream after its last newline in every `block_bytes`; a line over the limit is dropped on the way."""
+def _whole_lines(stream: Readable, block_bytes: int) -> Iterator[Lines | LongLine]:
+    """Cut a stream after its last newline in every `block_bytes`; a line over the limit is dropped on the way.
+
+    Raises:
+        DamagedStreamError: the rest cannot be decoded; all whole lines before it were given.
+    """
     parts: list[bytes] = []
     held = 0
     dropping = False
-    while chunk := stream.read(block_bytes):
-        first = chunk.find(b"\n")
-        if dropping:
-            if first < 0:
-                continue
-            chunk, dropping = chunk[first + 1 :], False
+    try:
+        while chunk := stream.read(block_bytes):
             first = chunk.find(b"\n")
-        if held + (first if first >= 0 else len(chunk)) > MAX_LINE_BYTES:
-            yield LongLine()
-            parts, held, dropping = [], 0, first < 0
-            chunk = chunk[first + 1 :] if first >= 0 else b""
-        cut = chunk.rfind(b"\n") + 1
-        if cut:
-            yield Lines(b"".join((*parts, chunk[:cut])))
-            parts, held = [], 0
-        parts.append(chunk[cut:])
-        held += len(chunk) - cut
+            if dropping:
+                if first < 0:
+                    continue
+                chunk, dropping = chunk[first + 1 :], False
+                first = chunk.find(b"\n")
+            if held + (first if first >= 0 else len(chunk)) > MAX_LINE_BYTES:
+                yield LongLine()
+                parts, held, dropping = [], 0, first < 0
+                chunk = chunk[first + 1 :] if first >= 0 else b""
+            cut = chunk.rfind(b"\n") + 1
+            if cut:
+                yield Lines(b"".join((*parts, chunk[:cut])))
+                parts, held = [], 0
+            parts.append(chunk[cut:])
+            held += len(chunk) - cut
+    except DamagedStreamError:
+        if held and _is_object(b"".join(parts)):  # complete, though its newline is gone
+            yield Lines(b"".join(parts))
+        raise
     if held:
         yield Lines(b"".join(parts))
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: int) -> Iterator[Block]:
@@ -181,7 +195,8 @@ def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: i
     done = rows = 0
     size = part_bytes(part)
     try:
-        with pq.ParquetFile(file.name) as parquet:
+        # else Arrow holds the file, or a row group, in memory
+        with pq.ParquetFile(file.name, pre_buffer=False, buffer_size=_PARQUET_BUFFER) as parquet:
             groups = list(range(parquet.num_row_groups))[part.start : part.stop]
             total = max(sum(parquet.metadata.row_group(group).num_rows for group in groups), 1)
             columns = tuple(parquet.schema_arrow.names)

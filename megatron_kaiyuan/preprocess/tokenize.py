@@ -30,6 +30,8 @@ __all__ = [
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer", "NullTokenizer")
 _KNOWN_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>")
+_MOST_SHOWN = 40
+"""Characters of a document in a message about it."""
 _TIKTOKEN_VOCABULARY = 1 << 17
 _TIKTOKEN_SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 _TIKTOKEN_PATTERNS = {
@@ -196,13 +198,19 @@ class _NullTokenizer:
             row: list[int] = []
             try:
                 row = [int(word) for word in text.split(" ")] if text else []
-            except ValueError as error:
-                faults[number] = str(error)
+            except ValueError:
+                faults[number] = f"{_shown(text)} is not a list of ids with single spaces between them"
             if row and not 0 <= min(row) <= max(row) < self.vocab_size:
-                faults[number] = f"ids from {min(row)} to {max(row)}, the vocabulary has {self.vocab_size}"
+                ids = f"ids from {_shown(min(row))} to {_shown(max(row))}"
+                faults[number] = f"{ids}, the vocabulary has {self.vocab_size}"
                 row = []
             rows.append(row)
         return _joined(rows, faults)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{text[:_MOST_SHOWN]}{'...' if len(text) > _MOST_SHOWN else ''}"
 
 
 class _HuggingFace:

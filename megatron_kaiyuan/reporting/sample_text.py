@@ -17,6 +17,7 @@ __all__ = [
     "describe_sample",
     "fraction_below",
     "parse_sample_numbers",
+    "parse_sample_range",
     "print_documents",
     "print_sample",
     "sample_documents",
@@ -32,13 +33,25 @@ def parse_sample_numbers(words: Sequence[str], num_samples: int) -> Iterator[int
         ConfigError: not a number or a range, or outside the plan.
     """
     for word in words:
-        first, dash, last = word.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"--sample {word}: not a sample number; write 7, or 10-12 for a range with both ends")
-        low, high = int(first), int(last if dash else first)
-        if low > high or high >= num_samples:
-            raise ConfigError(f"--sample {word}: the plan has samples 0 to {num_samples - 1:,}; ranges ascend")
-        yield from range(low, high + 1)
+        numbers = parse_sample_range(word)
+        if numbers.stop > num_samples:
+            raise ConfigError(f"--sample {word}: the plan has samples 0 to {num_samples - 1:,}; name some of these")
+        yield from numbers
+
+
+def parse_sample_range(word: str) -> range:
+    """The sample numbers of a word such as `7` or `10-12`.
+
+    Raises:
+        ConfigError: not a number or an ascending range.
+    """
+    first, dash, last = word.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ConfigError(f"--sample {word}: not a sample number; write 7, or 10-12 for a range with both ends")
+    low, high = int(first), int(last if dash else first)
+    if low > high:
+        raise ConfigError(f"--sample {word}: ranges ascend; write {high}-{low}")
+    return range(low, high + 1)
 
 
 def describe_sample(order: CurriculumDataset, sample: int, decoder: TextDecoder, characters: int) -> dict[str, Any]:

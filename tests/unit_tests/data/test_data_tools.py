@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from megatron_kaiyuan.data import Plan, open_source
+from megatron_kaiyuan.data import Plan, open_source, resolve_prefixes
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index
 from megatron_kaiyuan.data.score_import import import_scores
-from megatron_kaiyuan.errors import ScoreError
+from megatron_kaiyuan.errors import ScoreError, ShardError
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source
 
 ROOT = Path(__file__).parents[3]
@@ -184,6 +184,20 @@ def test_planning_prints_tables_json_and_a_page(plan_file, tmp_path):
     assert tables.returncode == 0, tables.stderr
     for word in ("top 20%", "ascending quality", "web", told["fingerprint"], "steps of 4"):
         assert word in tables.stdout
+
+
+@pytest.mark.parametrize("score", ["../x", "a/b", ""])
+def test_a_score_that_is_no_name_is_wrong_usage_of_rank_data(folder, score):
+    assert_told_without_traceback(run("rank_data", folder, "--score", score), 2, "is not the name of a score")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["web"]
+
+
+def test_an_empty_name_of_shards_is_not_the_working_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run("rank_data", ".").returncode == 0
+    assert_told_without_traceback(run("rank_data", ""), 1, "shards '': an empty name; name a prefix")
+    with pytest.raises(ShardError, match="an empty name"):
+        resolve_prefixes("")
 
 
 def test_wrong_usage_of_plan_data_is_told(plan_file, tmp_path):

@@ -1,5 +1,6 @@
 """The example plan of Kaiyuan-2B says what the report says: phases, selections, repetitions, bands and costs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +208,22 @@ print(seconds, pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].
 
 def test_the_file_is_read_without_its_sources():
     assert load_plan_spec(PLAN).seed == 1234
+
+
+def test_the_totals_in_the_comment_are_those_of_the_plan():
+    """The report speaks of 2.2 T tokens; the comment says what of the difference rests on estimates."""
+    text = PLAN.read_text()
+    told = Plan.load(PLAN, simulate=True).describe()
+    letters = dict(re.findall(r"^  (\w+): +\{shards.*#\s+([RDE]);", text, re.MULTILINE))
+    assert set(letters) == set(told["sources"])
+    shown = dict.fromkeys(("RD", "E"), 0)
+    for name, letter in letters.items():
+        shown["E" if letter == "E" else "RD"] += told["sources"][name]["tokens_seen"]
+    for number in (
+        f"{told['tokens'] / 1e12:.2f} T tokens, {told['samples'] / 1e6:.0f} M samples",
+        f"{2.2e12 / 4096 / 1e6:.0f} M samples",
+        f"show {shown['RD'] / 1e12:.2f} T",
+        f"another {shown['E'] / 1e12:.2f} T",
+        f"room for {2.2 - shown['RD'] / 1e12:.2f} T",
+    ):
+        assert number in " ".join(text.replace("\n#", "").split()), number

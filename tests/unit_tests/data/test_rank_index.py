@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import shlex
 import threading
+from collections import deque
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.data import Plan, open_source, rank_index
+from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source, rank_index
 from megatron_kaiyuan.data.rank_index import (
     build_rank_index,
     index_path,
@@ -271,3 +273,70 @@ def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_all_of_them(folder, monkey
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, bytes(data)[:7], offset))
     write_rank_index(open_source("s", str(folder)), "score", path)
     assert path.read_bytes() == whole
+
+
+def damaged_entry(path, entry, value):
+    """Overwrite one document number of a stored index of uint32."""
+    raw = bytearray(path.read_bytes())
+    place = len(raw) - 4 * (DOCUMENTS - entry)
+    raw[place : place + 4] = value.to_bytes(4, "little")
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("cuts", [(), (30,)], ids=["one shard", "two shards"])
+@pytest.mark.parametrize("value", [0xFF000021, DOCUMENTS, 3], ids=["high byte", "one past the end", "another length"])
+def test_a_damaged_entry_is_named_with_its_file_when_it_is_read(tmp_path, cuts, value):
+    """The first was "IndexError: tuple index out of range"; the last gave tokens of no document."""
+    lengths = [5 + n % 6 for n in range(DOCUMENTS)]
+    entry = write_source(tmp_path / "s", numbered_documents(lengths), range(DOCUMENTS), cuts)
+    _, path = built(tmp_path / "s")
+    damaged_entry(path, 55, value)
+    order = CurriculumDataset(plan_of_scored(entry))
+    read = 0
+    for sample in range(len(order)):
+        for ask in (order.__getitem__, order.provenance, order.band_tokens):
+            try:
+                ask(sample)
+                read += 1
+            except RankIndexError as error:
+                message = str(error)
+                assert str(path) in message
+                first, last = map(int, re.search(r"\(rank (\d+) to (\d+)\)", message).groups())
+                assert first <= 55 <= last < DOCUMENTS
+                assert f"python tools/rank_data.py {tmp_path}/s --score score --verify" in message
+    assert 3 * len(order) - 4 * 3 * 16 < read < 3 * len(order) - 3 * 10, "only what lies near the damage is refused"
+
+
+def plan_of_scored(entry):
+    return Plan.from_spec(plan_of({"s": entry}, phase_of("curriculum", {"s": "all"})))
+
+
+@pytest.mark.parametrize("keep", ["top 45%", "random 50%", "band [44%, 46%)"])
+def test_a_damaged_entry_met_at_opening_is_named_too(tmp_path, keep):
+    entry = write_source(tmp_path / "s", numbered_documents([5] * DOCUMENTS), [0] * DOCUMENTS)
+    _, path = built(tmp_path / "s")
+    for place in range(DOCUMENTS):
+        damaged_entry(path, place, 0xFF000000 + place)
+    spec = plan_of({"s": entry}, phase_of("curriculum", {"s": keep}), validation={"s": {"documents": 2}})
+    with pytest.raises(RankIndexError, match=r"part-000\.score\.rank: damaged"):
+        Plan.from_spec(spec).describe()
+
+
+def test_bands_of_a_damaged_index_are_refused_by_its_name(tmp_path):
+    entry = write_source(tmp_path / "s", numbered_documents([5] * DOCUMENTS), range(DOCUMENTS))
+    _, path = built(tmp_path / "s")
+    damaged_entry(path, 50, 0xFF000000)
+    order = CurriculumDataset(Plan.from_spec(plan_of({"s": entry}, phase_of("shuffled", {"s": "all"}))))
+    with pytest.raises(RankIndexError, match=r"part-000\.score\.rank: damaged"):
+        order.band_tokens(0)
+
+
+def test_damaged_token_marks_are_named_when_they_are_read(tmp_path):
+    entry = write_source(tmp_path / "s", numbered_documents([5] * DOCUMENTS), range(DOCUMENTS))
+    _, path = built(tmp_path / "s")
+    raw = bytearray(path.read_bytes())
+    raw[4096 + 8 * 3] ^= 1  # tokens before rank 48
+    path.write_bytes(raw)
+    order = CurriculumDataset(plan_of_scored(entry))
+    with pytest.raises(RankIndexError, match=r"part-000\.score\.rank: damaged"):
+        deque((order[sample] for sample in range(len(order))), maxlen=0)

@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ FAULTS = {
     "nan_score": (b'{"text": "1 2", "score": NaN}\n', "not a finite float32"),
     "infinite_score": (b'{"text": "1 2", "score": 1e39}\n', "not a finite float32"),
     "huge_score": (b'{"text": "1 2", "score": 1' + b"0" * 400 + b"}\n", "not a finite float32"),
-    "not_tokenizable": (b'{"text": "one", "score": 1}\n', "field 'text': invalid literal"),
+    "not_tokenizable": (b'{"text": "one", "score": 1}\n', "field 'text': 'one' is not a list of ids"),
     "empty_document": (b'{"text": "", "score": 1}\n', "has no tokens"),
     "too_long": (b'{"text": "1 2 3 4", "score": 1}\n', "has 4 tokens, the limit is 3"),
 }
@@ -323,11 +324,14 @@ def test_the_end_token_does_not_count_towards_the_limit(tmp_path: Path) -> None:
         ({"json_keys": ("a", "a")}, "--json-keys a a: a key is given twice"),
         ({"json_keys": ()}, "--json-keys: name at least one"),
         ({"score_keys": ("a/b",)}, "--score-key 'a/b'"),
+        ({"output_prefix": ""}, "--output-prefix '': names nothing; give a path"),
+        ({"output_prefix": None, "output_dir": ""}, "--output-dir '': names nothing"),
+        ({"inputs": ("",)}, "--input '': names nothing"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build([tmp_path], tmp_path / "out", **settings)
+        replace(null_config([tmp_path], tmp_path / "out"), **settings)
 
 
 def test_compressed_input_is_not_held_in_memory_at_once(tmp_path: Path) -> None:

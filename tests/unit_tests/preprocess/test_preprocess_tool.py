@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from megatron_kaiyuan.preprocess import verify_manifest
 from tests.unit_tests.preprocess.corpus import REPOSITORY, number_rows, read_shard_by_hand, write_jsonl
@@ -45,6 +46,34 @@ def test_a_mistake_is_one_line_and_exit_code_one(tmp_path: Path) -> None:
     assert "--overwrite" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert run(*other, "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--num-tasks", "2", "--task-id", "5"], "--num-tasks 2: tasks share a folder"),
+        (["--output-prefix", ""], "--output-prefix '': names nothing"),
+        (["--tokenizer-type", "TikTokenizer"], "--tokenizer-model is missing"),
+    ],
+)
+def test_wrong_usage_is_exit_code_two(tmp_path: Path, flags: list[str], message: str) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(3))
+    refused = run("--input", path, "--output-prefix", tmp_path / "out", *NULL, *flags)
+    assert refused.returncode == 2
+    assert f"error: {message}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_piped_dev_stdin_is_refused(tmp_path: Path) -> None:
+    command = " ".join([*TOOL, "--input", "/dev/stdin", "--output-prefix", str(tmp_path / "out"), *NULL])
+    refused = subprocess.run(
+        ["bash", "-c", f"echo '{{}}' | {command}"], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert refused.returncode == 1
+    assert "--input /dev/stdin: a pipe or a device" in refused.stderr
+    assert "`--input -`" in refused.stderr
 
 
 def test_the_same_command_again_has_nothing_to_do(tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_gigatoken_gives_the_ids_of_the_reference(tmp_path: Path, with_bos: bool
     assert split(load_tokenizer(config, fast=True).encode([])) == [[]]
 
 
+@pytest.mark.parametrize("text", ["word " * 8_000, "9" * 4_000, "9" * 40_000])
+def test_a_message_about_a_document_does_not_hold_the_document(text: str) -> None:
+    batch = load_reference_tokenizer(TokenizerConfig(type="NullTokenizer", vocab_size=100)).encode(["7", text])
+    assert batch.lengths.tolist() == [1, 0]
+    assert text[:39] in batch.faults[1]
+    assert len(batch.faults[1]) < 200
+
+
 @pytest.mark.parametrize("type_", ["Llama2Tokenizer", "TikTokenizer", "NullTokenizer"])
 def test_types_without_a_faster_twin_use_the_reference(type_: str) -> None:
     config = TokenizerConfig(type=type_, model="not read", vocab_size=None if type_ == "Llama2Tokenizer" else 9)
