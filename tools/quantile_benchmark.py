@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_kaiyuan.benchmark.runs import SlicedStudy, my_share, read_slices, write_slices
+from megatron_kaiyuan.benchmark.runs import SlicedStudy, check_tasks, my_share, read_slices, write_slices
 from megatron_kaiyuan.benchmark.study import Study, load_study
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.errors import StudyError
@@ -63,6 +63,7 @@ def main() -> None:
 
 
 def _slice(study: Study, options: argparse.Namespace) -> None:
+    check_tasks(study)
     sliced, cost = write_slices(study)
     columns = ["slice", "seed", "documents", "tokens", "scores"]
     rows = [

@@ -24,6 +24,7 @@ from megatron_kaiyuan.preprocess.manifest import load_manifest, manifest_path
 __all__ = [
     "Run",
     "SlicedStudy",
+    "check_tasks",
     "common_flags",
     "my_share",
     "read_slices",
@@ -94,8 +95,12 @@ class SlicedStudy:
         ]
 
 
-def _check_tasks(study: Study) -> None:
-    """What the evaluation would miss, before the training is paid for."""
+def check_tasks(study: Study) -> None:
+    """Whether the evaluation has what its tasks need, before the training is paid for.
+
+    Raises:
+        StudyError: tasks without a tokenizer or their folder.
+    """
     if study.evaluation.all_tasks() and study.tokenizer is None:
         raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
     study.evaluation.digested()
@@ -105,10 +110,8 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
     """Cut the slices and write a plan for each run; no data is copied.
 
     Raises:
-        StudyError: tasks without a tokenizer or their folder.
         StudyError, ShardError, ScoreError, RankIndexError: see `choose_slices`, `open_sources` and `HeldOutDocuments`.
     """
-    _check_tasks(study)
     opened = open_sources(study)
     slices = choose_slices(study, opened)
     shards = list(dict.fromkeys(shard.prefix for source in opened.values() for shard in source.source.shards))

@@ -11,7 +11,7 @@ import pytest
 from megatron_kaiyuan.benchmark.cost import estimate_cost
 from megatron_kaiyuan.benchmark.evaluation_spec import DEFAULT_TASKS
 from megatron_kaiyuan.benchmark.reference_model import PRESETS, ReferenceModel, preset_model
-from megatron_kaiyuan.benchmark.runs import common_flags, training_command, write_slices
+from megatron_kaiyuan.benchmark.runs import check_tasks, common_flags, training_command, write_slices
 from megatron_kaiyuan.benchmark.study import load_study, parse_study
 from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.benchmark.tiny_study import sliced_study, study_content, tiny_study, write_sources
@@ -187,10 +187,10 @@ def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
 def test_what_the_evaluation_would_miss_is_said_before_the_training(
     tmp_path: Path, evaluation: dict[str, Any], words: str
 ) -> None:
-    write_sources(tmp_path)
     known = study_content(tmp_path)["evaluation"]
     with pytest.raises(StudyError, match=words):
-        write_slices(tiny_study(tmp_path, evaluation=known | evaluation))
+        check_tasks(tiny_study(tmp_path, evaluation=known | evaluation))
+    check_tasks(tiny_study(tmp_path))
 
 
 def test_shards_without_a_known_vocabulary_are_refused(tmp_path: Path) -> None:
