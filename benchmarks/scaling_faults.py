@@ -15,7 +15,6 @@ import psutil
 
 from benchmarks.scaling_jobs import LEARNING_RATE, Budget, Job, Layout, Shape, end_family, launch, run_job, tail
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.training.checkpoint_io import saved_iterations
 from megatron_kaiyuan.training.metrics_file import read_metrics
 
 __all__ = [
@@ -216,8 +215,10 @@ def lost_rank_proof(whole: Job, folder: Path, interval: int, timeout: float, bud
     killed_after, seconds, code = _kill_one(job, victim, interval, patience, budget.seconds())
     message = "\n".join(lines_that_name(victim, folder / "log.txt"))
     shutil.move(folder / "samples", folder / "samples_before")
-    from_step = max(saved_iterations(folder / "checkpoints"), default=0)
+    before = len(read_metrics(folder / "metrics.jsonl"))
     run_job(job, budget.seconds())
+    # Told by the steps it made: a checkpoint that was being written when the rank died is passed over.
+    from_step = int(read_metrics(folder / "metrics.jsonl")[before]["iteration"]) - 1
     steps = whole.exit_at - from_step
     expected = recorded_steps(whole.folder / "samples", whole.global_batch, whole.layout.data, whole.exit_at)[
         from_step:
