@@ -215,10 +215,9 @@ def lost_rank_proof(whole: Job, folder: Path, interval: int, timeout: float, bud
     killed_after, seconds, code = _kill_one(job, victim, interval, patience, budget.seconds())
     message = "\n".join(lines_that_name(victim, folder / "log.txt"))
     shutil.move(folder / "samples", folder / "samples_before")
-    before = len(read_metrics(folder / "metrics.jsonl"))
+    # By Megatron's tracker: a checkpoint that was being written when the rank died is there, and is none.
+    from_step = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     run_job(job, budget.seconds())
-    # Told by the steps it made: a checkpoint that was being written when the rank died is passed over.
-    from_step = int(read_metrics(folder / "metrics.jsonl")[before]["iteration"]) - 1
     steps = whole.exit_at - from_step
     expected = recorded_steps(whole.folder / "samples", whole.global_batch, whole.layout.data, whole.exit_at)[
         from_step:
