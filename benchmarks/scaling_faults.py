@@ -15,6 +15,7 @@ import psutil
 
 from benchmarks.scaling_jobs import LEARNING_RATE, Budget, Job, Layout, Shape, end_family, launch, run_job, tail
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME
 from megatron_kaiyuan.training.metrics_file import read_metrics
 
 __all__ = [
@@ -216,7 +217,7 @@ def lost_rank_proof(whole: Job, folder: Path, interval: int, timeout: float, bud
     message = "\n".join(lines_that_name(victim, folder / "log.txt"))
     shutil.move(folder / "samples", folder / "samples_before")
     # By Megatron's tracker: a checkpoint that was being written when the rank died is there, and is none.
-    from_step = int((folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    from_step = int((folder / "checkpoints" / TRACKER_NAME).read_text())
     run_job(job, budget.seconds())
     steps = whole.exit_at - from_step
     expected = recorded_steps(whole.folder / "samples", whole.global_batch, whole.layout.data, whole.exit_at)[

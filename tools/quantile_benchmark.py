@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_kaiyuan.benchmark.runs import SlicedStudy, check_tasks, my_share, read_slices, write_slices
+from megatron_kaiyuan.benchmark.runs import SlicedStudy, my_share, read_slices, write_slices
 from megatron_kaiyuan.benchmark.study import Study, load_study
+from megatron_kaiyuan.benchmark.tasks import check_tasks
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.reporting.progress import ConsoleMeter

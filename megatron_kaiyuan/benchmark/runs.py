@@ -24,7 +24,6 @@ from megatron_kaiyuan.preprocess.manifest import load_manifest, manifest_path
 __all__ = [
     "Run",
     "SlicedStudy",
-    "check_tasks",
     "common_flags",
     "my_share",
     "read_slices",
@@ -93,17 +92,6 @@ class SlicedStudy:
             "shards are of one tokenizer was not checked; models of different tokenizers do not compare. "
             "tools/preprocess_data.py writes manifests."
         ]
-
-
-def check_tasks(study: Study) -> None:
-    """Whether the evaluation has what its tasks need, before the training is paid for.
-
-    Raises:
-        StudyError: tasks without a tokenizer or their folder.
-    """
-    if study.evaluation.all_tasks() and study.tokenizer is None:
-        raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
-    study.evaluation.digested()
 
 
 def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:

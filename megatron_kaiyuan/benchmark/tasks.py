@@ -12,14 +12,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.benchmark.results import TaskResult
 from megatron_kaiyuan.benchmark.study import Study
 from megatron_kaiyuan.errors import StudyError
 
-__all__ = ["TaskSuite", "choice_scores", "error_summary"]
+__all__ = ["TaskSuite", "check_tasks", "choice_scores", "error_summary"]
 
 _FEWSHOT_SEED = 1234
 
@@ -88,17 +87,24 @@ class TaskSuite:
         return results, failed
 
 
+def check_tasks(study: Study) -> None:
+    """Whether a study has what its tasks need; whether the harness is installed is the evaluating machine's to know.
+
+    Raises:
+        StudyError: tasks without a tokenizer or their folder.
+    """
+    if study.evaluation.all_tasks() and study.tokenizer is None:
+        raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
+    study.evaluation.digested()
+
+
 def _check_requirements(study: Study) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise StudyError(
             "evaluation.tasks needs lm-evaluation-harness, which is not installed: pip install -c constraints.txt "
             '-e ".[eval]", or leave evaluation.tasks out'
         )
-    if study.tokenizer is None:
-        raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
-    missing = [folder for folder in study.evaluation.task_folders if not Path(folder).is_dir()]
-    if missing:
-        raise StudyError(f"evaluation.task_folders: {missing[0]} is no folder")
+    check_tasks(study)
 
 
 def error_summary(error: BaseException) -> str:

@@ -11,8 +11,9 @@ import pytest
 from megatron_kaiyuan.benchmark.cost import estimate_cost
 from megatron_kaiyuan.benchmark.evaluation_spec import DEFAULT_TASKS
 from megatron_kaiyuan.benchmark.reference_model import PRESETS, ReferenceModel, preset_model
-from megatron_kaiyuan.benchmark.runs import check_tasks, common_flags, training_command, write_slices
+from megatron_kaiyuan.benchmark.runs import common_flags, training_command, write_slices
 from megatron_kaiyuan.benchmark.study import load_study, parse_study
+from megatron_kaiyuan.benchmark.tasks import check_tasks
 from megatron_kaiyuan.errors import StudyError
 from tests.unit_tests.benchmark.tiny_study import sliced_study, study_content, tiny_study, write_sources
 
