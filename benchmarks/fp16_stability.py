@@ -4,6 +4,7 @@
     python -m benchmarks.fp16_stability --out runs/stability --limit 540 --tar stability.tgz     # trains, reports
     python -m benchmarks.fp16_stability --out runs/stability --report-only                       # of what is there
     python -m benchmarks.fp16_stability --smoke --out runs/smoke      # tiny models, invented text, any CPU
+    python -m benchmarks.fp16_stability --shape kaiyuan-2b --together 1 --rates 3e-3 --steps 240 --out runs/stability_2b
 
 Every run sees the same samples in the same order through the real entry point; what differs is the precision, the
 learning rate, which stabilisers are on, and the seed of the initial weights. Runs go side by side over all GPUs, each
@@ -46,6 +47,11 @@ OVERFLOWED = re.compile(
 """What the run monitor says at the end of a run that FP16 ended."""
 FP16 = ("--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "200", "--hysteresis", "2")
 STOCK_KERNELS = ("--kaiyuan-attention", "unfused", "--kaiyuan-fusions", "none")
+LARGE_STOCK_KERNELS = shlex.split(
+    "--kaiyuan-attention sdpa --kaiyuan-fusions none --no-gradient-accumulation-fusion --cross-entropy-loss-fusion "
+    "--cross-entropy-fusion-impl native"
+)
+"""Stock's own kernels would take three times as long, and 100 GiB for the loss."""
 COMMON = shlex.split(
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --transformer-impl local "
@@ -61,6 +67,13 @@ TINY = shlex.split(
     "--num-layers 4 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 "
     "--micro-batch-size 8 --global-batch-size 8 --tokenizer-type NullTokenizer --vocab-size 256"
 )
+KAIYUAN_2B = shlex.split(
+    "--num-layers 28 --hidden-size 2048 --ffn-hidden-size 6144 --num-attention-heads 16 --group-query-attention "
+    "--num-query-groups 8 --kv-channels 128 --norm-epsilon 1e-6 --init-method-std 0.018 --padded-vocab-size 151936 "
+    "--max-position-embeddings 4096 --micro-batch-size 4 --global-batch-size 16 --use-distributed-optimizer "
+    "--tokenizer-type NullTokenizer --vocab-size 151935"
+)
+"""The shape of examples/pretrain_kaiyuan_2b.sh, which a test compares."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +95,41 @@ def scaled(bits: int) -> Variant:
 
 
 VARIANTS = (
-    Variant("stock", "stock, FP16", FP16 + STOCK_KERNELS),
+    Variant("stock", "stock, FP16", FP16),
     Variant("ours", "ours, FP16", OURS + FP16),
     scaled(4),
     scaled(8),
+    Variant(
+        "rising",
+        "ours, 2^-4 and rising below 8x, FP16",
+        (*OURS, "--kaiyuan-branch-scale-bits", "4", "--kaiyuan-raise-branch-scale-below", "8", *FP16),
+    ),
     Variant("bf16", "ours, bf16", (*OURS, "--bf16")),
     Variant("noqk", "ours without QK-norm, FP16", SANDWICH + SOFTCAP + FP16),
     Variant("nosandwich", "ours without sandwich norm, FP16", QK_NORM + SOFTCAP + FP16),
     Variant("nocap", "ours without soft-cap, FP16", QK_NORM + SANDWICH + FP16),
 )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, on which windows."""
+
+    flags: list[str]
+    plan: Path
+    stock_kernels: tuple[str, ...] = STOCK_KERNELS
+
+    def flags_of(self, variant: Variant) -> list[str]:
+        """Of a variant; the order is part of what finished runs are known by."""
+        return [*self.flags, *variant.flags, *(self.stock_kernels if variant.key == "stock" else ())]
+
+
+SMALL_PLAN, LARGE_PLAN = (ROOT / f"benchmarks/fp16_stability{name}_plan.yaml" for name in ("", "_2b"))
+SHAPES = {
+    "small": Shape(SMALL, SMALL_PLAN),
+    "kaiyuan-2b": Shape(KAIYUAN_2B, LARGE_PLAN, tuple(LARGE_STOCK_KERNELS)),
+    "tiny": Shape(TINY, SMALL_PLAN),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +163,7 @@ class Run:
     def flags(self, args: argparse.Namespace) -> list[str]:
         """Of the training, without places."""
         return [
-            *COMMON, *(TINY if args.smoke else SMALL), *self.variant.flags, "--lr", str(self.rate),
+            *COMMON, *SHAPES[args.shape].flags_of(self.variant), "--lr", str(self.rate),
             "--seed", str(self.seed), "--exit-interval", str(args.steps),
         ]  # fmt: skip
 
@@ -203,7 +242,8 @@ def parsed_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/stability"), help="a folder for each run; the reports")
-    parser.add_argument("--plan", type=Path, default=ROOT / "benchmarks/fp16_stability_plan.yaml")
+    parser.add_argument("--shape", choices=[*SHAPES], default="small", help="kaiyuan-2b needs a GPU of 139 GiB a run")
+    parser.add_argument("--plan", type=Path, help="default: that of the shape")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 3e-2], help="learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11], help="seeds of the initial weights")
     parser.add_argument(
@@ -213,11 +253,14 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=8, help="runs at a time on each GPU (default 8: for 78 GiB)")
     parser.add_argument("--run-seconds", type=float, default=3600, help="a run is stopped where it is after so long")
     parser.add_argument("--limit", type=float, default=7200, help="all runs are stopped after so many seconds")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on invented text, made on the spot")
+    parser.add_argument("--smoke", action="store_true", help="the shape tiny on invented text, made on the spot")
     parser.add_argument("--report-only", action="store_true", help="only read what earlier runs left")
     parser.add_argument("--tar", type=Path, help="also pack numbers and logs there, after every run")
     parser.add_argument("--png", type=Path, help="also draw the plots there; needs a Chromium")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.shape = "tiny" if args.smoke else args.shape
+    args.plan = args.plan or SHAPES[args.shape].plan
+    return args
 
 
 @dataclass

@@ -5,17 +5,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_kaiyuan.benchmark.statistics import student_t_quantile
 from megatron_kaiyuan.data.atomic import write_text_atomically
 
 __all__ = ["RunRecord", "draw", "print_over_seeds", "print_table", "write_json"]
 
-COLORS = ("#d62728", "#1f77b4", "#17becf", "#8c564b", "#000000", "#ff7f0e", "#2ca02c", "#9467bd")
+COLORS = ("#d62728", "#1f77b4", "#17becf", "#8c564b", "#000000", "#ff7f0e", "#2ca02c", "#9467bd", "#e377c2")
 WARM_UP = 100
 """Steps in which a loss scale that started too high is expected to fall."""
 
@@ -60,8 +61,8 @@ def print_table(records: Sequence[RunRecord]) -> None:
 def print_over_seeds(records: Sequence[RunRecord]) -> None:
     """One line a variant and rate, where there are several seeds: ranges over them."""
     table = Table(title="Over the seeds: lowest to highest", title_justify="left")
-    for name in ("lr", "run", "reached the end", "steps", "loss, last 50 steps", "to bf16", "skipped", "after warm-up",
-                 "headroom"):  # fmt: skip
+    for name in ("lr", "run", "reached the end", "steps", "loss, last 50 steps", "to bf16", "mean, 95 %", "skipped",
+                 "after warm-up", "headroom"):  # fmt: skip
         table.add_column(name, justify="left" if name == "run" else "right")
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for record in records:
@@ -75,10 +76,20 @@ def print_over_seeds(records: Sequence[RunRecord]) -> None:
         table.add_row(
             f"{rate:g}", name, f"{ended} of {len(rows)}", _range([row["steps"] for row in rows], "d"),
             _range([row["loss"] for row in rows], ".3f"), _range([row["to_bf16"] for row in rows], "+.2%"),
+            _mean_with_interval([row["to_bf16"] for row in rows]),
             _range([row["skipped"] for row in rows], "d"), _range([row["skipped_after_warm_up"] for row in rows], "d"),
             _range([65504 / row["peak"] if row["peak"] else None for row in rows], ".3g"),
         )  # fmt: skip
-    Console(width=160).print(table)
+    Console(width=190).print(table)
+
+
+def _mean_with_interval(values: Sequence[float | None]) -> str:
+    """Mean over the seeds and half of its 95 % interval (Student's t); nothing where a seed has no value."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or len(known) < 2 or not any(known):
+        return "-"
+    half = student_t_quantile(0.975, len(known) - 1) * stdev(known) / math.sqrt(len(known))
+    return f"{mean(known):+.2%} ± {half:.2%}"
 
 
 def _range(values: Sequence[float | None], form: str) -> str:

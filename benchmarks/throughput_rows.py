@@ -86,7 +86,8 @@ def without(fusion: str) -> tuple[str, ...]:
     return (*LOCAL, "--kaiyuan-fusions", left)
 
 
-UNSCALED = ("--kaiyuan-branch-scale-bits", "0")
+STEADY = ("--kaiyuan-raise-branch-scale-below", "0")
+UNSCALED = ("--kaiyuan-branch-scale-bits", "0", *STEADY)
 STOCK_LOCAL = LOCAL + UNFUSED + NATIVE_LOSS
 OURS_TE = Row("te", "ours, Transformer Engine, FP16", ENGINE, engine=True)
 STOCK_TE = Row(
@@ -123,7 +124,7 @@ GROUPS = {
         Row("recswiglu", "ours, SwiGLU's output recomputed", (*LOCAL, "--kaiyuan-recompute-swiglu")),
         Row("documents", "ours, documents kept apart", LOCAL + APART),
         Row("stock16", "stock, local, SDPA in our order, FP16", STOCK_LOCAL, STOCK),
-        Row("graphs", "ours, local CUDA graphs", (*LOCAL, "--cuda-graph-impl", "local")),
+        Row("graphs", "ours, local CUDA graphs", (*LOCAL, *STEADY, "--cuda-graph-impl", "local")),
         Row("selective", "ours, attention recomputed", LOCAL + SELECTIVE),
         Row("recmlp", "ours, MLPs recomputed", (*LOCAL, *SELECTIVE, "--recompute-modules", "mlp")),
     ),

@@ -70,8 +70,9 @@ GPT_MODEL_ARGS=(
 )
 
 # What keeps FP16 in range; MODEL_FEATURES="" trains Megatron's own GPT of the same shape, for comparison. The branch scale
-# is no part of the model: it may be changed at any resume, up to 8 when the monitor shows the headroom shrinking.
-FEATURES="--qk-layernorm --kaiyuan-sandwich-norm --kaiyuan-logit-softcap 30 --kaiyuan-branch-scale-bits 4"
+# is no part of the model: it rises by itself, up to 8, when the monitor finds less than 8 times the room.
+FEATURES="--qk-layernorm --kaiyuan-sandwich-norm --kaiyuan-logit-softcap 30"
+FEATURES="$FEATURES --kaiyuan-branch-scale-bits 4 --kaiyuan-raise-branch-scale-below 8"
 read -r -a FEATURE_ARGS <<<"${MODEL_FEATURES-$FEATURES}"
 
 # The plan sets the number of samples and the learning rate of each phase.

@@ -102,6 +102,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         "with K bits more room in FP16; needs --kaiyuan-sandwich-norm; 0 (default) = off",
     )
     group.add_argument(
+        "--kaiyuan-raise-branch-scale-below",
+        type=float,
+        default=0.0,
+        metavar="HEADROOM",
+        help="raise K by itself, up to 8, when at a metered step of a run in FP16 what it scales is less than HEADROOM "
+        "times below 65504; a resumed run keeps the K that it had reached; 8 is sensible; 0 (default) = never",
+    )
+    group.add_argument(
         "--kaiyuan-recompute-swiglu",
         action="store_true",
         help="compute SwiGLU's output again in the backward pass instead of keeping it: the same training bit for bit, "

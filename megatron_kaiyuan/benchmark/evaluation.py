@@ -31,7 +31,7 @@ from megatron_kaiyuan.benchmark.tasks import TaskSuite, error_summary
 from megatron_kaiyuan.benchmark.training import FinishedRun, finished_run
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
 from megatron_kaiyuan.training.evaluation import window_losses
 from megatron_kaiyuan.training.loading import (
     build_untrained,
@@ -177,8 +177,12 @@ class _Evaluator:
         self._model: Any = None
 
     def measure(self, run: Run, finished: FinishedRun) -> RunResult:
-        """Everything that is measured of one run."""
-        checkpoint = open_checkpoint(run_folder(self._study, run) / "checkpoints")
+        """Everything that is measured of one run.
+
+        Raises:
+            ConfigError: its checkpoint is missing, damaged, or of another model.
+        """
+        checkpoint = open_intact_checkpoint(run_folder(self._study, run) / "checkpoints")
         if self._arguments is None:  # built for the first checkpoint that can be read; the others fill it anew
             arguments = single_process_arguments(checkpoint.arguments)
             self._model, self._arguments = build_untrained(arguments), arguments

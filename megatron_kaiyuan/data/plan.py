@@ -138,13 +138,17 @@ class Plan:
         """
         check_resume(record, self.order_record(), consumed_samples)
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    def check_vocabulary(self, vocab_size: int, recorded: Mapping[str, int] | None = None) -> None:
         """Refuse shards with token ids outside the vocabulary.
+
+        Args:
+            vocab_size: ids must be below it.
+            recorded: largest token id by prefix, of every shard that has a manifest; None: the manifests are read.
 
         Raises:
             ShardError: names the shard and the id.
         """
-        check_vocabulary(self.opened, vocab_size)
+        check_vocabulary(self.opened, vocab_size, recorded)
 
     def describe(self, bands: int = 10) -> dict[str, Any]:
         """The dry run as plain data: per phase, source and quantile band, unique and repeated tokens and epochs."""

@@ -17,7 +17,7 @@ def read_scores(origin: str) -> NDArray[np.floating]:
     """Scores in storage order from `FILE.npy` or `FILE.parquet:column`.
 
     Raises:
-        ScoreError: the file or the column does not exist, or is not a list of numbers.
+        ScoreError: the file or the column does not exist, is damaged, or is not a list of numbers.
     """
     path, _, column = origin.rpartition(":") if ".parquet:" in origin else (origin, "", "")
     if not Path(path).is_file():
@@ -32,7 +32,12 @@ def read_scores(origin: str) -> NDArray[np.floating]:
         raise ScoreError(f"--scores {origin}: not a Parquet file ({error})") from error
     if column not in file.schema_arrow.names:
         raise ScoreError(f"--scores {origin}: no column {column!r}; the file has {', '.join(file.schema_arrow.names)}")
-    values: NDArray[np.floating] = file.read(columns=[column]).column(0).to_numpy()
+    try:
+        values: NDArray[np.floating] = file.read(columns=[column]).column(0).to_numpy()
+    except (OSError, ValueError) as error:
+        raise ScoreError(
+            f"--scores {origin}: column {column!r} cannot be read ({error}); the file is damaged: restore it"
+        ) from error
     return values
 
 

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from megatron_kaiyuan.data.runs import DocumentRuns
 from megatron_kaiyuan.data.source import Segment
 
 __all__ = ["Stream", "thinned"]
+
+_SAFE = isqrt(2**63 - 1)
+"""3.04e9, the largest number whose square is an int64."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,32 @@ class Stream:
 def thinned(
     samples: NDArray[np.int64], used: int | NDArray[np.int64], available: int | NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """`(j + 1) * available // used - 1` without overflow: even gaps, and the last sample shows the last window."""
+    """`(j + 1) * available // used - 1` without overflow: even gaps, and the last sample shows the last window.
+
+    Args:
+        samples: sample numbers `j`, `0 <= j < used`, int64 `[n]`.
+        used: samples of the stream, below 2**61; for all, or int64 `[n]`.
+        available: windows of the stream; for all, or int64 `[n]`.
+    """
+    counts = samples + 1
     quotient, remainder = np.divmod(available, used)
-    # (j + 1) * remainder < used**2: below 2**63 for up to 3e9 samples of one stream
-    return (samples + 1) * quotient + (samples + 1) * remainder // used - 1
+    if int(np.max(used, initial=0)) <= _SAFE:  # count * remainder < used**2 < 2**63
+        return counts * quotient + counts * remainder // used - 1
+    return counts * quotient + _scaled(counts, remainder, used) - 1
+
+
+def _scaled(
+    counts: NDArray[np.int64], remainder: int | NDArray[np.int64], used: int | NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """`counts * remainder // used`, for counts up to `used` and `remainder < used < 2**61`, int64 `[n]`.
+
+    Long division: the remainder is taken in digits, the highest first, each so short that no product overflows.
+    """
+    digit_bits = 62 - int(np.max(used)).bit_length()
+    digits = -(-int(np.max(remainder)).bit_length() // digit_bits)
+    result = rest = np.zeros_like(counts)
+    for number in range(digits - 1, -1, -1):
+        digit = (remainder >> (number * digit_bits)) & ((1 << digit_bits) - 1)
+        whole, rest = np.divmod((rest << digit_bits) + counts * digit, used)  # two numbers below 2**62
+        result = (result << digit_bits) + whole
+    return result

@@ -35,18 +35,28 @@ class _Record:
     """Whether documents end with the end-of-document id; None: the manifest does not tell."""
 
 
-def check_vocabulary(opened: Mapping[str, OpenedSource], vocab_size: int) -> None:
+def check_vocabulary(
+    opened: Mapping[str, OpenedSource], vocab_size: int, recorded: Mapping[str, int] | None = None
+) -> None:
     """Raise ShardError for the first shard that holds a token id outside `range(vocab_size)`.
 
     Shards without a manifest are read in whole while they have 2**30 tokens or fewer together; see `largest_token_id`.
+
+    Args:
+        opened: the sources by name.
+        vocab_size: ids must be below it.
+        recorded: largest token id by prefix, of every shard that has a manifest; None: the manifests are read.
     """
     shards = [(name, shard) for name, source in opened.items() for shard in source.source.shards]
-    recorded = side_by_side(lambda item: _recorded_largest(item[1]), shards)
-    unknown = [item for item, largest in zip(shards, recorded, strict=True) if largest is None]
+    if recorded is None:
+        told_ids = side_by_side(lambda item: _recorded_largest(item[1]), shards)
+    else:
+        told_ids = [recorded.get(shard.prefix) for _, shard in shards]
+    unknown = [item for item, largest in zip(shards, told_ids, strict=True) if largest is None]
     few = sum(shard.tokens for _, shard in unknown) <= _FULL_SCAN_IN_ALL
     most = _FULL_SCAN_TOKENS if few else max(_FULL_SCAN_IN_ALL // len(unknown), 1 << 14)
     found = iter(side_by_side(lambda item: largest_token_id(item[1], most), unknown))
-    for (name, shard), told in zip(shards, recorded, strict=True):
+    for (name, shard), told in zip(shards, told_ids, strict=True):
         largest = next(found) if told is None else told
         if largest >= vocab_size:
             raise ShardError(

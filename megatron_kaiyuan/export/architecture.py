@@ -17,6 +17,7 @@ OPTIONS_WITHOUT_EFFECT = frozenset(
         "post_norm_gain_init",
         "post_norm_depth_scaled",
         "branch_scale_bits",
+        "raise_branch_scale_below",
         "recompute_swiglu",
         "z_loss",
         "attention",

@@ -33,7 +33,7 @@ FUSIONS = ("norm", "rotary", "swiglu", "loss")
 """What `fusions` can name."""
 MAX_BRANCH_SCALE_BITS = 8
 """Values of size 1 keep 6 bits of range below them: 2^-8 / 2^-14, the smallest normal FP16 number."""
-_ADDED_LATER = frozenset({"branch_scale_bits", "recompute_swiglu"})
+_ADDED_LATER = frozenset({"branch_scale_bits", "raise_branch_scale_below", "recompute_swiglu"})
 """Options that arguments saved by an earlier version lack: off in those runs."""
 
 
@@ -54,6 +54,9 @@ class KaiyuanModelOptions:
     branch_scale_bits: int = 0
     """K: attention and MLP compute 2^-K of their output, which their output norm takes back; 0 = off. The function is
     the same, and FP16 holds products 2^K times as large (`model/layers.py`). Needs `sandwich_norm`."""
+    raise_branch_scale_below: float = 0.0
+    """H: raise K, up to `MAX_BRANCH_SCALE_BITS`, when the run monitor finds the headroom of attention's or the MLP's
+    products below H (`training/branch_scale.py`); 0 = never. `branch_scale_bits` is then where K starts."""
     recompute_swiglu: bool = False
     """Do not keep silu(gate) * up for the backward pass of `linear_fc2`, but compute it again there: bit for bit equal
     training with f values a token and layer less (`kernels/swiglu.py`)."""
@@ -96,6 +99,13 @@ class KaiyuanModelOptions:
                 f"{flag} must be a whole number from 0 to {MAX_BRANCH_SCALE_BITS}, got {bits}; 0 switches it off, and "
                 "more bits would push ordinary values below the smallest normal FP16 number"
             )
+        below = self.raise_branch_scale_below
+        _require_number("raise_branch_scale_below", below, minimum=0.0, off_hint="0 leaves the scale where it is")
+        if below and not self.sandwich_norm:
+            raise ConfigError(
+                f"{_flag('raise_branch_scale_below')} {below:g} scales what attention and MLP compute, and only an "
+                f"output norm takes that back: add {_flag('sandwich_norm')} or remove it"
+            )
         if bits and not self.sandwich_norm:
             raise ConfigError(
                 f"{flag} {bits} scales what attention and MLP compute, and only an output norm takes that back: add "
@@ -106,6 +116,11 @@ class KaiyuanModelOptions:
     def branch_scale(self) -> float:
         """2^-K, what attention and MLP multiply their output by."""
         return 2.0**-self.branch_scale_bits
+
+    @property
+    def scales_branches(self) -> bool:
+        """Whether attention and MLP have to obey a scale, now or later."""
+        return self.branch_scale_bits > 0 or self.raise_branch_scale_below > 0
 
     def fuses(self, what: str) -> bool:
         """Whether the fusion of that name is on in this process."""
@@ -209,6 +224,12 @@ class KaiyuanTransformerConfig(TransformerConfig):
             self._require_plain_swiglu("recompute_swiglu", others)
         if self.kaiyuan.branch_scale_bits:
             self._require_plain_swiglu("branch_scale_bits", {"--fused-single-qkv-rope": self.fused_single_qkv_rope})
+        if self.kaiyuan.raise_branch_scale_below:
+            others = {
+                "--fused-single-qkv-rope": self.fused_single_qkv_rope,
+                "--cuda-graph-impl": self.cuda_graph_impl != "none",  # a captured graph goes on with the old scale
+            }
+            self._require_plain_swiglu("raise_branch_scale_below", others)
 
     def _require_plain_swiglu(self, option: str, others: dict[str, object]) -> None:
         """Refuse whatever our MLP leaves to Megatron's, and `others`."""

@@ -27,14 +27,16 @@ class ScaledValueSelfAttention(SelfAttention):
     kernel and under any parallelism. Values are the smallest tensor to scale (g heads where the output has n).
     """
 
+    branch_scale: float = 1.0
+    """2^-K, set by the layer, whose output norm takes it back."""
+
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, the values [s, b, g, d] times 2^-K."""
         query, key, value, *gate = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         return query, key, self._scaled(value), *gate
 
     def _scaled(self, value: Tensor) -> Tensor:
-        scale = self.config.kaiyuan.branch_scale
-        return value if scale == 1.0 else value * scale
+        return value if self.branch_scale == 1.0 else value * self.branch_scale
 
 
 class FusedRotarySelfAttention(ScaledValueSelfAttention):

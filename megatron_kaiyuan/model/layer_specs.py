@@ -101,7 +101,7 @@ def get_kaiyuan_decoder_spec(
     """
     options = config.kaiyuan
     fusions = _layer_fusions(config)
-    scaled_branches = options.branch_scale_bits > 0
+    scaled_branches = options.scales_branches
     if config.transformer_impl == "transformer_engine":
         return get_kaiyuan_layer_with_transformer_engine_spec(
             sandwich_norm=options.sandwich_norm,

@@ -91,6 +91,9 @@ class FusedSwiGLUMLP(MLP):
     With `recompute_swiglu` the backward pass of the second product makes SwiGLU's output again.
     """
 
+    branch_scale: float = 1.0
+    """2^-K, set by the layer, whose output norm takes it back."""
+
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +107,7 @@ class FusedSwiGLUMLP(MLP):
             unfused: tuple[Tensor, Tensor | None] = super().forward(hidden_states, per_token_scale, **kwargs)
             return unfused
         packed, _bias = self.linear_fc1(hidden_states)
-        scale, fused = config.kaiyuan.branch_scale, config.kaiyuan.fuses("swiglu")
+        scale, fused = self.branch_scale, config.kaiyuan.fuses("swiglu")
         activation = swiglu(packed, scale, fused=fused)
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(activation)
         if config.kaiyuan.recompute_swiglu:
@@ -139,22 +142,32 @@ class KaiyuanTransformerLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         _require_scaled_branches(config, self.self_attention, self.mlp)
-        # RMSNorm(2^-K y; 4^-K eps) = RMSNorm(y; eps), exactly: every factor is a power of two.
-        size_and_eps = {
-            "hidden_size": config.hidden_size,
-            "eps": config.layernorm_epsilon * config.kaiyuan.branch_scale**2,
-        }
+        size_and_eps = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.post_self_attn_layernorm = submodules.post_self_attn_layernorm(config=config, **size_and_eps)
         self.post_mlp_layernorm = submodules.post_mlp_layernorm(config=config, **size_and_eps)
         gain = config.kaiyuan.post_norm_gain(config.num_layers)
         for norm in (self.post_self_attn_layernorm, self.post_mlp_layernorm):
             torch.nn.init.constant_(norm.weight, gain)
+        self.set_branch_scale_bits(config.kaiyuan.branch_scale_bits)
         if config.kaiyuan.fuses("norm") and config.hidden_dropout == 0.0:
             self.self_attn_bda = self._add_normed_attention
             self.mlp_bda = self._add_normed_mlp
         else:
             self.self_attention.register_forward_hook(self._norm_attention_output)
             self.mlp.register_forward_hook(self._norm_mlp_output)
+
+    def set_branch_scale_bits(self, bits: int) -> None:
+        """From the next forward pass on, compute the branches 2^-K as large, K = `bits`.
+
+        Not between a forward and its backward pass. RMSNorm(2^-K y; 4^-K eps) = RMSNorm(y; eps), exactly: every factor
+        is a power of two.
+        """
+        if not self.config.kaiyuan.scales_branches:
+            return
+        scale = 2.0**-bits
+        self.self_attention.branch_scale = self.mlp.branch_scale = scale
+        for norm in (self.post_self_attn_layernorm, self.post_mlp_layernorm):
+            norm.eps = self.config.layernorm_epsilon * scale**2
 
     def _add_normed_attention(self, _training: bool, _fused: bool) -> Callable[..., Tensor]:  # noqa: FBT001
         return partial(_add_normed_branch, self.post_self_attn_layernorm)
@@ -172,7 +185,7 @@ class KaiyuanTransformerLayer(TransformerLayer):
 def _require_scaled_branches(config: TransformerConfig, attention: torch.nn.Module, mlp: torch.nn.Module) -> None:
     """Refuse a spec whose attention or MLP ignores the scale that the output norms are about to take back."""
     scaled = isinstance(attention, ScaledValueSelfAttention) and isinstance(mlp, FusedSwiGLUMLP)
-    if config.kaiyuan.branch_scale_bits and not scaled:
+    if config.kaiyuan.scales_branches and not scaled:
         raise ConfigError(
             f"--kaiyuan-branch-scale-bits {config.kaiyuan.branch_scale_bits} with a layer spec whose modules do not "
             "scale; make the spec with scaled_branches=True, or by get_kaiyuan_decoder_spec"

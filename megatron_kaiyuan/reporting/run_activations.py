@@ -71,6 +71,7 @@ def activation_figure(run: Run, marks: Sequence[PhaseMark]) -> go.Figure:
     _add_heat(figure, xs, layers, peaks, top=1 - heights[0] / sum(heights))
     _add_overflows(figure, xs, layers, peaks)
     _add_headroom(figure, xs, lines)
+    _add_rises(figure, run)
     mark_phases(figure, marks, xs[-1])
     figure.update_xaxes(title_text="tokens", row=2, col=1)
     _style(figure, sum(heights) + 160)
@@ -176,6 +177,23 @@ def _add_headroom(figure: go.Figure, xs: list[int], lines: Sequence[Line]) -> No
     finite = [value for value in values if value is not None]
     high = math.log10(max([*finite, 10.0])) + 0.3
     figure.update_yaxes(title_text="headroom, times", type="log", dtick=1, range=[-0.3, high], row=2, col=1)
+
+
+def _add_rises(figure: go.Figure, run: Run) -> None:
+    """Where the branch scale rose: the same values, written smaller from there on."""
+    for before, after in pairwise(run.lines):
+        one, other = before.branch_scale_bits, after.branch_scale_bits
+        if one is not None and other is not None and other > one:
+            figure.add_vline(
+                x=run.tokens_at(after),
+                line={"color": "#2b6cb0", "width": 1.2, "dash": "dot"},
+                annotation={
+                    "text": f"branches 2^-{other}", "textangle": -90, "font": {"size": 11, "color": "#2b6cb0"},
+                    "yanchor": "top", "xanchor": "left",
+                },
+                row=2,
+                col=1,
+            )  # fmt: skip
 
 
 def _style(figure: go.Figure, height: int) -> None:

@@ -47,6 +47,8 @@ class Line:
     sources: Mapping[str, SourceLine]
     activations: Mapping[str, float | None]
     """max |activation| by tensor, in the order of computation; empty where none was metered. None: not finite."""
+    branch_scale_bits: int | None = None
+    """K after the step, of a run whose branch scale rises by itself."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -189,6 +191,7 @@ def _parse(entry: Mapping[str, Any], file: Path) -> Line:
             seconds=float(entry.get("seconds", 0)),
             sources=sources,
             activations={str(name): _number(peak) for name, peak in entry.get("activations", {}).items()},
+            branch_scale_bits=None if entry.get("branch_scale_bits") is None else int(entry["branch_scale_bits"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MetricsError(

@@ -228,7 +228,13 @@ def _check_format(folder: Path) -> None:
             f"{folder}: no metadata.json or .metadata; it is not a torch_dist checkpoint (--ckpt-format torch_dist), "
             "or its save did not end: remove the folder"
         )
-    backend = json.loads(description.read_text()).get("sharded_backend")
+    try:
+        backend = json.loads(description.read_text()).get("sharded_backend")
+    except (OSError, ValueError, AttributeError) as error:  # torn, or a list
+        raise ConfigError(
+            f"{folder} has unreadable metadata ({description.name}: {error}); restore it from a copy, or name another "
+            "checkpoint"
+        ) from error
     if backend != _BACKEND["sharded_backend"]:
         raise ConfigError(f"{description}: backend {backend!r}; only torch_dist checkpoints can be read")
 
@@ -282,7 +288,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open an `iter_*` folder, or the checkpoint that a save directory's tracker names.
 
     Raises:
-        ConfigError: there is none, or it is not in `torch_dist` format.
+        ConfigError: there is none, it is not in `torch_dist` format, or its `metadata.json` is torn.
     """
     tracker = path / TRACKER_NAME
     folder = path

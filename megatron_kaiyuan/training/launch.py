@@ -20,6 +20,7 @@ from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import check_average_arguments
 from megatron_kaiyuan.training.blend import check_data_arguments
+from megatron_kaiyuan.training.branch_scale import continue_branch_scale
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
     keep_checkpoints,
@@ -33,10 +34,12 @@ from megatron_kaiyuan.training.lineage import store_start
 from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import (
+    ShardRecords,
     check_plan_arguments,
     check_tokenizer_of_shards,
     plan_argument_defaults,
     plan_parser_defaults,
+    read_shard_records,
 )
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
@@ -111,26 +114,29 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
         defaults["exit_signal_handler"] = True  # of no use without a place to save
     saved = saved_arguments(first_look)
     plan_values = {}
+    records = ShardRecords(None, {}) if plan is None else read_shard_records(plan)
     if plan is None:
         check_supported(first_look)
         check_data_arguments(first_look)
     else:
         defaults.update(plan_parser_defaults())
-        plan_values = plan_argument_defaults(first_look, plan, saved)
+        plan_values = plan_argument_defaults(first_look, plan, saved, records.tokenizer)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
     parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}
     args = parse_and_validate_args(arguments_provider(parsed_defaults), args_defaults=plan_values)
     _say_aloud(defaults, plan_values)
     if plan is not None:
-        check_tokenizer_of_shards(args, plan, get_tokenizer().eod)
-    store_tokenizer(args, plan, get_tokenizer())
+        check_tokenizer_of_shards(args, records.tokenizer, get_tokenizer().eod)
+    store_tokenizer(args, records.tokenizer, get_tokenizer(), planned=plan is not None)
     check_same_run(args, saved)
+    if said := continue_branch_scale(args, saved):
+        print_rank_0(f"> {said}")
     check_resume(args, plan, saved)
     check_batch_arguments(args, saved, planned=plan is not None)
     if plan is not None:
         check_plan_arguments(args, plan)
-        plan.check_vocabulary(get_tokenizer().vocab_size)
+        plan.check_vocabulary(get_tokenizer().vocab_size, records.largest_ids)
         if not plan.validation:
             print_rank_0("> the plan holds out no documents: no evaluation (--eval-iters 0)")
             args.eval_iters = 0

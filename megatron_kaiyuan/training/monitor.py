@@ -1,7 +1,9 @@
 """What a run says about itself beside Megatron's own log line, and when it should stop.
 
-    every log line        loss and tokens by source, tokens by quantile band, throughput: log, TensorBoard, wandb,
-    metrics.jsonl every so many steps   max |activation| of each layer and its distance from the end of FP16
+    every log line        loss and tokens by source, tokens by quantile band, throughput (log, TensorBoard, wandb,
+                          metrics.jsonl)
+    every so many steps   max |activation| of each layer and its distance from the end of FP16; where that is too
+                          small, the branch scale may rise (`branch_scale.py`)
     at a skipped step     the weights whose gradient is not finite; the next step is metered to see if activations are
     too many of them      the run stops with a diagnosis, on all ranks, since all know the same skips and the same scale
 
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from megatron_kaiyuan.data import band_name
 from megatron_kaiyuan.errors import TrainingStopped
+from megatron_kaiyuan.model.config import MAX_BRANCH_SCALE_BITS
 from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
+from megatron_kaiyuan.training.branch_scale import BranchScale
 from megatron_kaiyuan.training.diagnosis import check_gradients, depth, merged
 from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
 from megatron_kaiyuan.training.source_counters import NUM_BANDS, SourceCounters, SourceSums
@@ -73,6 +77,8 @@ class RunMonitor:
     """Name, value, step; None on the ranks that log nothing. One rank has it, the one that also writes `metrics`."""
     say: Callable[[str], None]
     """Prints on that rank."""
+    branch_scale: BranchScale | None = None
+    """Of a run that raises it by itself."""
     totals: dict[str, list[int]] = field(default_factory=dict)
     """Tokens by source since the first step: all of them, then by band. Kept on the logging rank."""
     _models: list[Any] = field(default_factory=list)
@@ -151,10 +157,14 @@ class RunMonitor:
             what = f"{limit} of the last {2 * limit} steps were skipped with the loss scale at its minimum, {scale}"
         else:
             return
+        at_its_end = self.branch_scale is not None and self.branch_scale.bits == MAX_BRANCH_SCALE_BITS
+        more_room = (
+            f"--kaiyuan-branch-scale-bits {MAX_BRANCH_SCALE_BITS}, which computes the same function with more room (it "
+            "needs --kaiyuan-sandwich-norm), or with "
+        )
         raise TrainingStopped(
-            f"{what}: {self._diagnosis}. Resume from an earlier checkpoint with --kaiyuan-branch-scale-bits 8, which "
-            "computes the same function with more room (it needs --kaiyuan-sandwich-norm), or with a lower learning "
-            "rate; --kaiyuan-max-skipped-steps 0 goes on regardless"
+            f"{what}: {self._diagnosis}. Resume from an earlier checkpoint with {'' if at_its_end else more_room}"
+            "a lower learning rate; --kaiyuan-max-skipped-steps 0 goes on regardless"
         )
 
     def _start_meters(self) -> None:
@@ -193,6 +203,14 @@ class RunMonitor:
             self._write(f"activations/{entry.name}", entry.peak, step.iteration)
         if culprit is not None:
             self.say(f" step {step.iteration}: {self._diagnosis}")
+        self._raise_branch_scale(everywhere, step.iteration)
+
+    def _raise_branch_scale(self, peaks: list[ActivationPeak], iteration: int) -> None:
+        if self.branch_scale is None:
+            return
+        if done := self.branch_scale.after_reading(peaks, self._models):
+            self.say(f" step {iteration}: {done}")
+        self._write("activations/branch scale bits", self.branch_scale.bits, iteration)
 
     def _explain_skip(self, step: StepReport) -> None:
         """Say whether the forward pass overflowed or, in the order of the backward pass, where gradients first did."""
@@ -245,7 +263,10 @@ class RunMonitor:
                     if source.tokens
                 },
             }
-            append_metrics(self.options.metrics, entry | ({"activations": activations} if activations else {}))
+            more: dict[str, Any] = {"activations": activations} if activations else {}
+            if self.branch_scale is not None:
+                more["branch_scale_bits"] = self.branch_scale.bits
+            append_metrics(self.options.metrics, entry | more)
 
     def _write_source(self, name: str, source: SourceSums, iteration: int) -> None:
         self._add_to_totals(name, source.tokens, source.bands)

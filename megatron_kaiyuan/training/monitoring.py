@@ -11,6 +11,7 @@ from megatron.training.utils import print_rank_0, print_rank_last
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.training import loop_observers
 from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
+from megatron_kaiyuan.training.branch_scale import branch_scale_of
 from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper
 from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.training.held_out_report import HeldOutReport
@@ -52,7 +53,9 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
         seq_length=args.seq_length,
     )
     counters = SourceCounters(() if plan is None else tuple(plan.sources))
-    monitor = RunMonitor(options, counters, _write_scalar if is_logging_rank else None, print_rank_last)
+    monitor = RunMonitor(
+        options, counters, _write_scalar if is_logging_rank else None, print_rank_last, branch_scale_of(args)
+    )
     # At construction it is not yet known where the run starts: the checkpoint is loaded later.
     loop_observers.observe_loop(lambda _: monitor.resume(args.iteration, args.consumed_train_samples))
     loop_observers.observe_steps(_Observer(args, monitor))

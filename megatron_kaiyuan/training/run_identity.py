@@ -3,8 +3,8 @@
 import argparse
 import hashlib
 
-from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
 
 __all__ = ["COMMAND_LINE_TOKENIZER", "TOKENIZER", "check_same_run", "first_difference", "store_tokenizer"]
 
@@ -40,22 +40,24 @@ _FLAGS = {
 _PROBE = "The 3 naïve Zürich engineers’ café: def f(x):\n\treturn x ** 2.5  # 数据\n\n«да»   end"
 
 
-def store_tokenizer(args: argparse.Namespace, plan: Plan | None, tokenizer: object) -> None:
+def store_tokenizer(
+    args: argparse.Namespace, record: TokenizerRecord | None, tokenizer: object, *, planned: bool
+) -> None:
     """Let every checkpoint of this run say what its tokenizer does.
 
     A plan's tokens come from its shards, of which stock Megatron's do not tell: they have no manifest. The tokenizer of
     the command line is asked for the ids of a text as well. Paths are no part.
+
+    Args:
+        args: Where it is stored.
+        record: The tokenizer of the plan's shards, if they tell.
+        tokenizer: The one that Megatron built from the arguments.
+        planned: Whether the run has a plan.
     """
     told = _of_text(tokenizer)
-    setattr(args, TOKENIZER, told if plan is None else _of_shards(plan))
-    setattr(args, COMMAND_LINE_TOKENIZER, None if plan is None else told)
-
-
-def _of_shards(plan: Plan) -> str | None:
-    from megatron_kaiyuan.training.plan_arguments import tokenizer_of_shards
-
-    record = tokenizer_of_shards(plan)
-    return None if record is None else record.fingerprint
+    of_shards = None if record is None else record.fingerprint
+    setattr(args, TOKENIZER, of_shards if planned else told)
+    setattr(args, COMMAND_LINE_TOKENIZER, told if planned else None)
 
 
 def _of_text(tokenizer: object) -> str | None:

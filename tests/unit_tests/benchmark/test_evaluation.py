@@ -1,8 +1,10 @@
 """Held-out losses are booked to the document that each predicted token belongs to."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from megatron_kaiyuan.benchmark import tasks
 from megatron_kaiyuan.benchmark.held_out import HeldOutDocuments
 from megatron_kaiyuan.benchmark.results import Identity, RunResult, check_comparable, result_path
-from megatron_kaiyuan.benchmark.runs import Run, write_slices
+from megatron_kaiyuan.benchmark.runs import Run, run_folder, write_slices
 from megatron_kaiyuan.benchmark.study import parse_study
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
@@ -166,6 +168,49 @@ def evaluate_around_failures(_rank: int, folder: Path) -> None:
         result_path(study, runs[1]).write_text('{"format": "of another version"}')
         outcome = evaluation.evaluate_runs(study, sliced, runs)
         assert (outcome.evaluated, outcome.up_to_date, outcome.failed) == (3, 1, {})
+
+
+def evaluate_around_damage(_rank: int, folder: Path) -> None:
+    """Entry of `run_distributed`."""
+    import torch
+
+    from megatron_kaiyuan.benchmark import evaluation
+    from tests.unit_tests.export.small_models import KAIYUAN, save_model
+
+    study, sliced = sliced_study(folder)
+    cut, torn, whole = runs = list(sliced.runs[:3])
+    folders = {
+        run.name: save_model(KAIYUAN, run_folder(study, run) / "checkpoints", torch.float32).folder for run in runs
+    }
+    data = next(folders[cut.name].glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    (folders[torn.name] / "metadata.json").write_text('{"sharded')
+
+    def prepare(evaluator: Any, *_: object) -> None:
+        suite = SimpleNamespace(evaluate=lambda *_: ({}, {}))
+        values = {"study": study, "sliced": sliced, "suite": suite, "held_out": {}, "arguments": None, "model": None}
+        for name, value in values.items():
+            setattr(evaluator, f"_{name}", value)
+        evaluation.start_single_process()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "finished_run", lambda *_: SimpleNamespace(tokens_per_second=1.0))
+        patch.setattr(evaluation._Evaluator, "__init__", prepare)
+        patch.setattr(evaluation, "_model_digest", lambda _: "model")
+        outcome = evaluation.evaluate_runs(study, sliced, runs)
+    assert outcome.failed.keys() == {cut.name, torn.name}
+    for name, reason in (
+        (cut.name, rf"has only [\d,]+ of [\d,]+ bytes in {data.name}"),
+        (torn.name, "unreadable metadata"),
+    ):
+        told = outcome.failed[name]
+        assert re.match(rf"ConfigError: {folders[name]}.* {reason}.*restore it", told), told
+    assert outcome.evaluated == 1
+    assert result_path(study, whole).is_file()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_other_runs_are_evaluated(tmp_path: Path) -> None:
+    run_distributed(evaluate_around_damage, 1, tmp_path)
 
 
 def test_a_run_that_cannot_be_evaluated_does_not_cost_the_others_their_results(tmp_path: Path) -> None:

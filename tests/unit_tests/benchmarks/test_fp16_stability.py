@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,9 +126,35 @@ def test_ranges_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     [row] = [line for line in capsys.readouterr().out.splitlines() if "ours, FP16" in line]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[2:5] == ["2 of 3", "70 to 600", "3.000 to 3.500; 1 without"]
-    assert cells[6:9] == ["0 to 30", "0 to 2", "65.5 to 655; 1 without"]
+    assert cells[7:10] == ["0 to 30", "0 to 2", "65.5 to 655; 1 without"]
     print_over_seeds([])
     assert not capsys.readouterr().out
+
+
+def test_the_mean_over_the_seeds_has_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    """+2 % and 0 % to bf16: 1 % on average, and 12.71 (Student, one degree of freedom) x 1 % on both sides."""
+    losses = {("ours", 1): 3.06, ("bf16", 1): 3.0, ("ours", 2): 3.0, ("bf16", 2): 3.0}
+    records = [
+        RunRecord(key, f"{key}, half", 0.1, seed, [LINE | {"iteration": 600, "loss": loss}])
+        for (key, seed), loss in losses.items()
+    ]
+    print_over_seeds(records)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "half" in line]
+    assert [row.strip("│").split("│")[6].strip() for row in rows] == ["+1.00% ± 12.71%", "-"]
+
+
+def test_the_large_shape_is_that_of_the_launch_script() -> None:
+    """Every flag of it, with the same value, as far as the script has it; what it adds is of this benchmark."""
+    script = shlex.split((fp16_stability.ROOT / "examples/pretrain_kaiyuan_2b.sh").read_text(), comments=True)
+    own = {"--micro-batch-size", "--global-batch-size", "--tokenizer-type", "--vocab-size"}
+    flags = fp16_stability.KAIYUAN_2B
+    names = [flag for flag in flags if flag.startswith("--") and flag not in own]
+    assert len(names) > 10
+    for name in names:
+        value = flags[flags.index(name) + 1] if flags.index(name) + 1 < len(flags) else "--"
+        assert name in script
+        if not value.startswith("--"):
+            assert script[script.index(name) + 1] == value, name
 
 
 def test_runs_are_compared_by_their_flags(args: argparse.Namespace) -> None:

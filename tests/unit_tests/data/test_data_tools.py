@@ -151,6 +151,11 @@ def test_scores_that_do_not_fit_are_refused_and_nothing_is_written(folder, tmp_p
     (tmp_path / "bad.parquet").write_text("0.5\n")
     pq.write_table(pa.table({"text": ["x"] * 50}), tmp_path / "text.parquet")
     before = sorted(folder.iterdir())
+    whole = tmp_path / "whole.parquet"
+    pq.write_table(pa.table({"grade": np.random.default_rng(0).random(50)}), whole, compression="gzip")
+    torn = bytearray(whole.read_bytes())
+    torn[40:200] = bytes(160)
+    (tmp_path / "torn.parquet").write_bytes(torn)
     source = open_source("web", str(folder))
     for origin, message in (
         ("short.npy", r"shape \(49,\)"),
@@ -162,6 +167,7 @@ def test_scores_that_do_not_fit_are_refused_and_nothing_is_written(folder, tmp_p
         ("text.parquet:grade", "no column 'grade'; the file has text"),
         ("text.parquet:text", "is not a number"),
         ("bad.parquet:grade", "not a Parquet file"),
+        ("torn.parquet:grade", "column 'grade' cannot be read"),
     ):
         with pytest.raises(ScoreError, match=f"--scores .*{origin}.*{message}"):
             import_scores(source, str(tmp_path / origin), "grade")

@@ -159,6 +159,19 @@ def test_shards_without_a_manifest_are_probed_where_there_are_too_many_to_read(
     assert set(read) == {1 << 26, 25_000}
 
 
+def test_largest_ids_that_are_known_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "s", numbered_documents([4, 4]), cuts=(1,))
+    spec = {"seq_length": 4, "sources": {"s": source}, "phases": [phase_of("shuffled", {"s": "all"})]}
+    plan = Plan.from_spec(spec)
+    known, unknown = (shard.prefix for shard in plan.opened["s"].source.shards)
+    monkeypatch.setattr(vocabulary, "_recorded_largest", pytest.fail)
+    plan.check_vocabulary(8, {known: 7})
+    with pytest.raises(ShardError, match=rf"{known}: token id 8, but the vocabulary has 8"):
+        plan.check_vocabulary(8, {known: 8})
+    with pytest.raises(ShardError, match=rf"{unknown}: token id 7, but the vocabulary has 7"):
+        plan.check_vocabulary(7, {known: 6})
+
+
 def copied_shards(built: Path, folder: Path, count: int) -> Path:
     """A folder with the same shard several times, under numbers."""
     folder.mkdir()

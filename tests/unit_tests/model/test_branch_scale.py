@@ -29,7 +29,7 @@ def case(name: str, **values: Any) -> Case:
 
 def unscaled(scaled: Case) -> Case:
     values = {name: getattr(scaled, name) for name in Case.__dataclass_fields__}
-    return Case(**(values | {"name": f"{scaled.name}, off", "branch_scale_bits": 0}))
+    return Case(**(values | {"name": f"{scaled.name}, off", "branch_scale_bits": 0, "raised_to": None}))
 
 
 IDENTICAL = [
@@ -41,6 +41,13 @@ IDENTICAL = [
     case("FP32, selective recompute", overrides=RECOMPUTE),
     case("FP32, full recompute", fusions=FUSED, overrides=FULL_RECOMPUTE),
 ]
+RAISED = {"branch_scale_bits": 1, "raised_to": BITS}
+IDENTICAL += [
+    case("FP32, raised", **RAISED),
+    case("FP32, raised from 0, fused", fusions=FUSED, branch_scale_bits=0, raised_to=BITS),
+    case("FP32, raised, selective recompute", overrides=RECOMPUTE, **RAISED),
+    case("FP32, raised, SwiGLU recomputed", recompute_swiglu=True, **RAISED),
+]
 IDENTICAL_TP = [
     case("FP32, TP 2", tensor_parallel=2),
     case("FP32, TP 2, fused", tensor_parallel=2, fusions=FUSED),
@@ -49,12 +56,14 @@ IDENTICAL_TP = [
 HALF = [
     case("FP16", half=True),
     case("FP16, fused", half=True, fusions=FUSED, overrides=WGRAD),
+    case("FP16, raised", half=True, **RAISED),
     case("FP16, FP32 residual", half=True, fusions=FUSED, overrides={"fp32_residual_connection": True}),
 ]
 HUGE = [
     case("huge products", half=True, factors=HUGE_PRODUCTS),
     case("huge products, fused", half=True, fusions=FUSED, overrides=WGRAD, factors=HUGE_PRODUCTS),
     case("huge SwiGLU", half=True, factors=HUGE_SWIGLU),
+    case("huge SwiGLU, raised", half=True, factors=HUGE_SWIGLU, **RAISED),
     case("huge SwiGLU, fused", half=True, fusions=FUSED, factors=HUGE_SWIGLU),
 ]
 HALF_TP = [
@@ -157,6 +166,7 @@ def observe(_rank: int) -> dict[str, Any]:
         {
             "off": _losses_and_peaks(unscaled(case(""))),
             "on": _losses_and_peaks(case("")),
+            "raised": _losses_and_peaks(case("", **RAISED)),
             "loaded": _losses_and_peaks(case("", factors={"linear": 0.5}), _saved_state(unscaled(case("")))),
             "huge": _losses_and_peaks(unscaled(huge)),
         }
@@ -190,6 +200,7 @@ def test_the_meter_reports_what_fp16_has_to_hold(observed: dict[str, Any]) -> No
     scaled = {name for name in off if name.endswith(("linear_proj", "mlp.activation", "linear_fc2"))}
     assert len(scaled) == 3 * Shape().layers
     assert all(on[name] == off[name] * (2.0**-BITS if name in scaled else 1.0) for name in off)
+    assert observed["raised"][1] == on
 
 
 @pytest.mark.distributed

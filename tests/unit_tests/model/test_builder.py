@@ -123,6 +123,7 @@ def test_a_command_line_becomes_the_config_it_asks_for(observations: dict[str, A
         "post_norm_gain_init": 1.0,
         "post_norm_depth_scaled": True,
         "branch_scale_bits": 4,
+        "raise_branch_scale_below": 0.0,
         "recompute_swiglu": False,
         "logit_softcap": 30.0,
         "z_loss": 1e-4,

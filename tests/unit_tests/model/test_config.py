@@ -23,6 +23,7 @@ BASE: dict[str, Any] = {
 
 
 SCALED = {"sandwich_norm": True, "branch_scale_bits": 4}
+RISING = {"sandwich_norm": True, "raise_branch_scale_below": 8.0}
 SWIGLU = {"gated_linear_unit": True, "activation_func": functional.silu, "add_bias_linear": False}
 
 
@@ -49,6 +50,11 @@ def config(**values: Any) -> KaiyuanTransformerConfig:
         ),
         ({"sandwich_norm": True, "branch_scale_bits": -1}, "got -1; 0 switches it off"),
         ({"branch_scale_bits": 4}, "add --kaiyuan-sandwich-norm or remove it"),
+        ({"raise_branch_scale_below": 8.0}, "--kaiyuan-raise-branch-scale-below 8 scales what"),
+        (
+            {"sandwich_norm": True, "raise_branch_scale_below": -1.0},
+            "--kaiyuan-raise-branch-scale-below must be a finite number >= 0, got -1",
+        ),
         (
             {"attention": "flash"},
             "--kaiyuan-attention 'flash' is unknown; use one of auto, sdpa, sdpa-flash, sdpa-torch-order, unfused",
@@ -74,6 +80,8 @@ def test_an_option_out_of_range_is_refused_with_its_flag(values: dict[str, Any],
         ({"sandwich_norm": True}, {"normalization": "LayerNorm"}, "add --normalization RMSNorm"),
         ({"sandwich_norm": True}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 64}, "--num-experts"),
         ({"sandwich_norm": True}, {"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p"),
+        (RISING, {"gated_linear_unit": False}, "--kaiyuan-raise-branch-scale-below acts on the output of SwiGLU"),
+        (RISING, SWIGLU | {"cuda_graph_impl": "local"}, "raise-branch-scale-below does not support --cuda-graph-impl"),
         (SCALED, {"gated_linear_unit": False}, "acts on the output of SwiGLU; add --swiglu"),
         (SCALED, SWIGLU | {"activation_func": functional.gelu}, "add --swiglu"),
         (SCALED, SWIGLU | {"add_bias_linear": True}, "add --disable-bias-linear"),
@@ -129,7 +137,10 @@ def test_options_are_read_from_the_arguments_of_the_same_name() -> None:
     options = KaiyuanModelOptions(sandwich_norm=True, logit_softcap=20.0, z_loss=1e-5, attention="unfused")
     arguments = {f"kaiyuan_{name}": value for name, value in dataclasses.asdict(options).items()}
     assert model_options_from_args(argparse.Namespace(**arguments, lr=1.0)) == options
-    del arguments["kaiyuan_branch_scale_bits"]  # as in checkpoints of before it existed
+    del (
+        arguments["kaiyuan_branch_scale_bits"],
+        arguments["kaiyuan_raise_branch_scale_below"],
+    )  # as in checkpoints of before it existed
     assert model_options_from_args(argparse.Namespace(**arguments)) == options
     del arguments["kaiyuan_z_loss"]
     with pytest.raises(ConfigError, match="no kaiyuan_z_loss"):

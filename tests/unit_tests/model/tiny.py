@@ -30,6 +30,8 @@ class Case:
     attention: str = "auto"
     fusions: str = "none"
     branch_scale_bits: int = 0
+    raised_to: int | None = None
+    """The branch scale of the step, in a model that was built for one that may rise."""
     recompute_swiglu: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     """More fields of the transformer config."""
@@ -121,6 +123,7 @@ def build_config(case: Case) -> Any:
         "kaiyuan": KaiyuanModelOptions(
             sandwich_norm=features.sandwich,
             branch_scale_bits=case.branch_scale_bits,
+            raise_branch_scale_below=0.0 if case.raised_to is None else 8.0,
             recompute_swiglu=case.recompute_swiglu,
             logit_softcap=features.softcap,
             z_loss=features.z_loss,
@@ -162,6 +165,9 @@ def build_stage(case: Case) -> Any:
         post_process=parallel_state.is_pipeline_last_stage(),
         config=build_config(case),
     )
+    if case.raised_to is not None:
+        for layer in model.decoder.layers:
+            layer.set_branch_scale_bits(case.raised_to)
     return model.half() if case.half else model
 
 

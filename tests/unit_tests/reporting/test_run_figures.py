@@ -180,6 +180,14 @@ def test_the_heat_map_ends_at_the_limit_of_fp16(tmp_path):
     assert "3.28e+03 times below" in heat.customdata[1][1]
 
 
+def test_a_rise_of_the_branch_scale_is_marked_where_it_happened(tmp_path):
+    metered = {"activations": {"decoder.layers.0.mlp.linear_fc2": 9000.0}}
+    lines = [entry(step, branch_scale_bits=bits, **metered) for step, bits in ((1, 4), (2, 6), (3, 6), (4, 4))]
+    figure = activation_figure(read_run(write_run(tmp_path, lines)), [])
+    told = [(note.text, note.x) for note in figure.layout.annotations if "branches" in note.text]
+    assert told == [("branches 2^-6", 2 * 8 * SEQ_LENGTH)]
+
+
 def test_a_run_of_one_line_is_drawn_as_points(tmp_path):
     figure = curves_figure([read_run(write_run(tmp_path, [entry(1)]))], [])
     assert all("markers" in trace.mode for trace in figure.data)

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
-from megatron_kaiyuan.training import run_identity
+from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
 from megatron_kaiyuan.training.checkpoint_io import iteration_folder
 from megatron_kaiyuan.training.checkpoint_recovery import agree_on_start, check_save_directory, choose_start, damage
 from megatron_kaiyuan.training.run_identity import TOKENIZER, check_same_run, store_tokenizer
-from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.training.test_averaging import save
 
 
@@ -190,35 +188,28 @@ class Numbers:
         return [int(word) for word in text.split()]
 
 
-def letters_plan(folder: Path) -> Plan:
-    write_shard(folder / "text", numbered_documents([20, 21]))
-    phase = {"name": "only", "order": "shuffled", "sources": {"text": "all"}}
-    return Plan.from_spec({"seq_length": 4, "sources": {"text": {"shards": str(folder / "text")}}, "phases": [phase]})
+TOLD = TokenizerRecord(type="T", model=None, vocab_size=50, eod_id=3, fingerprint="told by manifests")
 
 
-def test_shards_without_a_manifest_leave_it_to_the_tokenizer_of_the_command_line(tmp_path: Path) -> None:
-    plan = letters_plan(tmp_path)
+def test_shards_without_a_manifest_leave_it_to_the_tokenizer_of_the_command_line() -> None:
     first, second, again, numbers = (Namespace(load="run") for _ in range(4))
-    store_tokenizer(first, plan, Letters(0))
-    store_tokenizer(second, plan, Letters(1))
-    store_tokenizer(again, plan, Letters(0))
-    store_tokenizer(numbers, plan, Numbers())
+    store_tokenizer(first, None, Letters(0), planned=True)
+    store_tokenizer(second, None, Letters(1), planned=True)
+    store_tokenizer(again, None, Letters(0), planned=True)
+    store_tokenizer(numbers, None, Numbers(), planned=True)
     check_same_run(again, first)
     check_same_run(numbers, first)
     with pytest.raises(ResumeError, match=r"--load run: --tokenizer-model .* was .* and is now"):
         check_same_run(second, first)
 
 
-def test_a_tokenizer_named_beside_shards_with_a_manifest_stays_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = letters_plan(tmp_path)
+def test_a_tokenizer_named_beside_shards_with_a_manifest_stays_the_same() -> None:
     first, second, again, silent = (Namespace(load="run") for _ in range(4))
-    store_tokenizer(first, plan, Letters(0))
-    monkeypatch.setattr(run_identity, "_of_shards", lambda _plan: "told by manifests")  # added to the shards since
-    store_tokenizer(second, plan, Letters(1))
-    store_tokenizer(again, plan, Letters(0))
-    store_tokenizer(silent, plan, Numbers())
+    store_tokenizer(first, None, Letters(0), planned=True)
+    # manifests were added to the shards since
+    store_tokenizer(second, TOLD, Letters(1), planned=True)
+    store_tokenizer(again, TOLD, Letters(0), planned=True)
+    store_tokenizer(silent, TOLD, Numbers(), planned=True)
     assert vars(again)[TOKENIZER] == "told by manifests"
     check_same_run(again, first)
     check_same_run(silent, first)

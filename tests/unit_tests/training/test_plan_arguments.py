@@ -11,11 +11,13 @@ import pytest
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
 from megatron_kaiyuan.preprocess import TokenizerConfig
+from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
 from megatron_kaiyuan.training.plan_arguments import (
+    ShardRecords,
     check_plan_arguments,
     check_tokenizer_of_shards,
     plan_argument_defaults,
-    tokenizer_of_shards,
+    read_shard_records,
 )
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.preprocess.corpus import build_folder, save_bpe, write_jsonl
@@ -43,6 +45,17 @@ def write_manifest(prefix: Path, *, vocab_size: int = 50, fingerprint: str = FIN
     Path(f"{prefix}.manifest.json").write_text(json.dumps(manifest))
 
 
+def defaults(args: argparse.Namespace, spec: dict[str, Any], saved: argparse.Namespace | None = None) -> dict[str, Any]:
+    plan = Plan.from_spec(spec)
+    return plan_argument_defaults(args, plan, saved, read_shard_records(plan).tokenizer)
+
+
+def tokenizer_of_shards(spec: dict[str, Any]) -> TokenizerRecord:
+    record = read_shard_records(Plan.from_spec(spec)).tokenizer
+    assert record is not None
+    return record
+
+
 def arguments(monkeypatch: pytest.MonkeyPatch, *words: str, **values: object) -> argparse.Namespace:
     """Megatron's own parser with our flags; `values` stand for what its validation fills in."""
     from megatron.training.arguments import parse_args
@@ -61,7 +74,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, *words: str, **values: object) ->
 def test_what_is_left_open_follows_from_the_plan(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spec["phases"][0]["lr"] = {"start": 0.1, "end": 0.3, "shape": "linear"}
     args = arguments(monkeypatch, "--vocab-size", "50", seq_length=None)
-    assert plan_argument_defaults(args, Plan.from_spec(spec), None) == {
+    assert defaults(args, spec) == {
         "seq_length": 4,
         "max_position_embeddings": 4,
         "train_samples": 10,
@@ -75,20 +88,21 @@ def test_a_resumed_run_keeps_the_base_rate_of_its_checkpoint(
 ) -> None:
     spec["phases"][0]["lr"] = {"start": 0.1, "end": 0.3, "shape": "linear"}
     args = arguments(monkeypatch, "--vocab-size", "50")
-    assert plan_argument_defaults(args, Plan.from_spec(spec), argparse.Namespace(lr=0.2))["lr"] == 0.2
+    assert defaults(args, spec, argparse.Namespace(lr=0.2))["lr"] == 0.2
 
 
 def test_what_is_given_stays(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--seq-length 4 --max-position-embeddings 8 --train-iters 5 --tokenizer-type NullTokenizer --vocab-size 50"
     args = arguments(monkeypatch, *words.split())
-    assert plan_argument_defaults(args, Plan.from_spec(spec), None) == {}
+    assert defaults(args, spec) == {}
 
 
 def test_the_vocabulary_comes_from_the_manifests(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_manifest(tmp_path / "text")
-    values = plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec), None)
+    assert read_shard_records(Plan.from_spec(spec)).largest_ids == {str(tmp_path / "text"): 40}
+    values = defaults(arguments(monkeypatch), spec)
     assert values["tokenizer_type"] == "NullTokenizer"
     assert values["vocab_size"] == 50
     assert values["null_tokenizer_eod_id"] == 3
@@ -96,7 +110,7 @@ def test_the_vocabulary_comes_from_the_manifests(
 
 def test_an_unknown_vocabulary_is_an_error(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"vocabulary is unknown.*give --vocab-size N, or --tokenizer-type"):
-        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec), None)
+        defaults(arguments(monkeypatch), spec)
 
 
 def test_shards_of_two_tokenizers_are_an_error_that_names_both(
@@ -107,7 +121,7 @@ def test_shards_of_two_tokenizers_are_an_error_that_names_both(
     write_manifest(tmp_path / "text")
     write_manifest(tmp_path / "more", fingerprint="b" * 64)
     with pytest.raises(KaiyuanError, match=r"different tokenizers") as refused:
-        plan_argument_defaults(arguments(monkeypatch), Plan.from_spec(spec), None)
+        defaults(arguments(monkeypatch), spec)
     assert "text" in str(refused.value)
     assert "more" in str(refused.value)
 
@@ -185,20 +199,16 @@ def swapped(tokenizer: Path) -> Path:
 def test_the_tokenizer_of_the_shards_is_accepted_wherever_it_lies(
     spec: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, copied = Plan.from_spec(spec), shutil.copytree(tokenizer, tokenizer.with_name("copied"))
-    record = tokenizer_of_shards(plan)
-    assert record is not None
+    record, copied = tokenizer_of_shards(spec), shutil.copytree(tokenizer, tokenizer.with_name("copied"))
     for model in (tokenizer, copied, copied / "tokenizer.json"):
-        check_tokenizer_of_shards(named(monkeypatch, model), plan, record.eod_id)
+        check_tokenizer_of_shards(named(monkeypatch, model), record, record.eod_id)
 
 
 @pytest.mark.parametrize("what", ["ids", "type", "file"])
 def test_another_tokenizer_than_that_of_the_shards_is_refused(
     spec: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    plan = Plan.from_spec(spec)
-    record = tokenizer_of_shards(plan)
-    assert record is not None
+    record = tokenizer_of_shards(spec)
     given = {
         "ids": lambda: named(monkeypatch, swapped(tokenizer)),
         "type": lambda: named(monkeypatch, tokenizer / "tokenizer.json", "TikTokenizer"),
@@ -206,33 +216,33 @@ def test_another_tokenizer_than_that_of_the_shards_is_refused(
     }[what]()
     complaint = {"ids": "another one", "type": "another type", "file": "cannot be compared.*No such file"}[what]
     with pytest.raises(ConfigError, match=rf"--tokenizer-model .*: it .*{complaint}.*leave --tokenizer-type out"):
-        check_tokenizer_of_shards(given, plan, record.eod_id)
+        check_tokenizer_of_shards(given, record, record.eod_id)
 
 
 def test_another_end_of_document_than_in_the_shards_is_refused(
     spec: dict[str, Any], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan.from_spec(spec)
-    record = tokenizer_of_shards(plan)
-    assert record is not None
+    record = tokenizer_of_shards(spec)
     assert record.eod_id is not None
     with pytest.raises(ConfigError, match=rf"end with id 9 there, and with {record.eod_id} in the shards.*leave"):
-        check_tokenizer_of_shards(named(monkeypatch, tokenizer), plan, 9)
+        check_tokenizer_of_shards(named(monkeypatch, tokenizer), record, 9)
 
 
 def test_a_null_tokenizer_stands_for_any_but_must_not_name_another_end(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_manifest(tmp_path / "text")
-    plan = Plan.from_spec(spec)
+    record = tokenizer_of_shards(spec)
     null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "151935")
-    check_tokenizer_of_shards(arguments(monkeypatch, *null), plan, 151934)
-    check_tokenizer_of_shards(arguments(monkeypatch, *null, "--null-tokenizer-eod-id", "3"), plan, 3)
+    check_tokenizer_of_shards(arguments(monkeypatch, *null), record, 151934)
+    check_tokenizer_of_shards(arguments(monkeypatch, *null, "--null-tokenizer-eod-id", "3"), record, 3)
     with pytest.raises(ConfigError, match=r"--null-tokenizer-eod-id 4: .* id 4 there, and with 3 in the shards.*leave"):
-        check_tokenizer_of_shards(arguments(monkeypatch, *null, "--null-tokenizer-eod-id", "4"), plan, 4)
+        check_tokenizer_of_shards(arguments(monkeypatch, *null, "--null-tokenizer-eod-id", "4"), record, 4)
 
 
 def test_shards_without_a_manifest_take_any_tokenizer(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_tokenizer_of_shards(named(monkeypatch, tmp_path / "nowhere"), Plan.from_spec(spec), 9)
+    records = read_shard_records(Plan.from_spec(spec))
+    assert records == ShardRecords(None, {})
+    check_tokenizer_of_shards(named(monkeypatch, tmp_path / "nowhere"), records.tokenizer, 9)

@@ -1,0 +1,32 @@
+"""The branch scale rises in a run of the real entry point, and a resumed run begins where it had come."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.training_run import STEPS, train_well, write_corpus
+
+RISING = shlex.split(
+    "--fp16 --initial-loss-scale 1024 --kaiyuan-branch-scale-bits 1 --kaiyuan-raise-branch-scale-below 1e7 "
+    "--kaiyuan-activation-interval 2 --save saved --load saved --save-interval 3"
+)
+"""The first reading, of the second step, finds values that are less than ten million times below the end."""
+
+
+@pytest.mark.distributed
+def test_the_scale_rises_on_all_ranks_and_stays_after_a_resume(tmp_path: Path) -> None:
+    flags = ("--plan", str(write_corpus(tmp_path)), *RISING, "--tensor-model-parallel-size", "2")
+    begun = train_well(tmp_path, *flags, "--exit-interval", "3", processes=2)
+    assert "step 2: headroom" in begun.output
+    assert "--kaiyuan-branch-scale-bits goes from 1 to" in begun.output
+    metrics = tmp_path / "saved" / "metrics.jsonl"
+    reached = [json.loads(line)["branch_scale_bits"] for line in metrics.read_text().splitlines()]
+    assert reached[0] == 1
+    assert reached[1] == reached[2] > 1
+    resumed = train_well(tmp_path, *flags, processes=2)
+    assert (
+        f"--kaiyuan-branch-scale-bits 1 becomes {reached[2]}, to which the run has raised it before" in resumed.output
+    )
+    assert sorted(resumed.logged("activations/branch scale bits")) == [2, STEPS]
