@@ -29,11 +29,10 @@ from megatron_kaiyuan.training.checkpoint_io import (
     find_checkpoints,
     iteration_folder,
     new_checkpoint_folder,
-    open_checkpoint,
     output_conflict,
     saved_iterations,
 )
-from megatron_kaiyuan.training.checkpoint_recovery import damage
+from megatron_kaiyuan.training.checkpoint_recovery import damage, open_intact_checkpoint
 from megatron_kaiyuan.training.lineage import comes_from
 from megatron_kaiyuan.training.run_identity import first_difference
 
@@ -155,7 +154,7 @@ def choose_planned(directory: Path) -> tuple[list[Checkpoint], str]:
     Raises:
         ConfigError: the plan had no averaging section, or some of them are not there.
     """
-    newest = open_checkpoint(directory)
+    newest = open_intact_checkpoint(directory)
     planned = getattr(newest.arguments, PLANNED, None)
     if planned is None:
         raise ConfigError(

@@ -195,6 +195,15 @@ def test_what_is_left_of_averaging_and_evaluating_is_told(tmp_path: Path, capsys
     assert told() == []
 
 
+def test_a_newest_checkpoint_that_is_torn_is_named(tmp_path: Path) -> None:
+    for iteration in (10, 20):
+        save(tmp_path, iteration, kaiyuan_averaging={"iterations": [10], "weights": "wma"})
+    metadata = iteration_folder(tmp_path, 20) / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:40])
+    with pytest.raises(ConfigError, match="iter_0000020 has unreadable metadata"):
+        choose_planned(tmp_path)
+
+
 def test_an_average_that_is_there_is_used_again_and_another_is_left_alone(tmp_path: Path) -> None:
     run, output = tmp_path / "saved", tmp_path / "saved-averaged"
     for iteration in (10, 20):
