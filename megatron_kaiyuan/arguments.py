@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 
 from megatron_kaiyuan.errors import ConfigError
@@ -10,6 +11,7 @@ from megatron_kaiyuan.kernels.support import cuda_kernels_available
 __all__ = [
     "add_kaiyuan_arguments",
     "arguments_provider",
+    "check_required_arguments",
     "check_save_arguments",
     "defaults_without_optional_kernels",
 ]
@@ -156,10 +158,18 @@ def arguments_provider(
 
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_kaiyuan_arguments(parser)
+        _escape_percent_signs(parser)
         parser.set_defaults(**platform_defaults)
         return parser
 
     return provide
+
+
+def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
+    """Megatron 0.19 has a bare `%` in the help of a flag, on which `--help` fails; `%(default)s` and `%%` stay."""
+    for action in parser._actions:
+        if action.help and action.help is not argparse.SUPPRESS:
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
 
 
 def defaults_without_optional_kernels() -> dict[str, object]:
@@ -179,6 +189,22 @@ def defaults_without_optional_kernels() -> dict[str, object]:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def check_required_arguments(args: argparse.Namespace) -> None:
+    """Refuse a command line without what every run needs, on which Megatron fails with a bare assertion.
+
+    Raises:
+        ConfigError: names all that is missing.
+    """
+    needed = ["--micro-batch-size"]
+    if not (args.use_checkpoint_args or args.yaml_cfg or args.hybrid_layer_pattern):
+        needed += ["--num-layers", "--hidden-size", "--num-attention-heads"]
+    if missing := [flag for flag in needed if getattr(args, flag[2:].replace("-", "_")) is None]:
+        raise ConfigError(
+            f"{', '.join(missing)}: not given; docs/training.md has a whole command, and "
+            "examples/pretrain_kaiyuan_2b.sh one for GPUs"
+        )
 
 
 def check_save_arguments(args: argparse.Namespace) -> None:

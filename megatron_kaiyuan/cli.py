@@ -1,11 +1,22 @@
 """What every tool shares: exit codes, and errors without tracebacks."""
 
+import contextlib
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_kaiyuan.errors import KaiyuanError
 
-__all__ = ["run_tool"]
+__all__ = ["python_command", "run_tool"]
+
+
+def python_command() -> str:
+    """This Python as a user would type it, for commands in messages: below the working directory if it is there."""
+    executable = Path(sys.executable)
+    with contextlib.suppress(ValueError):
+        executable = executable.relative_to(Path.cwd())
+    return shlex.quote(str(executable))
 
 
 def run_tool(main: Callable[[], None]) -> int:

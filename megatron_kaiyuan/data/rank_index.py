@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.cli import python_command
 from megatron_kaiyuan.data.atomic import atomic_file
 from megatron_kaiyuan.data.maps import map_array
 from megatron_kaiyuan.data.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
@@ -139,7 +140,7 @@ def _hand_out(ranking: Ranking, source: Source, take: Take, meter: Meter) -> NDA
         raise ShardError(
             f"source {source.name!r}: the lengths in its .idx files add up to {marks[-1]:,} tokens, its .bin files "
             f"hold {source.num_tokens:,}; find the damaged shard with\n"
-            f"  python tools/inspect_data.py {shlex.join(source.named)} --verify"
+            f"  {python_command()} tools/inspect_data.py {shlex.join(source.named)} --verify"
         )
     return marks
 
@@ -252,7 +253,7 @@ def damaged_index(index: RankIndex, source: Source, score: str, where: str = "")
 
 
 def _command(source: Source, score: str, path: Path) -> str:
-    command = f"python tools/rank_data.py {shlex.join(source.named)} --score {score}"
+    command = f"{python_command()} tools/rank_data.py {shlex.join(source.named)} --score {score}"
     return command if path == index_path(source, score) else f"{command} --output {shlex.quote(str(path))}"
 
 

@@ -241,8 +241,14 @@ def refuse_empty_name(item: str) -> None:
 
 
 def resolve_item(item: str) -> list[str]:
-    """`resolve_prefixes` of one prefix, directory or glob."""
+    """`resolve_prefixes` of one prefix, directory or glob.
+
+    Megatron's own datasets keep their indexes in a directory `PREFIX/cache`, beside `PREFIX.idx`: that is no directory
+    of shards.
+    """
     refuse_empty_name(item)
+    if Path(f"{item}.idx").is_file() and not any(Path(item).glob("*.idx")):
+        return [item]
     if Path(item).is_dir():
         found = sorted(str(path)[: -len(".idx")] for path in Path(item).glob("*.idx"))
         kind = "directory without .idx files"

@@ -1,7 +1,6 @@
 """Held-out losses of checkpoints as tables for a terminal."""
 
 from collections.abc import Sequence
-from copy import copy
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -30,12 +29,12 @@ def band_tables(results: Sequence["CheckpointLoss"], plan: Plan) -> list[Table]:
     Ten losses and the name of a source fill 80 columns; that of the weights stands above them.
     """
     scored = [name for name in plan.validation if plan.sources[name].score is not None]
-    bands = [Column(band_name(number).replace("%", ""), no_wrap=True, justify="right") for number in range(NUM_BANDS)]
+    bands = [band_name(number).replace("%", "") for number in range(NUM_BANDS)]
     tables = []
     for result in results if scored else []:
         table = Table(
             Column("source", overflow="fold"),
-            *map(copy, bands),
+            *(Column(band, no_wrap=True, justify="right") for band in bands),
             title=f"{result.label}\nheld-out loss by quantile band of the score, %; - is no document",
             box=SIMPLE_HEAD,
             padding=0,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_kaiyuan.cli import python_command
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.training import compat
@@ -226,10 +227,11 @@ def say_how_to_average(args: argparse.Namespace) -> None:
     if len(left) < min(2, len(iterations)):
         print(f"{planned}: nothing is left to average", flush=True)
         return
-    commands = [f"python tools/evaluate.py {args.save} {output} --plan {args.plan}"]
+    python = python_command()
+    commands = [f"{python} tools/evaluate.py {args.save} {output} --plan {args.plan}"]
     if not is_average(output, left, weights, iteration_folder(Path(args.save), iterations[-1])):
         which = f"--iterations {' '.join(map(str, left))} --weights {weights}" if lost else "--planned"
-        commands.insert(0, f"python tools/average_checkpoints.py {args.save} {which} --output {output}")
+        commands.insert(0, f"{python} tools/average_checkpoints.py {args.save} {which} --output {output}")
     elif _was_evaluated(args, iterations[-1]):
         return
     print(f"{planned}{'; without them' if lost else ''}:", flush=True)

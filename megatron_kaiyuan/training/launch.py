@@ -12,7 +12,12 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.arguments import arguments_provider, check_save_arguments, defaults_without_optional_kernels
+from megatron_kaiyuan.arguments import (
+    arguments_provider,
+    check_required_arguments,
+    check_save_arguments,
+    defaults_without_optional_kernels,
+)
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
@@ -121,6 +126,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     else:
         defaults.update(plan_parser_defaults())
         plan_values = plan_argument_defaults(first_look, plan, saved, records.tokenizer)
+    check_required_arguments(first_look)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
     parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}

@@ -81,8 +81,11 @@ def plan_argument_defaults(
         record: The tokenizer of the plan's shards, if they tell.
 
     Raises:
-        ConfigError: no tokenizer is given and the shards do not tell the size of their vocabulary.
+        ConfigError: no tokenizer is given and the shards do not tell the size of their vocabulary, or `--seq-length` is
+            not the plan's.
     """
+    if args.seq_length is not None:
+        _check_seq_length(args, plan)
     values: dict[str, Any] = {"seq_length": plan.seq_length, "max_position_embeddings": plan.seq_length}
     if args.train_iters is None:
         values["train_samples"] = plan.num_samples
@@ -187,17 +190,21 @@ def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
     other = ["--" + name.replace("_", "-") for name in _OTHER_DATA if getattr(args, name) is not None]
     if other or args.mock_data:
         raise ConfigError(f"--plan and {', '.join(other) or '--mock-data'} both name the data; give one of them")
-    if args.seq_length != plan.seq_length:
-        raise ConfigError(
-            f"--seq-length {args.seq_length}, but the plan cuts its samples to seq_length {plan.seq_length}; "
-            "make them equal, or leave --seq-length out"
-        )
+    _check_seq_length(args, plan)
     if args.dataloader_type != "single":
         raise ConfigError(
             f"--dataloader-type {args.dataloader_type} has an order of its own; a plan needs --dataloader-type single"
         )
     _check_length(args, plan)
     _check_validation(args, plan)
+
+
+def _check_seq_length(args: argparse.Namespace, plan: Plan) -> None:
+    if args.seq_length != plan.seq_length:
+        raise ConfigError(
+            f"--seq-length {args.seq_length}, but the plan cuts its samples to seq_length {plan.seq_length}; "
+            "make them equal, or leave --seq-length out"
+        )
 
 
 def _check_length(args: argparse.Namespace, plan: Plan) -> None:

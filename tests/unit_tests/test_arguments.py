@@ -5,7 +5,12 @@ import dataclasses
 
 import pytest
 
-from megatron_kaiyuan.arguments import add_kaiyuan_arguments, arguments_provider, check_save_arguments
+from megatron_kaiyuan.arguments import (
+    add_kaiyuan_arguments,
+    arguments_provider,
+    check_required_arguments,
+    check_save_arguments,
+)
 from megatron_kaiyuan.errors import ConfigError
 
 
@@ -47,6 +52,47 @@ def test_no_flag_repeats_one_of_megatrons(monkeypatch: pytest.MonkeyPatch) -> No
     assert ours["plan"] == "plan.yaml"
     assert {name for name in ours if name not in stock} == set(vars(parse()))
     assert all(ours[name] == value for name, value in stock.items())
+
+
+def test_help_is_printed_though_megatron_has_a_bare_percent_sign(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        parse_args(arguments_provider({}))
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert "--kaiyuan-sandwich-norm" in told
+    assert "%%" not in told
+
+
+NEEDED = ("--micro-batch-size", "--num-layers", "--hidden-size", "--num-attention-heads")
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("", NEEDED),
+        ("--num-layers 2 --hidden-size 32 --num-attention-heads 2", NEEDED[:1]),
+        ("--micro-batch-size 1 --hidden-size 32", ("--num-layers", "--num-attention-heads")),
+        ("--use-checkpoint-args", NEEDED[:1]),
+        ("--micro-batch-size 1 --use-checkpoint-args", ()),
+    ],
+)
+def test_what_every_run_needs_is_asked_for(
+    words: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["pretrain", *words.split()])
+    args = parse_args(arguments_provider({}))
+    if not missing:
+        check_required_arguments(args)
+        return
+    with pytest.raises(ConfigError, match=f"^{', '.join(missing)}: not given"):
+        check_required_arguments(args)
 
 
 def test_a_changed_default_gives_way_to_the_command_line() -> None:

@@ -163,6 +163,14 @@ def test_a_shard_named_twice_is_refused(prefix, tmp_path, monkeypatch, alias):
         resolve_prefixes([prefix, again])
 
 
+def test_megatrons_cache_beside_a_shard_does_not_hide_it(tmp_path):
+    write_shard(tmp_path / "web", [[1, 2, 3]])
+    (tmp_path / "web" / "cache" / "GPTDataset_indices").mkdir(parents=True)  # without --data-cache-path
+    assert resolve_prefixes(str(tmp_path / "web")) == [str(tmp_path / "web")]
+    write_shard(tmp_path / "web" / "part", [[1, 2, 3]])  # a folder of shards it is only with shards in it
+    assert resolve_prefixes(str(tmp_path / "web")) == [str(tmp_path / "web" / "part")]
+
+
 def test_prefixes_directories_and_globs_name_the_same_shards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_source(tmp_path / "s", numbered_documents([5] * 9), cuts=[3, 6])

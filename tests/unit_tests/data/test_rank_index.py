@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_kaiyuan.cli import python_command
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source, rank_index
 from megatron_kaiyuan.data.rank_index import (
     build_rank_index,
@@ -152,7 +153,7 @@ def test_a_large_source_without_index_is_refused_with_the_command_that_builds_it
     with pytest.raises(RankIndexError, match=r"source 's': no rank index .* for its 100 documents; build it once") as e:
         Plan.from_spec(plan_with(folder))
     command = shlex.split(str(e.value).splitlines()[1])
-    assert command == ["python", "tools/rank_data.py", str(folder), "--score", "score"]
+    assert command == [python_command(), "tools/rank_data.py", str(folder), "--score", "score"]
     built(folder)
     Plan.from_spec(plan_with(folder))
 

@@ -19,8 +19,8 @@ def plan_of(**scores: str | None) -> Any:
     )
 
 
-def loss_of(label: str, *sources: str) -> Any:
-    loss = SimpleNamespace(bands=(*BANDS, None))
+def loss_of(label: str, *sources: str, more: float = 0.0) -> Any:
+    loss = SimpleNamespace(bands=(*(band + more for band in BANDS), None))
     return SimpleNamespace(label=label, iteration=12, sources=dict.fromkeys(sources, loss))
 
 
@@ -44,6 +44,12 @@ def test_a_table_of_bands_is_whole_and_says_of_which_weights_it_is() -> None:
         assert [row[-NUM_BANDS:] for row in rows] == [[*(f"{loss:.3f}" for loss in BANDS), "-"]] * 2
         assert rows[0][0] == "code"
         assert "90-100" in text
+
+
+def test_each_table_has_the_losses_of_its_own_weights() -> None:
+    tables = band_tables([loss_of("a", "code"), loss_of("b", "code", more=7.0)], plan_of(code="q"))
+    assert ["10.000" in printed(table) for table in tables] == [True, False]
+    assert ["17.000" in printed(table) for table in tables] == [False, True]
 
 
 def test_without_scores_there_is_no_table_of_bands() -> None:

@@ -97,6 +97,14 @@ def test_what_is_given_stays(spec: dict[str, Any], monkeypatch: pytest.MonkeyPat
     assert defaults(args, spec) == {}
 
 
+def test_windows_of_another_length_are_refused_before_megatron_compares_them(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(monkeypatch, "--vocab-size", "50", "--seq-length", "8", seq_length=8)
+    with pytest.raises(ConfigError, match="--seq-length 8, but the plan cuts its samples to seq_length 4"):
+        defaults(args, spec)
+
+
 def test_the_vocabulary_comes_from_the_manifests(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
