@@ -101,6 +101,11 @@ class KaiyuanModelOptions:
             )
         below = self.raise_branch_scale_below
         _require_number("raise_branch_scale_below", below, minimum=0.0, off_hint="0 leaves the scale where it is")
+        if 0 < below <= 1:
+            raise ConfigError(
+                f"{_flag('raise_branch_scale_below')} {below:g}: what is finite in FP16 has a headroom of at least 1, "
+                "so the scale would rise after an overflow only; give more than 1, such as 8, or 0 to leave it alone"
+            )
         if below and not self.sandwich_norm:
             raise ConfigError(
                 f"{_flag('raise_branch_scale_below')} {below:g} scales what attention and MLP compute, and only an "

@@ -56,8 +56,12 @@ class ActivationMeter:
     seen twice, which a maximum does not mind. Values are of this rank's shard and stage only.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Prepare to meter `model`, wrapped (DDP, Float16Module) or not; it must contain a Megatron decoder."""
+    def __init__(self, model: nn.Module, *, training_only: bool = False) -> None:
+        """Prepare to meter `model`, wrapped (DDP, Float16Module) or not; it must contain a Megatron decoder.
+
+        With `training_only`, what is computed in evaluation mode is not recorded.
+        """
+        self._training_only = training_only
         self._targets = list(_metered_modules(_unwrapped(model)))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._peaks: list[Tensor | None] = [None] * len(self._targets)
@@ -97,14 +101,16 @@ class ActivationMeter:
         return [ActivationPeak(name, value) for (name, _), value in zip(seen, values, strict=True)]
 
     def _recorder(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._note(index, output[0] if isinstance(output, tuple) else output)
+        def record(module: nn.Module, _inputs: Any, output: Any) -> None:
+            if module.training or not self._training_only:
+                self._note(index, output[0] if isinstance(output, tuple) else output)
 
         return record
 
     def _input_recorder(self, index: int) -> Callable[[nn.Module, Any], None]:
-        def record(_module: nn.Module, inputs: Any) -> None:
-            self._note(index, inputs[0])
+        def record(module: nn.Module, inputs: Any) -> None:
+            if module.training or not self._training_only:
+                self._note(index, inputs[0])
 
         return record
 

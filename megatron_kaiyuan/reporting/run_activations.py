@@ -181,11 +181,14 @@ def _add_headroom(figure: go.Figure, xs: list[int], lines: Sequence[Line]) -> No
 
 def _add_rises(figure: go.Figure, run: Run) -> None:
     """Where the branch scale rose: the same values, written smaller from there on."""
-    for before, after in pairwise(run.lines):
-        one, other = before.branch_scale_bits, after.branch_scale_bits
-        if one is not None and other is not None and other > one:
+    for before, line in pairwise([None, *run.lines]):
+        other = line.branch_scale_bits if line is not None else None
+        if line is None or other is None:
+            continue
+        earlier = [line.activations_branch_scale_bits, before.branch_scale_bits if before is not None else None]
+        if any(bits is not None and bits < other for bits in earlier):
             figure.add_vline(
-                x=run.tokens_at(after),
+                x=run.tokens_at(line),
                 line={"color": "#2b6cb0", "width": 1.2, "dash": "dot"},
                 annotation={
                     "text": f"branches 2^-{other}", "textangle": -90, "font": {"size": 11, "color": "#2b6cb0"},

@@ -49,6 +49,8 @@ class Line:
     """max |activation| by tensor, in the order of computation; empty where none was metered. None: not finite."""
     branch_scale_bits: int | None = None
     """K after the step, of a run whose branch scale rises by itself."""
+    activations_branch_scale_bits: int | None = None
+    """K when the activations were metered."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -191,7 +193,8 @@ def _parse(entry: Mapping[str, Any], file: Path) -> Line:
             seconds=float(entry.get("seconds", 0)),
             sources=sources,
             activations={str(name): _number(peak) for name, peak in entry.get("activations", {}).items()},
-            branch_scale_bits=None if entry.get("branch_scale_bits") is None else int(entry["branch_scale_bits"]),
+            branch_scale_bits=_whole(entry.get("branch_scale_bits")),
+            activations_branch_scale_bits=_whole(entry.get("activations_branch_scale_bits")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MetricsError(
@@ -205,6 +208,10 @@ def _parse_source(told: Mapping[str, Any]) -> SourceLine:
     if len(bands) != NUM_BANDS:
         raise ValueError(f"{len(bands)} bands, not {NUM_BANDS}")
     return SourceLine(loss=_number(told["loss"]), tokens=int(told["tokens"]), bands=bands)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _number(value: float | None) -> float | None:

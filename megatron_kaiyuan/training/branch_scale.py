@@ -66,11 +66,10 @@ class BranchScale:
         return f"{found}, below {self.raise_below:g}: --kaiyuan-branch-scale-bits goes from {before} to {self.bits}"
 
     def _tightest(self, peaks: Sequence[ActivationPeak]) -> ActivationPeak | None:
-        """The scaled tensor that is nearest to the end; None after an overflow that began elsewhere."""
-        scaled = [entry for entry in peaks if entry.name.endswith(_SCALED)]
+        """The scaled tensor that is nearest to the end; what was computed after an overflow tells nothing."""
         culprit = first_non_finite(list(peaks))
-        if culprit is not None:
-            return next((entry for entry in scaled if entry.name == culprit), None)
+        until = len(peaks) if culprit is None else [entry.name for entry in peaks].index(culprit) + 1
+        scaled = [entry for entry in peaks[:until] if entry.name.endswith(_SCALED)]
         return min(scaled, key=lambda entry: entry.headroom, default=None)
 
     def _missing(self, headroom: float) -> int:
@@ -101,16 +100,19 @@ def continue_branch_scale(args: argparse.Namespace, saved: argparse.Namespace | 
         ConfigError: K shall rise, but nothing is metered.
     """
     below = args.kaiyuan_raise_branch_scale_below
-    if below and not args.kaiyuan_activation_interval:
+    if not (below and args.fp16):
+        return None
+    if not args.kaiyuan_activation_interval:
         raise ConfigError(
             f"--kaiyuan-raise-branch-scale-below {below:g} needs readings of the activations, and "
-            "--kaiyuan-activation-interval 0 switches them off; name an interval (the default is 100), or remove one"
+            "--kaiyuan-activation-interval 0 leaves those after skipped steps alone; name an interval (the default is "
+            "100), or remove one"
         )
     now, reached = getattr(args, _ARGUMENT), getattr(saved, _ARGUMENT, 0)
-    if not (below and args.fp16 and reached > now):
+    if reached <= now:
         return None
     setattr(args, _ARGUMENT, reached)
-    return f"--kaiyuan-branch-scale-bits {now} becomes {reached}, to which the run has raised it before"
+    return f"--kaiyuan-branch-scale-bits {now} becomes {reached}, that of the checkpoint"
 
 
 def branch_scale_of(args: argparse.Namespace) -> BranchScale | None:

@@ -51,6 +51,8 @@ class MonitorOptions:
     """`metrics.jsonl`; None: not written."""
     seq_length: int
     """Tokens a sample."""
+    branch_scale_bits: int = 0
+    """K at the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +94,16 @@ class RunMonitor:
     _diagnosis: str = "no activation was metered"
     _clock: float = field(default_factory=time.perf_counter)
     _samples_at_line: int | None = None
-    _activations: dict[str, Any] = field(default_factory=dict)
+    _reading: dict[str, Any] = field(default_factory=dict)
+    """The tightest one since the last line, as the next one will have it."""
+    _least_headroom: float = math.inf
 
     def resume(self, iteration: int, consumed_samples: int) -> None:
-        """Take the totals over from the lines of the run's earlier part."""
+        """Take the totals over from the lines of the run's earlier part, and meter the next step if it is due."""
         self._samples_at_line = consumed_samples
+        self._clock = time.perf_counter()
+        if self._is_due(iteration + 1):
+            self._start_meters()
         if self.options.metrics is None or self.write_scalar is None:
             return
         for entry in read_metrics(self.options.metrics, last_iteration=iteration):
@@ -108,7 +115,7 @@ class RunMonitor:
         if any(known is model for known in self._models):
             return
         self._models.append(model)
-        self._meters.append(ActivationMeter(model))
+        self._meters.append(ActivationMeter(model, training_only=True))  # evaluations come between two steps
         if self._metering:
             self._meters[-1].start()
 
@@ -134,9 +141,13 @@ class RunMonitor:
         if step.iteration % self.options.log_interval == 0:
             self._write_line(step)
         self._stop_if_stuck(step)
-        interval = self.options.activation_interval
-        if step.skipped or (interval and (step.iteration + 1) % interval == 0):
+        if step.skipped or self._is_due(step.iteration + 1):
             self._start_meters()
+
+    def _is_due(self, iteration: int) -> bool:
+        """Whether a step is to be metered by its number."""
+        interval = self.options.activation_interval
+        return bool(interval) and iteration % interval == 0
 
     def _count_skips(self, step: StepReport) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
@@ -157,7 +168,7 @@ class RunMonitor:
             what = f"{limit} of the last {2 * limit} steps were skipped with the loss scale at its minimum, {scale}"
         else:
             return
-        at_its_end = self.branch_scale is not None and self.branch_scale.bits == MAX_BRANCH_SCALE_BITS
+        at_its_end = self.options.branch_scale_bits == MAX_BRANCH_SCALE_BITS
         more_room = (
             f"--kaiyuan-branch-scale-bits {MAX_BRANCH_SCALE_BITS}, which computes the same function with more room (it "
             "needs --kaiyuan-sandwich-norm), or with "
@@ -196,7 +207,7 @@ class RunMonitor:
                 f"all activations are finite (the largest, {largest.peak:.4g} in {largest.name}, is "
                 f"{largest.headroom:.3g} times below the end of FP16), so it is the scaled gradients that overflow"
             )
-        self._activations = {entry.name: entry.peak if math.isfinite(entry.peak) else None for entry in everywhere}
+        self._keep_tightest(step.iteration, everywhere, 0.0 if culprit is not None else largest.headroom)
         self._write("activations/largest", largest.peak, step.iteration)
         self._write("activations/FP16 headroom", largest.headroom, step.iteration)
         for entry in everywhere:
@@ -205,11 +216,26 @@ class RunMonitor:
             self.say(f" step {step.iteration}: {self._diagnosis}")
         self._raise_branch_scale(everywhere, step.iteration)
 
+    def _keep_tightest(self, iteration: int, peaks: list[ActivationPeak], headroom: float) -> None:
+        if self._reading and headroom >= self._least_headroom:
+            return
+        self._least_headroom = headroom
+        self._reading = {
+            "activations": {entry.name: entry.peak if math.isfinite(entry.peak) else None for entry in peaks},
+            "activations_step": iteration,
+        }
+        if self.branch_scale is not None:
+            self._reading["activations_branch_scale_bits"] = self.branch_scale.bits
+
     def _raise_branch_scale(self, peaks: list[ActivationPeak], iteration: int) -> None:
         if self.branch_scale is None:
             return
+        before = self.branch_scale.bits
         if done := self.branch_scale.after_reading(peaks, self._models):
             self.say(f" step {iteration}: {done}")
+        if self.branch_scale.bits > before:  # what was skipped so far says nothing of the new scale
+            self._skipped_in_a_row = 0
+            self._skipped_at_minimum.clear()
         self._write("activations/branch scale bits", self.branch_scale.bits, iteration)
 
     def _explain_skip(self, step: StepReport) -> None:
@@ -237,7 +263,7 @@ class RunMonitor:
             step.consumed_samples,
         )
         skipped, self._skipped_since_line = self._skipped_since_line, 0
-        activations, self._activations = self._activations, {}
+        reading, self._reading, self._least_headroom = self._reading, {}, math.inf
         if self.write_scalar is None:
             return
         for name, source in sums.items():
@@ -263,10 +289,8 @@ class RunMonitor:
                     if source.tokens
                 },
             }
-            more: dict[str, Any] = {"activations": activations} if activations else {}
-            if self.branch_scale is not None:
-                more["branch_scale_bits"] = self.branch_scale.bits
-            append_metrics(self.options.metrics, entry | more)
+            scale = {} if self.branch_scale is None else {"branch_scale_bits": self.branch_scale.bits}
+            append_metrics(self.options.metrics, entry | reading | scale)
 
     def _write_source(self, name: str, source: SourceSums, iteration: int) -> None:
         self._add_to_totals(name, source.tokens, source.bands)

@@ -51,6 +51,7 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
         min_loss_scale=args.min_loss_scale if args.loss_scale is None else args.loss_scale,
         metrics=metrics,
         seq_length=args.seq_length,
+        branch_scale_bits=args.kaiyuan_branch_scale_bits,
     )
     counters = SourceCounters(() if plan is None else tuple(plan.sources))
     monitor = RunMonitor(

@@ -52,6 +52,10 @@ def config(**values: Any) -> KaiyuanTransformerConfig:
         ({"branch_scale_bits": 4}, "add --kaiyuan-sandwich-norm or remove it"),
         ({"raise_branch_scale_below": 8.0}, "--kaiyuan-raise-branch-scale-below 8 scales what"),
         (
+            {"sandwich_norm": True, "raise_branch_scale_below": 0.5},
+            "--kaiyuan-raise-branch-scale-below 0.5: what is finite in FP16 has a headroom of at least 1",
+        ),
+        (
             {"sandwich_norm": True, "raise_branch_scale_below": -1.0},
             "--kaiyuan-raise-branch-scale-below must be a finite number >= 0, got -1",
         ),

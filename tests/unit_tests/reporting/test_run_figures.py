@@ -188,6 +188,14 @@ def test_a_rise_of_the_branch_scale_is_marked_where_it_happened(tmp_path):
     assert told == [("branches 2^-6", 2 * 8 * SEQ_LENGTH)]
 
 
+def test_a_rise_before_the_first_line_is_marked_too(tmp_path):
+    metered = {"activations": {"decoder.layers.0.mlp.linear_fc2": 9000.0}, "activations_branch_scale_bits": 4}
+    lines = [entry(1, branch_scale_bits=7, **metered), entry(2, branch_scale_bits=7)]
+    figure = activation_figure(read_run(write_run(tmp_path, lines)), [])
+    told = [(note.text, note.x) for note in figure.layout.annotations if "branches" in note.text]
+    assert told == [("branches 2^-7", 8 * SEQ_LENGTH)]
+
+
 def test_a_run_of_one_line_is_drawn_as_points(tmp_path):
     figure = curves_figure([read_run(write_run(tmp_path, [entry(1)]))], [])
     assert all("markers" in trace.mode for trace in figure.data)

@@ -1,14 +1,16 @@
 """When the branch scale of a run rises, how far, and what a resumed run begins with."""
 
 import argparse
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.errors import ConfigError, TrainingStopped
 from megatron_kaiyuan.model.numerics import FP16_MAX, ActivationPeak
 from tests.helpers import run_distributed
 
@@ -73,6 +75,16 @@ def test_an_overflow_raises_it_where_it_began_in_a_branch() -> None:
     assert told == [4]
 
 
+@pytest.mark.parametrize("overflowed", ["output_layer", "decoder.layers.1.mlp.linear_fc1"])
+def test_what_was_finite_before_an_overflow_elsewhere_still_counts(overflowed: str) -> None:
+    """An overflowed logit does no harm under the soft-cap: such a run trains on, and its products grow."""
+    branches, told = scale(4)
+    said = branches.after_reading([*peaks(linear_fc2=2.0), ActivationPeak(overflowed, math.inf)], [])
+    assert told == [7]
+    assert said is not None
+    assert said.startswith(f"headroom 2 in {SCALED[2]}")
+
+
 def test_the_end_is_told_once() -> None:
     branches, told = scale(8)
     said = branches.after_reading(peaks(linear_fc2=2.0), [])
@@ -99,7 +111,7 @@ def arguments(bits: int, below: float = 8.0, *, fp16: bool = True, interval: int
         (arguments(8), arguments(6), 8),
         (arguments(4), argparse.Namespace(), 4),  # from before it existed
         (arguments(4, below=0.0), arguments(6), 4),
-        (arguments(4, fp16=False), arguments(6), 4),
+        (arguments(4, fp16=False, interval=0), arguments(6), 4),
     ],
 )
 def test_a_resumed_run_begins_where_it_had_come(
@@ -123,9 +135,71 @@ def test_a_resumed_run_begins_where_it_had_come(
 def test_without_a_meter_it_is_refused() -> None:
     from megatron_kaiyuan.training.branch_scale import continue_branch_scale
 
-    with pytest.raises(ConfigError, match="--kaiyuan-activation-interval 0 switches them off"):
+    with pytest.raises(ConfigError, match="--kaiyuan-activation-interval 0 leaves those after skipped steps"):
         continue_branch_scale(arguments(4, interval=0), None)
     continue_branch_scale(arguments(4, below=0.0, interval=0), None)
+
+
+def monitored(**options: Any) -> tuple[Any, Any, list[str]]:
+    """A monitor of a run that has no model, whose scale begins at 0, and what it says."""
+    from megatron_kaiyuan.training.branch_scale import BranchScale
+    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+    from megatron_kaiyuan.training.source_counters import SourceCounters
+
+    said: list[str] = []
+    branches = BranchScale(options.pop("bits", 0), 8.0, lambda _bits: None)
+    settings = MonitorOptions(log_interval=10, seq_length=8, branch_scale_bits=branches.bits, **options)
+    return RunMonitor(settings, SourceCounters(()), lambda *_scalar: None, said.append, branches), branches, said
+
+
+def test_what_was_skipped_before_a_rise_does_not_stop_the_run_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit_tests.training.test_monitor import step
+
+    monitor, branches, said = monitored(max_skipped_steps=3)
+    everything = [ActivationPeak(SCALED[2], math.inf)]
+    monkeypatch.setattr("megatron_kaiyuan.training.monitor._gathered", lambda _peaks: [everything])
+    monkeypatch.setattr(monitor, "_explain_skip", lambda _step: None)
+    for iteration in (1, 2, 3):  # the reading of step 2 raises K to 4, that of step 3 to 8
+        monitor.after_step(step(iteration, loss_scale=1.0))
+    assert branches.bits == 8
+    assert sum("goes from" in line for line in said) == 2
+    monitor.after_step(step(4, loss_scale=1.0))
+    with pytest.raises(TrainingStopped, match="with --kaiyuan-branch-scale-bits 8, which"):
+        monitor.after_step(step(5, loss_scale=1.0))
+
+
+def test_a_run_that_began_with_all_bits_is_not_advised_to_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit_tests.training.test_monitor import step
+
+    monitor, _, _ = monitored(max_skipped_steps=1, bits=8)
+    monkeypatch.setattr(monitor, "_explain_skip", lambda _step: None)
+    with pytest.raises(TrainingStopped, match="Resume from an earlier checkpoint with a lower learning rate"):
+        monitor.after_step(step(1))
+
+
+def test_a_line_has_the_tightest_reading_since_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tests.unit_tests.training.test_monitor import step
+
+    metrics = tmp_path / "metrics.jsonl"
+    monitor, branches, _ = monitored(activation_interval=3, metrics=metrics)
+    monkeypatch.setattr(monitor.counters, "take", dict)
+    headrooms = iter((100.0, 2.0, 32.0))
+    monkeypatch.setattr(
+        "megatron_kaiyuan.training.monitor._gathered", lambda _peaks: [peaks(linear_fc2=next(headrooms))]
+    )
+    for iteration in range(1, 11):
+        monitor.after_step(step(iteration, skipped=False))
+    [line] = [json.loads(text) for text in metrics.read_text().splitlines()]
+    assert line["activations"][SCALED[2]] == FP16_MAX / 2
+    assert (line["activations_step"], line["activations_branch_scale_bits"]) == (6, 0)
+    assert line["branch_scale_bits"] == branches.bits == 3
+
+
+def test_a_step_that_is_due_after_a_resume_is_metered() -> None:
+    for iteration, due in ((3, True), (4, False), (0, False)):
+        monitor, _, _ = monitored(activation_interval=4)
+        monitor.resume(iteration, 8 * iteration)
+        assert monitor._metering is due
 
 
 def rise(_rank: int) -> dict[str, Any]:
@@ -156,8 +230,14 @@ def rise(_rank: int) -> dict[str, Any]:
     finite = []
     for iteration in range(1, 6):
         with torch.no_grad():
+            model.eval()  # an evaluation between two steps is not the reading of the next one
+            model(tokens, torch.arange(case.shape.sequence).expand_as(tokens), None)
+            evaluated = [peak for meter in monitor._meters for peak in meter.read()]
+            model.train()
             logits = model(tokens, torch.arange(case.shape.sequence).expand_as(tokens), None)
         finite.append(bool(logits.isfinite().all()))
+        metered = monitor._metering
+        assert not (metered and evaluated)
         monitor.after_step(step(iteration, skipped=not finite[-1]))
     return {"finite": finite, "said": [line for line in said if "goes from" in line]}
 
