@@ -33,6 +33,7 @@ from benchmarks.benchmark_data import plan_digest, require_shards, smoke_plan
 from benchmarks.fp16_stability_report import RunRecord, draw, print_over_seeds, print_table, write_json
 from benchmarks.packing import pack
 from benchmarks.scaling_jobs import end_family
+from benchmarks.throughput_rows import NATIVE_LOSS, UNFUSED
 from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import StudyError
@@ -47,10 +48,7 @@ OVERFLOWED = re.compile(
 """What the run monitor says at the end of a run that FP16 ended."""
 FP16 = ("--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "200", "--hysteresis", "2")
 STOCK_KERNELS = ("--kaiyuan-attention", "unfused", "--kaiyuan-fusions", "none")
-LARGE_STOCK_KERNELS = shlex.split(
-    "--kaiyuan-attention sdpa --kaiyuan-fusions none --no-gradient-accumulation-fusion --cross-entropy-loss-fusion "
-    "--cross-entropy-fusion-impl native"
-)
+LARGE_STOCK_KERNELS = ("--kaiyuan-attention", "sdpa", *UNFUSED, *NATIVE_LOSS)
 """Stock's own kernels would take three times as long, and 100 GiB for the loss."""
 COMMON = shlex.split(
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
@@ -102,7 +100,7 @@ VARIANTS = (
     Variant(
         "rising",
         "ours, 2^-4 and rising below 8x, FP16",
-        (*OURS, "--kaiyuan-branch-scale-bits", "4", "--kaiyuan-raise-branch-scale-below", "8", *FP16),
+        (*scaled(4).flags, "--kaiyuan-raise-branch-scale-below", "8"),
     ),
     Variant("bf16", "ours, bf16", (*OURS, "--bf16")),
     Variant("noqk", "ours without QK-norm, FP16", SANDWICH + SOFTCAP + FP16),
@@ -127,7 +125,7 @@ class Shape:
 SMALL_PLAN, LARGE_PLAN = (ROOT / f"benchmarks/fp16_stability{name}_plan.yaml" for name in ("", "_2b"))
 SHAPES = {
     "small": Shape(SMALL, SMALL_PLAN),
-    "kaiyuan-2b": Shape(KAIYUAN_2B, LARGE_PLAN, tuple(LARGE_STOCK_KERNELS)),
+    "kaiyuan-2b": Shape(KAIYUAN_2B, LARGE_PLAN, LARGE_STOCK_KERNELS),
     "tiny": Shape(TINY, SMALL_PLAN),
 }
 

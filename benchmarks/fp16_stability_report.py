@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_kaiyuan.benchmark.statistics import student_t_quantile
+from megatron_kaiyuan.benchmark.statistics import Estimate
 from megatron_kaiyuan.data.atomic import write_text_atomically
 
 __all__ = ["RunRecord", "draw", "print_over_seeds", "print_table", "write_json"]
@@ -88,8 +88,8 @@ def _mean_with_interval(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values) or len(known) < 2 or not any(known):
         return "-"
-    half = student_t_quantile(0.975, len(known) - 1) * stdev(known) / math.sqrt(len(known))
-    return f"{mean(known):+.2%} ± {half:.2%}"
+    difference = Estimate(mean(known), stdev(known) / math.sqrt(len(known)), len(known) - 1)
+    return f"{difference.value:+.2%} ± {difference.half_width(0.95):.2%}"
 
 
 def _range(values: Sequence[float | None], form: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-__all__ = ["GROUPS", "KAIYUAN", "PEAK_FLOPS", "ROWS", "TINY", "Row", "Size"]
+__all__ = ["GROUPS", "KAIYUAN", "NATIVE_LOSS", "PEAK_FLOPS", "ROWS", "TINY", "UNFUSED", "Row", "Size"]
 
 PEAK_FLOPS = 989e12
 LOCAL = ("--transformer-impl", "local")

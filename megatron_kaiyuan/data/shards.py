@@ -241,16 +241,12 @@ def refuse_empty_name(item: str) -> None:
 
 
 def resolve_item(item: str) -> list[str]:
-    """`resolve_prefixes` of one prefix, directory or glob.
-
-    Megatron's own datasets keep their indexes in a directory `PREFIX/cache`, beside `PREFIX.idx`: that is no directory
-    of shards.
-    """
+    """`resolve_prefixes` of one prefix, directory or glob."""
     refuse_empty_name(item)
-    if Path(f"{item}.idx").is_file() and not any(Path(item).glob("*.idx")):
-        return [item]
     if Path(item).is_dir():
         found = sorted(str(path)[: -len(".idx")] for path in Path(item).glob("*.idx"))
+        if not found and Path(f"{item}.idx").is_file():  # Megatron's datasets keep indexes in `PREFIX/cache`
+            return [item]
         kind = "directory without .idx files"
     elif globbing.has_magic(item):
         pattern = item.removesuffix(".idx").removesuffix(".bin")

@@ -106,16 +106,12 @@ class KaiyuanModelOptions:
                 f"{_flag('raise_branch_scale_below')} {below:g}: what is finite in FP16 has a headroom of at least 1, "
                 "so the scale would rise after an overflow only; give more than 1, such as 8, or 0 to leave it alone"
             )
-        if below and not self.sandwich_norm:
-            raise ConfigError(
-                f"{_flag('raise_branch_scale_below')} {below:g} scales what attention and MLP compute, and only an "
-                f"output norm takes that back: add {_flag('sandwich_norm')} or remove it"
-            )
-        if bits and not self.sandwich_norm:
-            raise ConfigError(
-                f"{flag} {bits} scales what attention and MLP compute, and only an output norm takes that back: add "
-                f"{_flag('sandwich_norm')} or remove it"
-            )
+        for option, value in (("raise_branch_scale_below", below), ("branch_scale_bits", bits)):
+            if value and not self.sandwich_norm:
+                raise ConfigError(
+                    f"{_flag(option)} {value:g} scales what attention and MLP compute, and only an output norm takes "
+                    f"that back: add {_flag('sandwich_norm')} or remove it"
+                )
 
     @property
     def branch_scale(self) -> float:
@@ -227,14 +223,12 @@ class KaiyuanTransformerConfig(TransformerConfig):
             graphs = self.cuda_graph_impl != "none"  # memory freed and filled again while a graph is captured: untried
             others = {"--num-experts": self.num_moe_experts, "--cuda-graph-impl": graphs}
             self._require_plain_swiglu("recompute_swiglu", others)
+        single_kernel: dict[str, object] = {"--fused-single-qkv-rope": self.fused_single_qkv_rope}
         if self.kaiyuan.branch_scale_bits:
-            self._require_plain_swiglu("branch_scale_bits", {"--fused-single-qkv-rope": self.fused_single_qkv_rope})
+            self._require_plain_swiglu("branch_scale_bits", single_kernel)
         if self.kaiyuan.raise_branch_scale_below:
-            others = {
-                "--fused-single-qkv-rope": self.fused_single_qkv_rope,
-                "--cuda-graph-impl": self.cuda_graph_impl != "none",  # a captured graph goes on with the old scale
-            }
-            self._require_plain_swiglu("raise_branch_scale_below", others)
+            graphs = self.cuda_graph_impl != "none"  # a captured graph goes on with the old scale
+            self._require_plain_swiglu("raise_branch_scale_below", single_kernel | {"--cuda-graph-impl": graphs})
 
     def _require_plain_swiglu(self, option: str, others: dict[str, object]) -> None:
         """Refuse whatever our MLP leaves to Megatron's, and `others`."""

@@ -148,7 +148,7 @@ class KaiyuanTransformerLayer(TransformerLayer):
         gain = config.kaiyuan.post_norm_gain(config.num_layers)
         for norm in (self.post_self_attn_layernorm, self.post_mlp_layernorm):
             torch.nn.init.constant_(norm.weight, gain)
-        self.set_branch_scale_bits(config.kaiyuan.branch_scale_bits)
+        self.set_branch_scale(config.kaiyuan.branch_scale)
         if config.kaiyuan.fuses("norm") and config.hidden_dropout == 0.0:
             self.self_attn_bda = self._add_normed_attention
             self.mlp_bda = self._add_normed_mlp
@@ -156,15 +156,14 @@ class KaiyuanTransformerLayer(TransformerLayer):
             self.self_attention.register_forward_hook(self._norm_attention_output)
             self.mlp.register_forward_hook(self._norm_mlp_output)
 
-    def set_branch_scale_bits(self, bits: int) -> None:
-        """From the next forward pass on, compute the branches 2^-K as large, K = `bits`.
+    def set_branch_scale(self, scale: float) -> None:
+        """From the next forward pass on, compute the branches `scale` = 2^-K times as large.
 
         Not between a forward and its backward pass. RMSNorm(2^-K y; 4^-K eps) = RMSNorm(y; eps), exactly: every factor
         is a power of two.
         """
         if not self.config.kaiyuan.scales_branches:
             return
-        scale = 2.0**-bits
         self.self_attention.branch_scale = self.mlp.branch_scale = scale
         for norm in (self.post_self_attn_layernorm, self.post_mlp_layernorm):
             norm.eps = self.config.layernorm_epsilon * scale**2

@@ -181,17 +181,15 @@ def _add_headroom(figure: go.Figure, xs: list[int], lines: Sequence[Line]) -> No
 
 def _add_rises(figure: go.Figure, run: Run) -> None:
     """Where the branch scale rose: the same values, written smaller from there on."""
-    for before, line in pairwise([None, *run.lines]):
-        other = line.branch_scale_bits if line is not None else None
-        if line is None or other is None:
-            continue
-        earlier = [line.activations_branch_scale_bits, before.branch_scale_bits if before is not None else None]
-        if any(bits is not None and bits < other for bits in earlier):
+    before: int | None = None
+    for line in run.lines:
+        earlier, before = (before, line.activations_branch_scale_bits), line.branch_scale_bits
+        if before is not None and any(bits is not None and bits < before for bits in earlier):
             figure.add_vline(
                 x=run.tokens_at(line),
                 line={"color": "#2b6cb0", "width": 1.2, "dash": "dot"},
                 annotation={
-                    "text": f"branches 2^-{other}", "textangle": -90, "font": {"size": 11, "color": "#2b6cb0"},
+                    "text": f"branches 2^-{before}", "textangle": -90, "font": {"size": 11, "color": "#2b6cb0"},
                     "yanchor": "top", "xanchor": "left",
                 },
                 row=2,

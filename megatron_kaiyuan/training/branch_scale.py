@@ -61,7 +61,7 @@ class BranchScale:
         for model in models:
             for module in model.modules():
                 if isinstance(module, KaiyuanTransformerLayer):
-                    module.set_branch_scale_bits(self.bits)
+                    module.set_branch_scale(2.0**-self.bits)
         self.told(self.bits)
         return f"{found}, below {self.raise_below:g}: --kaiyuan-branch-scale-bits goes from {before} to {self.bits}"
 

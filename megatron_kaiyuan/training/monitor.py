@@ -69,6 +69,15 @@ class StepReport:
     loss: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Of the activation meter."""
+
+    headroom: float
+    entry: dict[str, Any]
+    """As the next line of `metrics` will have it."""
+
+
 @dataclass
 class RunMonitor:
     """One for each process; all processes have to call the same methods at the same steps."""
@@ -94,9 +103,8 @@ class RunMonitor:
     _diagnosis: str = "no activation was metered"
     _clock: float = field(default_factory=time.perf_counter)
     _samples_at_line: int | None = None
-    _reading: dict[str, Any] = field(default_factory=dict)
-    """The tightest one since the last line, as the next one will have it."""
-    _least_headroom: float = math.inf
+    _reading: _Reading | None = None
+    """The tightest one since the last line."""
 
     def resume(self, iteration: int, consumed_samples: int) -> None:
         """Take the totals over from the lines of the run's earlier part, and meter the next step if it is due."""
@@ -207,7 +215,7 @@ class RunMonitor:
                 f"all activations are finite (the largest, {largest.peak:.4g} in {largest.name}, is "
                 f"{largest.headroom:.3g} times below the end of FP16), so it is the scaled gradients that overflow"
             )
-        self._keep_tightest(step.iteration, everywhere, 0.0 if culprit is not None else largest.headroom)
+        self._keep_tightest(step.iteration, everywhere, largest.headroom)
         self._write("activations/largest", largest.peak, step.iteration)
         self._write("activations/FP16 headroom", largest.headroom, step.iteration)
         for entry in everywhere:
@@ -217,15 +225,15 @@ class RunMonitor:
         self._raise_branch_scale(everywhere, step.iteration)
 
     def _keep_tightest(self, iteration: int, peaks: list[ActivationPeak], headroom: float) -> None:
-        if self._reading and headroom >= self._least_headroom:
+        if self._reading is not None and headroom >= self._reading.headroom:
             return
-        self._least_headroom = headroom
-        self._reading = {
+        entry: dict[str, Any] = {
             "activations": {entry.name: entry.peak if math.isfinite(entry.peak) else None for entry in peaks},
             "activations_step": iteration,
         }
         if self.branch_scale is not None:
-            self._reading["activations_branch_scale_bits"] = self.branch_scale.bits
+            entry["activations_branch_scale_bits"] = self.branch_scale.bits
+        self._reading = _Reading(headroom, entry)
 
     def _raise_branch_scale(self, peaks: list[ActivationPeak], iteration: int) -> None:
         if self.branch_scale is None:
@@ -263,7 +271,7 @@ class RunMonitor:
             step.consumed_samples,
         )
         skipped, self._skipped_since_line = self._skipped_since_line, 0
-        reading, self._reading, self._least_headroom = self._reading, {}, math.inf
+        reading, self._reading = self._reading, None
         if self.write_scalar is None:
             return
         for name, source in sums.items():
@@ -290,7 +298,7 @@ class RunMonitor:
                 },
             }
             scale = {} if self.branch_scale is None else {"branch_scale_bits": self.branch_scale.bits}
-            append_metrics(self.options.metrics, entry | reading | scale)
+            append_metrics(self.options.metrics, entry | (reading.entry if reading else {}) | scale)
 
     def _write_source(self, name: str, source: SourceSums, iteration: int) -> None:
         self._add_to_totals(name, source.tokens, source.bands)

@@ -167,7 +167,7 @@ def build_stage(case: Case) -> Any:
     )
     if case.raised_to is not None:
         for layer in model.decoder.layers:
-            layer.set_branch_scale_bits(case.raised_to)
+            layer.set_branch_scale(2.0**-case.raised_to)
     return model.half() if case.half else model
 
 
