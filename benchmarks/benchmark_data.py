@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.fp16_stability_data import write_markov_text
+from benchmarks.markov_text import write_markov_text
 from megatron_kaiyuan.errors import StudyError
 
 __all__ = ["large_plan", "plan_digest", "require_shards", "smoke_plan"]

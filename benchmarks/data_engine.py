@@ -7,7 +7,7 @@ Both sides get the same `.bin/.idx` files. The big one for index building has a 
 the one for reading is real random tokens and fits in memory, so that the readers are compared and not the disk. The
 rows take turns, each time in a fresh process, so that other work on the machine disturbs all of them alike; a row is
 the median of its turns. The time does not include importing either package. The index is built as `tools/rank_data.py`
-does, which chooses numpy's sort before its import (`megatron_kaiyuan/numpy_dispatch.py`).
+does, which chooses numpy's sort before its import (`megatron_kaiyuan/host/numpy_dispatch.py`).
 """
 
 import argparse
@@ -110,7 +110,7 @@ def _as_the_tool(applies: bool) -> Iterator[None]:  # noqa: FBT001
     """The environment in which `tools/rank_data.py` imports numpy, for the processes started inside."""
     before = dict(os.environ)
     if applies:
-        script = "import os; from megatron_kaiyuan.numpy_dispatch import prefer_fast_sort; prefer_fast_sort()"
+        script = "import os; from megatron_kaiyuan.host.numpy_dispatch import prefer_fast_sort; prefer_fast_sort()"
         script += "; print(os.environ.get('NPY_DISABLE_CPU_FEATURES', ''))"
         found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         os.environ.update({"NPY_DISABLE_CPU_FEATURES": found.stdout.strip()} if found.stdout.strip() else {})

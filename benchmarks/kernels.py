@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy
 from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_kaiyuan.data.atomic import atomic_file
+from megatron_kaiyuan.host.atomic import atomic_file
 
 __all__ = ["pack"]
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_kaiyuan.cpu_products import multiply_half_in_float
+from megatron_kaiyuan.host.cpu_products import multiply_half_in_float
 
 __all__ = ["Job", "PlainGpt", "Shape", "Trainer", "main"]
 

@@ -43,9 +43,9 @@ from benchmarks.scaling_jobs import (
     write_data,
 )
 from benchmarks.scaling_model import Measured, Network, as_json, load_measured, project
-from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.cli import run_tool
 
 PEAK_FLOPS = 989e12
 """Of one H100 or H200, FP16 without sparsity, by the data sheet."""

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 
 from benchmarks.scaling_jobs import LEARNING_RATE, Budget, Job, Layout, Shape, end_family, launch, run_job, tail
+from megatron_kaiyuan.checkpoints.reading import TRACKER_NAME
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME
 from megatron_kaiyuan.training.metrics_file import read_metrics
 
 __all__ = [

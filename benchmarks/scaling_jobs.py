@@ -19,8 +19,8 @@ import psutil
 import torch
 import yaml
 
-from megatron_kaiyuan.benchmark.reference_model import ReferenceModel
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.quantile.reference_model import ReferenceModel
 from tests.unit_tests.data.tiny import write_shard
 
 __all__ = [

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan import cpu_platform, pretrain
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
+from megatron_kaiyuan import pretrain
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = ["record_samples"]
 

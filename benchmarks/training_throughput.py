@@ -37,9 +37,9 @@ from benchmarks.packing import pack
 from benchmarks.scaling_jobs import default_micro_batch, end_family, stop_family
 from benchmarks.throughput_report import OUT_OF_MEMORY, is_unfinished, print_profile, print_table, read_row
 from benchmarks.throughput_rows import GROUPS, KAIYUAN, ROWS, TINY, Row, Size
-from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.cli import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 110
@@ -50,9 +50,9 @@ PROFILE = "--profile --use-pytorch-profiler --profile-step-start 5 --profile-ste
 SOFTWARE = """
 import json, warnings
 warnings.simplefilter("ignore")
-from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.host import cpu_platform
 cpu_platform.install()
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 with quiet_megatron_import():
     from megatron.core.optimizer import Adam
 told = {"optimizer": f"{Adam.__module__}.{Adam.__qualname__}"}

@@ -6,9 +6,9 @@ import sys
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.errors import KaiyuanError, MetricsError, TrainingStopped
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = ["main"]
 

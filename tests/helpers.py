@@ -120,7 +120,7 @@ def _prepare_environment(rank: int, world_size: int, port: int) -> None:
 def _join_group() -> None:
     import torch
 
-    from megatron_kaiyuan import cpu_platform
+    from megatron_kaiyuan.host import cpu_platform
 
     torch.set_num_threads(1)
     cpu_platform.install()

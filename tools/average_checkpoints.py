@@ -5,8 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,8 +39,8 @@ def main() -> None:
     """Run the tool."""
     arguments = build_parser().parse_args()
     cpu_platform.install()
+    from megatron_kaiyuan.checkpoints.averaging import average_checkpoints, choose_checkpoints, choose_planned
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
-    from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints, choose_planned
 
     if arguments.planned:
         checkpoints, weights = choose_planned(arguments.directory)

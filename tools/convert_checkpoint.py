@@ -6,8 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import run_tool
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -48,10 +48,10 @@ def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
     cpu_platform.install()
+    from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
     from megatron_kaiyuan.export.from_hugging_face import import_model
     from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
-    from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
 
     with ConsoleMeter() as meter:
         if options.command == "export":

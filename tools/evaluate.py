@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 from megatron_kaiyuan.reporting.held_out_table import band_tables, source_table
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main() -> None:
     with quiet_megatron_import():
         from megatron_kaiyuan.training.evaluation import evaluate_checkpoints, results_as_json
 
-    from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
+    from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
     from megatron_kaiyuan.training.token_bytes import token_bytes
 
     plan = Plan.load(options.plan)

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan import cpu_platform
-from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,8 +35,8 @@ def main() -> None:
     cpu_platform.install()
     from transformers import AutoTokenizer
 
+    from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
     from megatron_kaiyuan.export.tokenizer_files import open_tokenizer
-    from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
     from megatron_kaiyuan.training.generation import Sampling, continue_text
 
     with quiet_megatron_import():

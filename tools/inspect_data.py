@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.data.inspection import NoSuchScoreError
 from megatron_kaiyuan.errors import ConfigError, ShardError
+from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.inspection.describe import NoSuchScoreError
 from megatron_kaiyuan.preprocess.tokenize import TOKENIZER_TYPES
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
 from megatron_kaiyuan.reporting.sample_text import parse_sample_range

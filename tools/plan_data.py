@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.host.cli import run_tool
 from megatron_kaiyuan.reporting.plan_page import write_plan_page
 from megatron_kaiyuan.reporting.plan_table import print_plan
 

@@ -10,8 +10,8 @@ import re
 import sys
 import time
 
-from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
+from megatron_kaiyuan.host.cli import run_tool
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess
 from megatron_kaiyuan.preprocess.config import SHARD_BYTES
 from megatron_kaiyuan.preprocess.progress import ConsoleReporter

@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_kaiyuan.benchmark.runs import SlicedStudy, my_share, read_slices, write_slices
-from megatron_kaiyuan.benchmark.study import Study, load_study
-from megatron_kaiyuan.benchmark.tasks import check_tasks
-from megatron_kaiyuan.cli import run_tool
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.quantile.runs import SlicedStudy, my_share, read_slices, write_slices
+from megatron_kaiyuan.quantile.study import Study, load_study
+from megatron_kaiyuan.quantile.tasks import check_tasks
 from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
 
@@ -78,7 +78,7 @@ def _slice(study: Study, options: argparse.Namespace) -> None:
 
 
 def _train(study: Study, options: argparse.Namespace) -> None:
-    from megatron_kaiyuan.benchmark.training import train_runs
+    from megatron_kaiyuan.quantile.training import train_runs
 
     runs = my_share(read_slices(study).runs, options.task_id, options.num_tasks)
     with ConsoleMeter() as meter:
@@ -98,12 +98,12 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     # lm-eval and datasets would draw several bars for every run; torch imports tqdm, which reads this when imported
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from megatron_kaiyuan import cpu_platform
-    from megatron_kaiyuan.training.quiet import quiet_megatron_import
+    from megatron_kaiyuan.host import cpu_platform
+    from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
     cpu_platform.install()
     with quiet_megatron_import():
-        from megatron_kaiyuan.benchmark.evaluation import evaluate_runs
+        from megatron_kaiyuan.quantile.evaluation import evaluate_runs
 
     sliced = read_slices(study)
     runs = my_share(sliced.runs, options.task_id, options.num_tasks)
@@ -135,7 +135,7 @@ def _names(runs: Sequence[str]) -> str:
 
 
 def _report(study: Study, options: argparse.Namespace) -> None:
-    from megatron_kaiyuan.benchmark.report import write_report
+    from megatron_kaiyuan.quantile.report import write_report
 
     sliced: SlicedStudy = read_slices(study)
     written = write_report(study, sliced, partial=options.partial)

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_kaiyuan.cli import run_tool
-from megatron_kaiyuan.numpy_dispatch import prefer_fast_sort
+from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.numpy_dispatch import prefer_fast_sort
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def score_name(text: str) -> str:
     """What `--score` may be."""
-    from megatron_kaiyuan.data.score_files import check_score_name
+    from megatron_kaiyuan.shards.score_files import check_score_name
 
     try:
         return check_score_name(text)
@@ -72,8 +72,8 @@ def rank_one(args: argparse.Namespace) -> None:
     """Rank or verify one source."""
     from megatron_kaiyuan.data import open_source
     from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
-    from megatron_kaiyuan.data.score_import import import_scores
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
+    from megatron_kaiyuan.shards.score_import import import_scores
 
     source = open_source("source", args.shards)
     if args.scores:

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_kaiyuan.cli import run_tool
+from megatron_kaiyuan.host.cli import run_tool
 from megatron_kaiyuan.reporting.run_report import report_runs
 from megatron_kaiyuan.reporting.run_summary import print_summaries
 

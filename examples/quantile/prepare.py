@@ -2,7 +2,7 @@
 """Text, tokenizer and ranked shards for the quantile studies, from text that is already on this machine.
 
     .venv/bin/python examples/quantile/prepare.py planted      # for examples/quantile/study.yaml
-    .venv/bin/python examples/quantile/prepare.py domains      # for benchmarks/quantile_study.yaml
+    .venv/bin/python examples/quantile/prepare.py domains      # for studies/quantile_study.yaml
 
 `planted`: docstrings of the installed packages, in which a share of the words has its letters shuffled. In `graded`
 the score falls as that share grows; in `blind` the same kind of text has scores drawn at random. `clean` is never

@@ -2,8 +2,8 @@
 
 from megatron_kaiyuan.data.dataset import NUM_BANDS, CurriculumDataset, HeldOutDataset, Provenance, band_name
 from megatron_kaiyuan.data.plan import Plan
-from megatron_kaiyuan.data.shards import Shard, open_shard, resolve_prefixes
-from megatron_kaiyuan.data.source import Segment, Source, open_source
+from megatron_kaiyuan.shards.shard import Shard, open_shard, resolve_prefixes
+from megatron_kaiyuan.shards.source import Segment, Source, open_source
 
 __all__ = [
     "NUM_BANDS",

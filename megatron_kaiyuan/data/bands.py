@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.maps import look_up
 from megatron_kaiyuan.data.ranking import tie_hash
+from megatron_kaiyuan.host.maps import look_up
 
 __all__ = ["NUM_BANDS", "BandEdges", "band_edges"]
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.bands import NUM_BANDS
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan import Plan
-from megatron_kaiyuan.data.source import Segment
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.shards.source import Segment
 
 __all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance", "band_name"]
 

@@ -16,11 +16,11 @@ from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
 from megatron_kaiyuan.data.ranking import STRIDE
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
-from megatron_kaiyuan.data.shards import real_files
 from megatron_kaiyuan.data.shared_shards import held_out_elsewhere
-from megatron_kaiyuan.data.source import Source, open_sources
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError, ShardError
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.shard import real_files
+from megatron_kaiyuan.shards.source import Source, open_sources
 
 __all__ = ["OpenedSource", "leave_out_elsewhere", "open_plan_source", "open_plan_sources"]
 

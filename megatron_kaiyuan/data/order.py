@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.maps import look_up
 from megatron_kaiyuan.data.rank_index import RankIndex, damaged_index
 from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
-from megatron_kaiyuan.data.source import Segment, Source
+from megatron_kaiyuan.host.maps import look_up
+from megatron_kaiyuan.shards.source import Segment, Source
 
 __all__ = ["DocumentOrder", "Pieces", "RankedOrder", "StorageOrder", "block_size"]
 

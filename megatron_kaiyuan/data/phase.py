@@ -16,10 +16,10 @@ from megatron_kaiyuan.data.permutation import derive_key
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec, PhaseSpec
 from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.data.selection import Keep
-from megatron_kaiyuan.data.source import sources_at_once
 from megatron_kaiyuan.data.stream import Stream, thinned
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.source import sources_at_once
 
 __all__ = ["Phase", "build_phase"]
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from megatron_kaiyuan.data.score_files import check_score_name
 from megatron_kaiyuan.data.selection import Keep, exact_number, parse_fraction, parse_keep
+from megatron_kaiyuan.shards.score_files import check_score_name
 
 __all__ = [
     "IndexPath",

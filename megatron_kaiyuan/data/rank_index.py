@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.cli import python_command
-from megatron_kaiyuan.data.atomic import atomic_file
-from megatron_kaiyuan.data.maps import map_array
 from megatron_kaiyuan.data.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
-from megatron_kaiyuan.data.shard_files import Meter, SilentMeter
-from megatron_kaiyuan.data.shards import Shard
-from megatron_kaiyuan.data.source import Source
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import RankIndexError, ShardError
+from megatron_kaiyuan.host.atomic import atomic_file
+from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.maps import map_array
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.shard import Shard
+from megatron_kaiyuan.shards.shard_files import Meter, SilentMeter
+from megatron_kaiyuan.shards.source import Source
 
 __all__ = [
     "RankIndex",

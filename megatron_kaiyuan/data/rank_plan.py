@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
 from megatron_kaiyuan.data.rank_index import index_path, open_rank_index, write_rank_index
-from megatron_kaiyuan.data.score_files import score_path
-from megatron_kaiyuan.data.shard_files import Meter
-from megatron_kaiyuan.data.source import Source, open_source
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import RankIndexError
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.score_files import score_path
+from megatron_kaiyuan.shards.shard_files import Meter
+from megatron_kaiyuan.shards.source import Source, open_source
 
 __all__ = ["RankedSource", "rank_plan_sources"]
 

@@ -11,10 +11,10 @@ from megatron_kaiyuan.data.interleave import prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
-from megatron_kaiyuan.data.source import sources_at_once
 from megatron_kaiyuan.data.stream import Stream
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.source import sources_at_once
 
 __all__ = ["check_resume", "order_record"]
 

@@ -16,8 +16,8 @@ from megatron_kaiyuan.data.opened import OpenedSource, leave_out_elsewhere
 from megatron_kaiyuan.data.order import Pieces, block_size
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
-from megatron_kaiyuan.data.source import Segment, Source
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.shards.source import Segment, Source
 
 __all__ = ["SimulatedSource", "simulate_plan_sources"]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.order import Pieces
 from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.runs import DocumentRuns
-from megatron_kaiyuan.data.source import Segment
+from megatron_kaiyuan.shards.source import Segment
 
 __all__ = ["Stream", "thinned"]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.plan_schema import TokenizerSpec
-from megatron_kaiyuan.data.shards import Shard
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import PlanError, ShardError, TokenizerError
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.shard import Shard
 
 __all__ = ["check_tokenizers", "check_vocabulary", "largest_token_id"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_kaiyuan.errors import ConvertError
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = ["OPTIONS_WITHOUT_EFFECT", "Architecture", "architecture_from_arguments", "architecture_from_config"]
 

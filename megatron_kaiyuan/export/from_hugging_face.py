@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
-from megatron_kaiyuan.errors import ConvertError
-from megatron_kaiyuan.export.architecture import Architecture, architecture_from_config
-from megatron_kaiyuan.export.checkpoint_parts import LazyTensor, write_parts
-from megatron_kaiyuan.export.tensor_files import TensorFolder
-from megatron_kaiyuan.export.to_hugging_face import CONVERSION_NAME
-from megatron_kaiyuan.export.weight_names import Weight, joined, parts_of, weights_of
-from megatron_kaiyuan.training.checkpoint_io import (
+from megatron_kaiyuan.checkpoints.parts import LazyTensor, write_parts
+from megatron_kaiyuan.checkpoints.reading import (
     TRACKER_NAME,
     iteration_folder,
     new_checkpoint_folder,
     output_conflict,
 )
-from megatron_kaiyuan.training.quiet import quiet_megatron_import
+from megatron_kaiyuan.errors import ConvertError
+from megatron_kaiyuan.export.architecture import Architecture, architecture_from_config
+from megatron_kaiyuan.export.tensor_files import TensorFolder
+from megatron_kaiyuan.export.to_hugging_face import CONVERSION_NAME
+from megatron_kaiyuan.export.weight_names import Weight, joined, parts_of, weights_of
+from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = ["import_model", "untrained_state"]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.checkpoints.parts import read_rows, row_groups
+from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.export.architecture import Architecture, architecture_from_arguments
-from megatron_kaiyuan.export.checkpoint_parts import read_rows, row_groups
 from megatron_kaiyuan.export.tensor_files import Form, TensorWriter
 from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, open_tokenizer
 from megatron_kaiyuan.export.weight_names import Weight, parts_of, weights_of
-from megatron_kaiyuan.training.checkpoint_io import Checkpoint
+from megatron_kaiyuan.host.atomic import write_text_atomically
 
 __all__ = ["CONVERSION_NAME", "DEFAULT_FILE_BYTES", "export_checkpoint"]
 

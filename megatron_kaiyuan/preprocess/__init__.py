@@ -2,10 +2,10 @@
 
 from megatron_kaiyuan.preprocess.build_record import BuildRecord, load_build, missing_shards
 from megatron_kaiyuan.preprocess.config import PreprocessConfig, shard_prefix
-from megatron_kaiyuan.preprocess.manifest import Manifest, load_manifest, verify_manifest
 from megatron_kaiyuan.preprocess.pipeline import RunSummary, preprocess
 from megatron_kaiyuan.preprocess.tokenize import TokenizerConfig, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.writer import ShardWriter, optimal_dtype
+from megatron_kaiyuan.shards.manifest import Manifest, load_manifest, verify_manifest
 
 __all__ = [
     "BuildRecord",

@@ -4,12 +4,12 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.preprocess.build_record import BUILD_FILE, BuildRecord, load_build, missing_shards
-from megatron_kaiyuan.preprocess.manifest import Manifest
 from megatron_kaiyuan.preprocess.partial import remove_dead_partials
 from megatron_kaiyuan.preprocess.shard_state import is_complete, remove_existing, retire
+from megatron_kaiyuan.shards.manifest import Manifest
 
 __all__ = ["changed_inputs", "check_claim", "claim_folder"]
 

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, mod
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.preprocess.config import PreprocessConfig, shard_prefix
 from megatron_kaiyuan.preprocess.inputs import InputFile, Part
-from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
 from megatron_kaiyuan.preprocess.shard_cut import PartNumbers, cut_into_shards, keep_cut
 from megatron_kaiyuan.preprocess.shard_state import is_complete
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
 __all__ = ["BUILD_FILE", "BuildRecord", "ShardTask", "load_build", "missing_shards", "plan_build", "shard_tasks"]
 

@@ -9,12 +9,12 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.errors import TokenizerError
+from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.preprocess.build_record import BuildRecord
 from megatron_kaiyuan.preprocess.fast_tokenize import TokenizersDiffer
-from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
 from megatron_kaiyuan.preprocess.shard_state import retire
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
 __all__ = ["DIFFERENCE_FILE", "FastShards", "gigatoken_name", "named"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.preprocess.manifest import FileRecord
+from megatron_kaiyuan.shards.manifest import FileRecord
 
 __all__ = ["HashedFile", "Spool", "list_partials", "partial_path", "remove_dead_partials", "sync_folder"]
 

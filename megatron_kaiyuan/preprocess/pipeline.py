@@ -21,7 +21,6 @@ from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
 from megatron_kaiyuan.preprocess.fast_shards import FastShards, gigatoken_name, named
 from megatron_kaiyuan.preprocess.fast_tokenize import TokenizersDiffer, choose_backend
 from megatron_kaiyuan.preprocess.inputs import STDIN, InputFile, Part, expand_inputs, refuse_output_among_inputs
-from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord, load_manifest
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOutcome, build_shard
 from megatron_kaiyuan.preprocess.shard_cut import part_bytes
@@ -29,6 +28,7 @@ from megatron_kaiyuan.preprocess.shard_state import is_complete, is_of_build, re
 from megatron_kaiyuan.preprocess.tokenize import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, warm_up, worker_died
 from megatron_kaiyuan.preprocess.writer import optimal_dtype
+from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord, load_manifest
 
 __all__ = ["Progress", "Reporter", "RunSummary", "preprocess"]
 

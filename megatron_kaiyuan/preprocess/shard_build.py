@@ -12,11 +12,11 @@ from megatron_kaiyuan.preprocess.build_record import ShardTask
 from megatron_kaiyuan.preprocess.document_table import Origins
 from megatron_kaiyuan.preprocess.documents import Fault, Reason
 from megatron_kaiyuan.preprocess.inputs import Part
-from megatron_kaiyuan.preprocess.manifest import InputRecord, Manifest, TokenizerRecord, created_by
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.shard_cut import first_row, part_bytes
 from megatron_kaiyuan.preprocess.workers import BlockResult, Job, ordered_results
 from megatron_kaiyuan.preprocess.writer import ShardWriter
+from megatron_kaiyuan.shards.manifest import InputRecord, Manifest, TokenizerRecord, created_by
 
 __all__ = ["BuildJob", "Progress", "ShardOutcome", "Tally", "build_shard"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_kaiyuan.errors import ConfigError, ShardError
-from megatron_kaiyuan.preprocess.manifest import Manifest, load_manifest, manifest_path
 from megatron_kaiyuan.preprocess.partial import list_partials, partial_path
+from megatron_kaiyuan.shards.manifest import Manifest, load_manifest, manifest_path
 
 __all__ = ["is_complete", "is_of_build", "refuse_existing", "remove_existing", "retire"]
 

@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
-from megatron_kaiyuan.data.inspection import describe_source
-from megatron_kaiyuan.data.integrity import verify_shards
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
 from megatron_kaiyuan.errors import ShardError
-from megatron_kaiyuan.preprocess.manifest import TokenizerRecord, load_manifest, manifest_path
+from megatron_kaiyuan.inspection.describe import describe_source
+from megatron_kaiyuan.inspection.verify import verify_shards
 from megatron_kaiyuan.reporting.decoding import TextDecoder, choose_decoder
 from megatron_kaiyuan.reporting.progress import ConsoleMeter
 from megatron_kaiyuan.reporting.sample_text import (
@@ -24,6 +23,7 @@ from megatron_kaiyuan.reporting.sample_text import (
 )
 from megatron_kaiyuan.reporting.shards_page import write_shards_page
 from megatron_kaiyuan.reporting.shards_table import format_bytes, print_findings, print_source, report_console
+from megatron_kaiyuan.shards.manifest import TokenizerRecord, load_manifest, manifest_path
 
 __all__ = ["InspectionOptions", "inspect_samples", "inspect_sources"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
 from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
+from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.quality_strip import quality_over_run

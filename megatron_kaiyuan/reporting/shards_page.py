@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan.data.atomic import write_text_atomically
+from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.shards_figures import band_figure, length_figure, score_figure, sources_figure

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from megatron_kaiyuan.cli import python_command
+from megatron_kaiyuan.checkpoints.averaging import is_average
+from megatron_kaiyuan.checkpoints.reading import TRACKER_NAME, iteration_folder, saved_iterations
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.cli import python_command
 from megatron_kaiyuan.training import compat
-from megatron_kaiyuan.training.averaging import is_average
-from megatron_kaiyuan.training.checkpoint_io import TRACKER_NAME, iteration_folder, saved_iterations
 from megatron_kaiyuan.training.metrics_file import average_path, metrics_path, read_metrics
 
 __all__ = [

@@ -22,8 +22,8 @@ from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_signal_handler, training
 from megatron.training.utils import print_rank_0
 
+from megatron_kaiyuan.host.parent_death import die_with_parent
 from megatron_kaiyuan.kernels import weight_gradient
-from megatron_kaiyuan.parent_death import die_with_parent
 
 __all__ = [
     "Keeper",

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.data import NUM_BANDS, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ConfigError, PlanError
-from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 from megatron_kaiyuan.training.loading import (
     build_untrained,
     load_weights,

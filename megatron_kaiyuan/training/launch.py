@@ -11,14 +11,17 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import print_rank_0
 
-from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.arguments import (
     arguments_provider,
     check_required_arguments,
     check_save_arguments,
     defaults_without_optional_kernels,
 )
+from megatron_kaiyuan.checkpoints.identity import check_same_run, store_tokenizer
+from megatron_kaiyuan.checkpoints.lineage import store_start
+from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
@@ -33,9 +36,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     say_how_to_average,
     say_what_cannot_be_averaged,
 )
-from megatron_kaiyuan.training.checkpoint_recovery import Start, agree_on_start
 from megatron_kaiyuan.training.forward_step import ForwardStep
-from megatron_kaiyuan.training.lineage import store_start
 from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import (
@@ -48,7 +49,6 @@ from megatron_kaiyuan.training.plan_arguments import (
 )
 from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
-from megatron_kaiyuan.training.run_identity import check_same_run, store_tokenizer
 from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 

@@ -15,13 +15,13 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.transformer.module import Float16Module
 from torch._C._distributed_c10d import HashStore  # torch.distributed re-exports it without saying so
 
-from megatron_kaiyuan import cpu_platform
 from megatron_kaiyuan.arguments import defaults_without_optional_kernels
+from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
-from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 
 __all__ = [
     "bare_model",

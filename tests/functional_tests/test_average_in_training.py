@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kaiyuan.training.averaging import average_checkpoints, choose_checkpoints
-from megatron_kaiyuan.training.checkpoint_io import iteration_folder, open_checkpoint, saved_iterations
+from megatron_kaiyuan.checkpoints.averaging import average_checkpoints, choose_checkpoints
+from megatron_kaiyuan.checkpoints.reading import iteration_folder, open_checkpoint, saved_iterations
 from megatron_kaiyuan.training.metrics_file import average_path, read_metrics
 from tests.functional_tests.training_run import BATCH, REPOSITORY, Finished, saved_tensors, train_well, write_corpus
 

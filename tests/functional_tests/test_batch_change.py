@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
 from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING
 from megatron_kaiyuan.training.metrics_file import read_metrics
 from megatron_kaiyuan.training.scheduler import learning_rate_at

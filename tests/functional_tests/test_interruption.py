@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_kaiyuan.checkpoints.reading import saved_iterations
 from megatron_kaiyuan.data import HeldOutDataset
-from megatron_kaiyuan.training.checkpoint_io import saved_iterations
 from megatron_kaiyuan.training.metrics_file import average_path, held_out_path, read_metrics
 from megatron_kaiyuan.training.provider import spread_evenly
 from tests.functional_tests.kill_and_resume import (

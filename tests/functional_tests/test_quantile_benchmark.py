@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.unit_tests.benchmark.tiny_study import study_content, write_sources
+from tests.unit_tests.quantile.tiny_study import study_content, write_sources
 
 REPOSITORY = Path(__file__).parents[2]
 

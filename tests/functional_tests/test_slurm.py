@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import yaml
 
-from megatron_kaiyuan.data.source import open_source
+from megatron_kaiyuan.shards.source import open_source
 from tests.functional_tests.local_slurm import NODES, LocalSlurm, local_slurm, missing_programs
 from tests.functional_tests.training_run import MODEL_FLAGS, REPOSITORY, TRAINING_FLAGS, Finished, write_corpus
-from tests.unit_tests.benchmark.tiny_study import study_content, write_sources
 from tests.unit_tests.preprocess.corpus import save_bpe
+from tests.unit_tests.quantile.tiny_study import study_content, write_sources
 
 pytestmark = [
     pytest.mark.distributed,

@@ -109,7 +109,7 @@ def test_every_default_of_the_cpu_platform_is_an_argument_of_megatron(monkeypatc
     from megatron.training.arguments import parse_args
 
     from megatron_kaiyuan.arguments import defaults_without_optional_kernels
-    from megatron_kaiyuan.cpu_platform import CPU_ARGUMENT_DEFAULTS
+    from megatron_kaiyuan.host.cpu_platform import CPU_ARGUMENT_DEFAULTS
 
     monkeypatch.setattr("sys.argv", ["pretrain"])
     assert {*CPU_ARGUMENT_DEFAULTS, *defaults_without_optional_kernels()} <= vars(parse_args()).keys()

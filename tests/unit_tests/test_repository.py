@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 import megatron_kaiyuan
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = [".ci", "benchmarks", "docs", "examples", "megatron_kaiyuan", "tests", "tools"]
+ROOMS = [".ci", "benchmarks", "docs", "examples", "megatron_kaiyuan", "studies", "tests", "tools"]
 TOP_LEVEL = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "Dockerfile", ".dockerignore", ".gitignore"]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 100

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_kaiyuan.data.source import open_source
+from megatron_kaiyuan.shards.source import open_source
 from tests.unit_tests.preprocess.corpus import save_bpe
 
 REPOSITORY = Path(__file__).parents[3]

@@ -1,6 +1,6 @@
 """The ordering of the Kaiyuan-2B report, written from its description: documents, rescaled ranks, one global sort.
 
-A reference to compare with, in tests and in `benchmarks/order_study.py`; nothing else uses it. It orders documents; the
+A reference to compare with, in tests and in `studies/order_study.py`; nothing else uses it. It orders documents; the
 tokens of all of them, one after the other, are then cut into samples wherever the cuts fall.
 
 Source: arXiv 2512.07612, algorithm 1, and the authors' preprocessing code: within a dataset of N_i documents rank

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib import format as npy
 
-from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source, source, threads
-from megatron_kaiyuan.data.maps import OpenMaps, look_up, map_array
+from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
 from megatron_kaiyuan.data.rank_index import content_digest, content_digests
-from megatron_kaiyuan.data.source import open_sources
-from megatron_kaiyuan.data.threads import side_by_side
 from megatron_kaiyuan.errors import ScoreError, ShardError
+from megatron_kaiyuan.host import threads
+from megatron_kaiyuan.host.maps import OpenMaps, look_up, map_array
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards import source
+from megatron_kaiyuan.shards.source import open_sources
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source
 
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.cli import python_command
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source, rank_index
 from megatron_kaiyuan.data.rank_index import (
     build_rank_index,
@@ -24,6 +23,7 @@ from megatron_kaiyuan.data.rank_index import (
     write_rank_index,
 )
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
+from megatron_kaiyuan.host.cli import python_command
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source
 
 DOCUMENTS = 100

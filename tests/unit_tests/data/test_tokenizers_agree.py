@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_kaiyuan.data import Plan, vocabulary
-from megatron_kaiyuan.data.inspection import describe_source
 from megatron_kaiyuan.errors import PlanError, ShardError
+from megatron_kaiyuan.inspection.describe import describe_source
 from megatron_kaiyuan.preprocess import TokenizerConfig
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, write_source
 from tests.unit_tests.preprocess.corpus import build_folder, save_bpe, save_tiktoken, write_jsonl

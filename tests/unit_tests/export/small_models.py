@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_kaiyuan.checkpoints.reading import Checkpoint, iteration_folder, open_checkpoint, write_checkpoint
 from megatron_kaiyuan.export.architecture import Architecture
 from megatron_kaiyuan.export.from_hugging_face import untrained_state
-from megatron_kaiyuan.training.checkpoint_io import Checkpoint, iteration_folder, open_checkpoint, write_checkpoint
 from tests.unit_tests.model.reference import Features, Shape, random_weights
 
 LARGE = 40.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from tests.unit_tests.export.small_models import KAIYUAN, save_model
 
 TOOL = Path(__file__).parents[3] / "tools/convert_checkpoint.py"

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
 from megatron_kaiyuan.export.modeling_kaiyuan import KaiyuanForCausalLM
 from megatron_kaiyuan.export.tensor_files import TensorFolder
 from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
-from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
 from tests.helpers import run_distributed
 from tests.unit_tests.export.small_models import KAIYUAN, SCALED, VARIANTS, SmallModel, save_model
 from tests.unit_tests.model.reference import random_batch, reference_logits
@@ -21,7 +21,7 @@ from tests.unit_tests.model.reference import random_batch, reference_logits
 
 def logits_of_megatron(_rank: int, checkpoints: list[Path], tokens: NDArray[np.int64]) -> list[NDArray[np.float32]]:
     """Entry of `run_distributed`: what the training code computes for each checkpoint."""
-    from megatron_kaiyuan.training.checkpoint_io import open_checkpoint
+    from megatron_kaiyuan.checkpoints.reading import open_checkpoint
     from megatron_kaiyuan.training.loading import load_model
 
     ids = torch.from_numpy(tokens)

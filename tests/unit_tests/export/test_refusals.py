@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.export.architecture import OPTIONS_WITHOUT_EFFECT, architecture_from_arguments
 from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
 from megatron_kaiyuan.export.from_hugging_face import import_model
 from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
 from megatron_kaiyuan.model.config import KaiyuanModelOptions
-from megatron_kaiyuan.training.checkpoint_io import Checkpoint
 from tests.unit_tests.export.small_models import KAIYUAN, save_model
 from tests.unit_tests.export.test_transformers import write_tokenizer
 

@@ -5,18 +5,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_kaiyuan.export.architecture import architecture_from_arguments
-from megatron_kaiyuan.export.checkpoint_parts import LazyTensor, read_rows, row_groups, write_parts
-from megatron_kaiyuan.export.from_hugging_face import import_model, untrained_state
-from megatron_kaiyuan.export.tensor_files import TensorFolder
-from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
-from megatron_kaiyuan.training.averaging import average_checkpoints
-from megatron_kaiyuan.training.checkpoint_io import (
+from megatron_kaiyuan.checkpoints.averaging import average_checkpoints
+from megatron_kaiyuan.checkpoints.parts import LazyTensor, read_rows, row_groups, write_parts
+from megatron_kaiyuan.checkpoints.reading import (
     Checkpoint,
     iteration_folder,
     new_checkpoint_folder,
     open_checkpoint,
 )
+from megatron_kaiyuan.export.architecture import architecture_from_arguments
+from megatron_kaiyuan.export.from_hugging_face import import_model, untrained_state
+from megatron_kaiyuan.export.tensor_files import TensorFolder
+from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
 from tests.unit_tests.export.small_models import KAIYUAN, VARIANTS, SmallModel, save_model, stacked_weights
 
 
@@ -70,7 +70,7 @@ def test_pieces_of_any_parallel_layout_give_the_same_export(tmp_path: Path) -> N
 
 
 def test_layers_that_are_not_stacked_are_found_by_their_numbers(tmp_path: Path) -> None:
-    from megatron_kaiyuan.training.checkpoint_io import write_checkpoint
+    from megatron_kaiyuan.checkpoints.reading import write_checkpoint
 
     flat: dict[str, torch.Tensor] = {}
     for name, value in stacked_weights(KAIYUAN, torch.float16).items():
@@ -123,7 +123,7 @@ def test_progress_adds_up_to_the_size_of_the_model_both_ways(tmp_path: Path) -> 
 def test_a_bias_of_query_key_and_value_goes_along(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from megatron_kaiyuan.training.checkpoint_io import write_checkpoint
+    from megatron_kaiyuan.checkpoints.reading import write_checkpoint
 
     architecture = replace(KAIYUAN.architecture, add_qkv_bias=True)
     bias = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))

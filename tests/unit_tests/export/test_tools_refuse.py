@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.checkpoint_recovery import open_intact_checkpoint
 from megatron_kaiyuan.training.evaluation import check_counts
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.export.small_models import KAIYUAN, save_model

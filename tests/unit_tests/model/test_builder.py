@@ -53,7 +53,7 @@ def observe(_rank: int) -> dict[str, Any]:
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_kaiyuan.arguments import arguments_provider
-    from megatron_kaiyuan.cpu_platform import CPU_ARGUMENT_DEFAULTS
+    from megatron_kaiyuan.host.cpu_platform import CPU_ARGUMENT_DEFAULTS
     from megatron_kaiyuan.model.builder import kaiyuan_builder
     from megatron_kaiyuan.model.config import kaiyuan_config_from_args
     from tests.unit_tests.model import tiny

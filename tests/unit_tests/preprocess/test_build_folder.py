@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.inspection import describe_source
-from megatron_kaiyuan.data.integrity import verify_shards
 from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
+from megatron_kaiyuan.inspection.describe import describe_source
+from megatron_kaiyuan.inspection.verify import verify_shards
 from megatron_kaiyuan.preprocess import (
     load_build,
     load_manifest,

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError, PreprocessError, ShardError, TokenizerError
 from megatron_kaiyuan.preprocess import TokenizerConfig, load_manifest, pipeline, preprocess, verify_manifest
-from megatron_kaiyuan.preprocess.manifest import manifest_path
+from megatron_kaiyuan.shards.manifest import manifest_path
 from tests.unit_tests.preprocess.corpus import (
     NULL_VOCABULARY,
     SilentReporter,

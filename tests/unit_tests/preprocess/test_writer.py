@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.preprocess import ShardWriter, optimal_dtype, partial
-from megatron_kaiyuan.preprocess.manifest import Manifest, TokenizerRecord
+from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord
 from tests.unit_tests.preprocess.corpus import read_shard_by_hand
 
 

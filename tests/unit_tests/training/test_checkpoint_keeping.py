@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.averaging import (
+from megatron_kaiyuan.checkpoints.averaging import (
     PLANNED,
     average_checkpoints,
     choose_checkpoints,
     choose_planned,
     complete_average,
 )
-from megatron_kaiyuan.training.checkpoint_io import iteration_folder, saved_iterations
+from megatron_kaiyuan.checkpoints.reading import iteration_folder, saved_iterations
+from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
     CheckpointKeeper,
@@ -26,7 +26,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     say_what_cannot_be_averaged,
 )
 from megatron_kaiyuan.training.metrics_file import append_metrics, average_path
-from tests.unit_tests.training.test_averaging import save
+from tests.unit_tests.checkpoints.test_averaging import save
 
 
 @given(st.integers(1, 20), st.integers(1, 500), st.integers(1, 20_000))

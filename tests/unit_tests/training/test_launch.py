@@ -12,7 +12,7 @@ from tests.unit_tests.training.test_plan_arguments import write_manifest
 
 REACH_THE_LOOP = """
 import torch
-from megatron_kaiyuan import cpu_platform
+from megatron_kaiyuan.host import cpu_platform
 cpu_platform.install()
 from megatron_kaiyuan.training import launch
 allowed = lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction

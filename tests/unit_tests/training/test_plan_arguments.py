@@ -11,7 +11,7 @@ import pytest
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
 from megatron_kaiyuan.preprocess import TokenizerConfig
-from megatron_kaiyuan.preprocess.manifest import TokenizerRecord
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
 from megatron_kaiyuan.training.plan_arguments import (
     ShardRecords,
     check_plan_arguments,

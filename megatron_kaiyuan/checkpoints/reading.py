@@ -1,0 +1,307 @@
+"""Reading and writing Megatron's `torch_dist` checkpoints tensor by tensor, in one process, without building a model.
+
+A checkpoint is a folder `iter_0001000` of a save directory. Its `.metadata` names every tensor with its whole shape,
+whatever the parallel layout of the run that wrote it, and `torch.distributed.checkpoint` reads any of them whole.
+Objects that are not tensors are copied as stored bytes and never unpickled, but for the common state that holds the
+run's arguments.
+"""
+
+import argparse
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
+
+__all__ = [
+    "LEGACY_COMMON_STATE",
+    "TRACKER_NAME",
+    "Checkpoint",
+    "find_checkpoints",
+    "iteration_folder",
+    "new_checkpoint_folder",
+    "open_checkpoint",
+    "output_conflict",
+    "saved_iterations",
+    "single_process",
+    "write_checkpoint",
+]
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+"""File of a save directory that names the iteration Megatron loads."""
+
+LEGACY_COMMON_STATE = "common.pt"
+"""File with the run's arguments and counters in checkpoints of Megatron before 0.19, which keeps them in an object."""
+
+_COMMON_STATE = "common_state/shard_0_1"
+_FOLDER = re.compile(r"iter_(\d{7,})")
+_NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state")
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+
+class _RawLoadPlanner(DefaultLoadPlanner):
+    """Keeps objects as the bytes that are stored."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = value
+
+
+class _RawSavePlanner(DefaultSavePlanner):
+    """Stores bytes as they are given."""
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        return object if write_item.type == WriteItemType.BYTE_IO else super().transform_object(write_item, object)
+
+
+class _CachedReader(FileSystemReader):
+    """Reads `.metadata` once: it is needed for every group of tensors."""
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One `torch_dist` checkpoint on disk."""
+
+    folder: Path
+    iteration: int
+
+    @cached_property
+    def reader(self) -> FileSystemReader:
+        """Reader of the folder's files."""
+        return _CachedReader(self.folder)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Whole shape and dtype of each tensor of the model, by name."""
+        stored = self.reader.read_metadata().state_dict_metadata
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in sorted(stored.items())
+            if isinstance(entry, TensorStorageMetadata) and not _NOT_MODEL.match(name)
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the model's tensors."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
+
+    @cached_property
+    def objects(self) -> tuple[str, ...]:
+        """Names of the stored objects that belong to the model (extra states), and of the common state."""
+        stored = self.reader.read_metadata().state_dict_metadata
+        return tuple(
+            name
+            for name, entry in sorted(stored.items())
+            if isinstance(entry, BytesStorageMetadata) and not _NOT_MODEL.match(name)
+        )
+
+    @cached_property
+    def arguments(self) -> argparse.Namespace:
+        """Arguments of the run that wrote the checkpoint; unpickles them, so only for checkpoints of your own.
+
+        Raises:
+            ConfigError: the checkpoint has none.
+        """
+        legacy = self.folder / LEGACY_COMMON_STATE
+        raw = io.BytesIO(legacy.read_bytes()) if legacy.is_file() else self._load_raw([_COMMON_STATE])[_COMMON_STATE]
+        with quiet_megatron_import():  # unpickling imports parts of it
+            stored = torch.load(raw, map_location="cpu", weights_only=False)
+        common = stored if legacy.is_file() else stored[0]
+        arguments = common.get("args") if isinstance(common, dict) else None
+        if not isinstance(arguments, argparse.Namespace):
+            raise ConfigError(f"{self.folder}: holds no arguments of a run; it was not written by megatron.training")
+        return arguments
+
+    def load_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Load these tensors whole, on the CPU, in their stored dtype."""
+        state = {name: torch.empty(self.tensors[name][0], dtype=self.tensors[name][1]) for name in names}
+        with single_process():
+            load_checkpoint(state, storage_reader=self.reader, planner=_RawLoadPlanner(False, False), no_dist=True)
+        return state
+
+    def load_objects(self) -> dict[str, io.BytesIO]:
+        """Stored bytes of all `objects`."""
+        return self._load_raw(self.objects)
+
+    def _load_raw(self, names: Iterable[str]) -> dict[str, io.BytesIO]:
+        known = set(self.objects)
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ConfigError(f"{self.folder}: has no {missing[0]}; it was not written by megatron.training")
+        state: dict[str, io.BytesIO] = {name: io.BytesIO() for name in names}
+        with single_process():
+            load_checkpoint(state, storage_reader=self.reader, planner=_RawLoadPlanner(False, False), no_dist=True)
+        return state
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """For loading and saving without a process group."""
+    with warnings.catch_warnings():
+        # It says that one process loads alone, which is what is asked for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def iteration_folder(directory: Path, iteration: int) -> Path:
+    """Folder of an iteration in a save directory."""
+    return directory / f"iter_{iteration:07d}"
+
+
+def saved_iterations(directory: Path) -> list[int]:
+    """Iterations with a folder in a save directory, whole or not, ascending; none where there is no such directory."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(match[1]) for entry in directory.iterdir() if entry.is_dir() and (match := _FOLDER.fullmatch(entry.name))
+    )
+
+
+def output_conflict(output: Path, iteration: int, *, like: str | None = None) -> str | None:
+    """Why a checkpoint may not be written into a save directory and become its latest; None if it may.
+
+    Args:
+        output: The directory, which need not exist.
+        iteration: Of the checkpoint.
+        like: Checkpoints of other iterations may be there if they have this file; None: none may.
+    """
+    if iteration_folder(output, iteration).exists():
+        return f"{iteration_folder(output, iteration).name} exists; remove it or name another directory"
+    present = saved_iterations(output)
+    for other in (iteration_folder(output, number) for number in present):
+        if like is None or not (other / like).is_file():
+            return f"holds {other.name}, another checkpoint; name a new directory"
+    tracker = output / TRACKER_NAME
+    latest = tracker.read_text().strip() if tracker.is_file() else str(iteration)
+    if latest not in map(str, (iteration, *present)):
+        return f"{TRACKER_NAME} there names {latest!r}, another checkpoint; name a new directory"
+    return None
+
+
+def find_checkpoints(directory: Path, iterations: Sequence[int] | None = None) -> list[Checkpoint]:
+    """Complete checkpoints of a save directory, oldest first.
+
+    Args:
+        directory: What `--save` named.
+        iterations: Those to open, each of which must be there; default: all.
+
+    Raises:
+        ConfigError: no such directory, nothing in it, or a folder without its metadata (an unfinished save).
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such directory; give the directory that --save named")
+    found = saved_iterations(directory) if iterations is None else sorted(iterations)
+    if not found:
+        raise ConfigError(f"{directory}: holds no iter_* folder; give the directory that --save named")
+    checkpoints = [Checkpoint(iteration_folder(directory, iteration), iteration) for iteration in found]
+    for checkpoint in checkpoints:
+        _check_format(checkpoint.folder)
+    return checkpoints
+
+
+def _check_format(folder: Path) -> None:
+    description = folder / "metadata.json"
+    if not description.is_file() or not (folder / ".metadata").is_file():
+        raise ConfigError(
+            f"{folder}: no metadata.json or .metadata; it is not a torch_dist checkpoint (--ckpt-format torch_dist), "
+            "or its save did not end: remove the folder"
+        )
+    try:
+        backend = json.loads(description.read_text()).get("sharded_backend")
+    except (OSError, ValueError, AttributeError) as error:  # torn, or a list
+        raise ConfigError(
+            f"{folder} has unreadable metadata ({description.name}: {error}); restore it from a copy, or name another "
+            "checkpoint"
+        ) from error
+    if backend != _BACKEND["sharded_backend"]:
+        raise ConfigError(f"{description}: backend {backend!r}; only torch_dist checkpoints can be read")
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], objects: Mapping[str, io.BytesIO], files: Mapping[str, bytes]
+) -> None:
+    """Write a checkpoint that Megatron loads, whole or not at all.
+
+    Args:
+        folder: `iter_*` folder; must not exist.
+        tensors: Whole tensors of the model by name.
+        objects: Stored bytes as `Checkpoint.load_objects` gives them.
+        files: More small files to put beside, content by name.
+    """
+    with new_checkpoint_folder(folder, files) as unfinished, single_process():
+        save_checkpoint(
+            {**tensors, **objects},
+            storage_writer=FileSystemWriter(unfinished, thread_count=1),
+            planner=_RawSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+
+
+@contextmanager
+def new_checkpoint_folder(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder to write a checkpoint into; it takes the name `folder` when the block ends well.
+
+    Args:
+        folder: `iter_*` folder; must not exist.
+        files: Small files to put beside, content by name; Megatron's description of the format is added.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    _remove_files(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    for name, content in {**files, "metadata.json": json.dumps(_BACKEND).encode()}.items():
+        (unfinished / name).write_bytes(content)
+    unfinished.rename(folder)
+
+
+def _remove_files(folder: Path) -> None:
+    """Remove what an interrupted write left."""
+    if folder.exists():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open an `iter_*` folder, or the checkpoint that a save directory's tracker names.
+
+    Raises:
+        ConfigError: there is none, it is not in `torch_dist` format, or its `metadata.json` is torn.
+    """
+    tracker = path / TRACKER_NAME
+    folder = path
+    if tracker.is_file():
+        content = tracker.read_text().strip()
+        if not content.isdigit():
+            raise ConfigError(f"{tracker}: says {content!r}, not an iteration; name an iter_* folder")
+        folder = iteration_folder(path, int(content))
+    match = _FOLDER.fullmatch(folder.name)
+    if match is None or not folder.is_dir():
+        raise ConfigError(
+            f"{path}: no checkpoint; give an iter_* folder, or a save directory with {TRACKER_NAME} "
+            f"(looked for {folder})"
+        )
+    _check_format(folder)
+    return Checkpoint(folder, int(match[1]))

@@ -1,0 +1,1 @@
+"""Describe and verify shards: counts, distributions, damage."""

@@ -1,0 +1,257 @@
+"""Tasks of lm-evaluation-harness: loaded once, scored by likelihood item by item, and named when they cannot be loaded.
+
+Beside the harness's own accuracy every item gets what small models differ in long before their accuracy does
+(DataDecide, arXiv 2504.11393): bits per byte of the right answer, its share of the probability of all answers, and its
+margin before the best wrong one.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.quantile.results import TaskResult
+from megatron_kaiyuan.quantile.study import Study
+
+__all__ = ["TaskSuite", "check_tasks", "choice_scores", "error_summary"]
+
+_FEWSHOT_SEED = 1234
+
+
+@dataclass(frozen=True)
+class TaskSuite:
+    """The tasks of a study that could be loaded, and why the others could not."""
+
+    loaded: dict[str, dict[str, Any]]
+    """lm-eval's description of each task or group by the study's name for it."""
+    failed: dict[str, str]
+    tokenizer: Any = None
+
+    @classmethod
+    def load(cls, study: Study) -> "TaskSuite":
+        """Load all tasks; one that fails is remembered with its reason.
+
+        Raises:
+            StudyError: tasks are asked for, and lm-eval is not installed, a folder is missing, or no tokenizer.
+        """
+        wanted = study.evaluation.all_tasks()
+        if not wanted:
+            return cls({}, {})
+        _check_requirements(study)
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        from lm_eval.tasks import TaskManager
+        from transformers import AutoTokenizer
+
+        folders = list(study.evaluation.task_folders)
+        manager = TaskManager(include_path=folders, include_defaults=False)
+        if any(spec.name not in manager.all_tasks for spec in wanted):  # reading the harness's own takes seconds
+            manager = TaskManager(include_path=folders or None)
+        loaded, failed = {}, {}
+        for spec in wanted:
+            try:
+                loaded[spec.name] = _prepare(manager.load([spec.name]), spec.num_fewshot)
+            except Exception as error:  # a task is data and code of many authors, and its data may need a network
+                failed[spec.name] = error_summary(error)
+        assert study.tokenizer is not None, "checked above"
+        return cls(loaded, failed, AutoTokenizer.from_pretrained(study.tokenizer.model))
+
+    def evaluate(self, model: Any, study: Study, positions: int) -> tuple[dict[str, TaskResult], dict[str, str]]:
+        """Score one model.
+
+        Args:
+            model: In evaluation mode.
+            study: The study.
+            positions: Longest context of the model, tokens.
+
+        Returns:
+            Results by name of the study, and the reasons of the tasks that gave none.
+        """
+        results: dict[str, TaskResult] = {}
+        failed = dict(self.failed)
+        if not self.loaded:
+            return results, failed
+        from megatron_kaiyuan.quantile.language_model import MegatronLanguageModel
+
+        batch = study.evaluation.batch_size
+        language_model = MegatronLanguageModel(model, self.tokenizer, positions=positions, batch_size=batch)
+        for name, tasks in self.loaded.items():
+            try:
+                results[name] = _score_tasks(language_model, tasks, study)
+            except Exception as error:  # as above: one broken task must not cost the others their results
+                failed[name] = error_summary(error)
+        return results, failed
+
+
+def check_tasks(study: Study) -> None:
+    """Whether a study has what its tasks need; whether the harness is installed is the evaluating machine's to know.
+
+    Raises:
+        StudyError: tasks without a tokenizer or their folder.
+    """
+    if study.evaluation.all_tasks() and study.tokenizer is None:
+        raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
+    study.evaluation.digested()
+
+
+def _check_requirements(study: Study) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise StudyError(
+            "evaluation.tasks needs lm-evaluation-harness, which is not installed: pip install -c constraints.txt "
+            '-e ".[eval]", or leave evaluation.tasks out'
+        )
+    check_tasks(study)
+
+
+def error_summary(error: BaseException) -> str:
+    """The first lines of an error that say something; some, like the one of HumanEval, begin with empty ones."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
+
+
+def _prepare(loaded: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:
+    for task in loaded["tasks"].values():
+        if num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
+
+
+def _score_tasks(language_model: Any, loaded: dict[str, Any], study: Study) -> TaskResult:
+    """Scores of all leaf tasks of one name, item after item."""
+    rows: list[dict[str, float]] = []
+    digest = hashlib.sha256()
+    for name, task in loaded["tasks"].items():
+        kind = task.get_config("output_type")
+        if kind == "multiple_choice":
+            items = _choice_items(language_model, name, task, study.evaluation.limit)
+        elif kind in ("generate_until", "loglikelihood"):
+            items = _answer_items(language_model, name, task, study)
+        else:
+            raise StudyError(f"{name}: output type {kind!r} has no answer to score; multiple_choice, generate_until do")
+        for text, row in items:
+            digest.update(text.encode() + b"\0")
+            rows.append(row)
+    names = [name for name in rows[0] if name != "answer_bits_per_byte" and all(name in row for row in rows)]
+    return TaskResult(
+        items=digest.hexdigest()[:16],
+        answer_bits_per_byte=tuple(round(row["answer_bits_per_byte"], 6) for row in rows),
+        metrics={name: tuple(round(row[name], 6) for row in rows) for name in names},
+    )
+
+
+def _choice_items(language_model: Any, name: str, task: Any, limit: int | None) -> list[tuple[str, dict[str, float]]]:
+    from lm_eval import evaluator
+
+    output = evaluator.evaluate(
+        language_model,
+        {"tasks": {name: task}, "groups": {}, "group_map": {}},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    assert output is not None, "only ranks above 0 get nothing"
+    items = []
+    for sample in output["samples"][name]:
+        document = sample["doc"]
+        choices = len(task.doc_to_choice(document))
+        arguments = sample["arguments"][:choices]  # with mutual information, unconditional requests follow
+        likelihoods = [float(response[0]) for response in sample["filtered_resps"][:choices]]
+        answers = [argument[1] for argument in arguments]
+        row = choice_scores(likelihoods, answers, _gold(task, document, sample["target"]))
+        items.append((f"{arguments[0][0]}\n{answers}", row))
+    return items
+
+
+def _gold(task: Any, document: Any, target: Any) -> int:
+    """Number of the right choice."""
+    if getattr(task, "multiple_input", False):
+        target = task.doc_to_text(document)
+    if isinstance(target, list):
+        target = target[0]
+    if isinstance(target, str) and not target.isdigit():
+        return int(task.doc_to_choice(document).index(target))
+    return int(target)
+
+
+def choice_scores(likelihoods: Sequence[float], answers: Sequence[str], gold: int) -> dict[str, float]:
+    """Scores of one multiple-choice item.
+
+    Args:
+        likelihoods: Log likelihood of each answer, nats.
+        answers: Their texts.
+        gold: Number of the right one.
+
+    Returns:
+        `answer_bits_per_byte` (lower is better); `accuracy` and `accuracy_per_byte`, 0 or 1; of the answers'
+        per-character normalised probabilities, `share_of_probability` (the right one's of their sum, in [0, 1]) and
+        `margin` (the right one's less the best wrong one's, in [-1, 1]).
+    """
+    sizes = [max(1, len(answer.encode())) for answer in answers]
+    per_byte = [value / size for value, size in zip(likelihoods, sizes, strict=True)]
+    characters = [max(1, len(answer)) for answer in answers]
+    normalised = [math.exp(value / count) for value, count in zip(likelihoods, characters, strict=True)]
+    others = [value for number, value in enumerate(normalised) if number != gold]
+    return {
+        "answer_bits_per_byte": -per_byte[gold] / math.log(2),
+        "accuracy": float(max(range(len(answers)), key=lambda number: likelihoods[number]) == gold),
+        "accuracy_per_byte": float(max(range(len(answers)), key=lambda number: per_byte[number]) == gold),
+        "share_of_probability": normalised[gold] / sum(normalised),
+        "margin": normalised[gold] - max(others, default=0.0),
+    }
+
+
+def _answer_items(language_model: Any, name: str, task: Any, study: Study) -> list[tuple[str, dict[str, float]]]:
+    """Likelihood of the reference answer of tasks that ask for a text; the generated text's own score on demand."""
+    from lm_eval.api.instance import Instance
+
+    task.build_all_requests(limit=study.evaluation.limit, rank=0, world_size=1)
+    documents = [instance.doc for instance in task.instances if instance.idx == 0]
+    contexts = [instance.args[0] for instance in task.instances if instance.idx == 0]
+    answers = [_answer(task, document) for document in documents]
+    requests = [
+        Instance("loglikelihood", document, pair, 0)
+        for document, pair in zip(documents, zip(contexts, answers, strict=True), strict=True)
+    ]
+    scored = language_model.loglikelihood(requests, disable_tqdm=True)
+    rows = [
+        {"answer_bits_per_byte": -value / math.log(2) / max(1, len(answer.encode()))}
+        for (value, _), answer in zip(scored, answers, strict=True)
+    ]
+    if study.evaluation.generate:
+        _add_generated_scores(language_model, name, task, study.evaluation.limit, rows)
+    return [(f"{context}\n{answer}", row) for context, answer, row in zip(contexts, answers, rows, strict=True)]
+
+
+def _answer(task: Any, document: Any) -> str:
+    """The reference answer; HumanEval's target is its tests, the solution stands beside it."""
+    if "canonical_solution" in document:
+        return str(document["canonical_solution"])
+    target = task.doc_to_target(document)
+    return str(task.get_config("target_delimiter") or "") + str(target[0] if isinstance(target, list) else target)
+
+
+def _add_generated_scores(
+    language_model: Any, name: str, task: Any, limit: int | None, rows: list[dict[str, float]]
+) -> None:
+    from lm_eval import evaluator
+
+    loaded = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    output = evaluator.evaluate(
+        language_model,
+        loaded,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1",  # the harness's own switch for such tasks
+    )
+    assert output is not None, "only ranks above 0 get nothing"
+    for row, sample in zip(rows, output["samples"][name], strict=False):
+        for metric in sample["metrics"]:
+            row[f"generated {metric}"] = float(sample[metric])

@@ -1,0 +1,1 @@
+"""The format on disk: .bin/.idx shards with scores, manifests and build records; numpy only."""
