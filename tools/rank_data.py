@@ -1,96 +1,10 @@
 #!/usr/bin/env python3
 """Build or verify the rank index of a source: its documents in ascending quality, memory-mapped by every later run."""
 
-import argparse
 import sys
-import time
-from pathlib import Path
 
+from megatron_kaiyuan.commands.rank import main
 from megatron_kaiyuan.host.cli import run_tool
-from megatron_kaiyuan.host.numpy_dispatch import prefer_fast_sort
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shards", nargs="*", metavar="SHARDS", help="prefix, directory or glob of .bin/.idx shards")
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        metavar="PLAN",
-        help="instead of SHARDS: all scored sources of a plan; an index that is there and up to date stays",
-    )
-    parser.add_argument("--score", default="score", type=score_name, help="name of the score sidecar (default: score)")
-    parser.add_argument(
-        "--scores",
-        metavar="F",
-        help="take the scores from F, a .npy file or FILE.parquet:column with one number per document in storage "
-        "order, and store them beside the shards under the name of --score",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="orders documents of equal score (default 0)")
-    parser.add_argument("--output", type=Path, help="index file (default: beside the first shard)")
-    parser.add_argument("--verify", action="store_true", help="compare an existing index with a fresh ranking")
-    return parser
-
-
-def score_name(text: str) -> str:
-    """What `--score` may be."""
-    from megatron_kaiyuan.shards.score_files import check_score_name
-
-    try:
-        return check_score_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def main() -> None:
-    """Rank one source, or those of a plan."""
-    parser = build_parser()
-    args = parser.parse_args()
-    if bool(args.shards) == (args.plan is not None):
-        parser.error("give the SHARDS of one source, or --plan PLAN")
-    if args.plan and (args.verify or args.scores or args.output):
-        parser.error("--plan takes scores and places from the plan; leave out --verify, --scores and --output")
-    if args.verify and args.scores:
-        parser.error("--verify compares with the stored scores; leave out --scores, or rank first and verify then")
-    prefer_fast_sort()
-    rank_plan(args) if args.plan else rank_one(args)
-
-
-def rank_plan(args: argparse.Namespace) -> None:
-    """Rank what is missing of a plan."""
-    from megatron_kaiyuan.data.rank_plan import rank_plan_sources
-    from megatron_kaiyuan.reporting.progress import ConsoleMeter
-
-    with ConsoleMeter() as meter:
-        for ranked in rank_plan_sources(args.plan, args.seed, meter):
-            state = "ranked" if ranked.built else "up to date"
-            print(f"{ranked.name}: {state}, {ranked.source.num_documents:,} documents, {ranked.path}", flush=True)
-
-
-def rank_one(args: argparse.Namespace) -> None:
-    """Rank or verify one source."""
-    from megatron_kaiyuan.data import open_source
-    from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
-    from megatron_kaiyuan.reporting.progress import ConsoleMeter
-    from megatron_kaiyuan.shards.score_import import import_scores
-
-    source = open_source("source", args.shards)
-    if args.scores:
-        import_scores(source, args.scores, args.score)
-    path = args.output or index_path(source, args.score)
-    if args.verify:
-        verify_rank_index(path, source, args.score)
-        print(f"{path}: correct for {source.num_documents:,} documents, {source.num_tokens:,} tokens")
-        return
-    started = time.perf_counter()
-    with ConsoleMeter() as meter:
-        write_rank_index(source, args.score, path, args.seed, meter)
-    print(
-        f"{path}: {source.num_documents:,} documents, {source.num_tokens:,} tokens in {len(source.shards)} shard(s), "
-        f"{path.stat().st_size:,} bytes, {time.perf_counter() - started:.1f} s"
-    )
-
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))

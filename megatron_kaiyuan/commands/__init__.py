@@ -1,0 +1,1 @@
+"""The verbs: each module turns a command line into one call of the library."""

@@ -1,0 +1,53 @@
+"""Continue prompts with the model of a checkpoint."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of the tool."""
+    parser = argparse.ArgumentParser(description="Continue prompts with the model of a checkpoint, in one process.")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="iter_* folder, or save directory (its latest)"
+    )
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="Hugging Face tokenizer folder")
+    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="one or several texts to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest continuation (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0 = all (default)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="same seed, same text (default 1234)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the texts there as well")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    options = build_parser().parse_args()
+    cpu_platform.install()
+    from transformers import AutoTokenizer
+
+    from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+    from megatron_kaiyuan.export.tokenizer_files import open_tokenizer
+    from megatron_kaiyuan.training.generation import Sampling, continue_text
+
+    with quiet_megatron_import():
+        from megatron_kaiyuan.training.loading import load_model
+
+    sampling = Sampling(
+        temperature=options.temperature, top_k=options.top_k, max_new_tokens=options.max_new_tokens, seed=options.seed
+    )
+    checkpoint = open_intact_checkpoint(options.checkpoint)
+    open_tokenizer(options.tokenizer, checkpoint.arguments.padded_vocab_size)  # raises where it does not fit
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
+    model, positions = load_model(checkpoint)
+    texts = [prompt + continue_text(model, tokenizer, prompt, sampling, positions) for prompt in options.prompt]
+    separated = f"\n{'-' * 40}\n".join(texts) + "\n"
+    print(separated)
+    if options.output:
+        options.output.write_text(separated, encoding="utf-8")
