@@ -1,0 +1,30 @@
+"""The environment of every test, set before anything imports torch: here, because each process imports this first.
+
+Without `KAIYUAN_GPU_TESTS` the GPUs are hidden, so that the tests are the same on every machine. The children of a
+test, pytest-xdist's workers included, inherit that. `KAIYUAN_GPU_TESTS=cuda` runs the tests marked `gpu` instead, on
+the GPUs that are there. `KAIYUAN_GPU_TESTS=cpu` runs the same tests without a GPU, to find ordinary mistakes in them.
+"""
+
+import os
+from pathlib import Path
+
+__all__ = ["GPU_TESTS", "REPOSITORY"]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GPU_TESTS = os.environ.get("KAIYUAN_GPU_TESTS", "")
+"""`cuda`, `cpu`, or empty: the tests marked `gpu` are left out."""
+
+
+def _prepare() -> None:
+    if GPU_TESTS not in ("", "cpu", "cuda"):
+        raise ValueError(f"KAIYUAN_GPU_TESTS={GPU_TESTS}: give cuda or cpu, or leave it out")
+    if GPU_TESTS != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["KAIYUAN_DEVICE"] = "cpu"
+    # Commands that the tests start find this checkout first, and whatever else this Python found its packages in.
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [str(REPOSITORY), *(folder for folder in inherited if folder and folder != str(REPOSITORY))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+
+
+_prepare()

@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 
+from tests import GPU_TESTS
+
 # Warnings are errors (pyproject.toml). These are said by other packages when they are imported or built, about things
 # that are as intended here; each is named by its text so that no other warning hides behind it.
 THIRD_PARTY_WARNINGS = (
@@ -30,13 +32,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests marked `gpu`, or all others: they never share a process (`tests/__init__.py` says why)."""
+    chosen = [item for item in items if (item.get_closest_marker("gpu") is not None) == bool(GPU_TESTS)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 def _load_kernels_into_the_interpreter() -> None:
     """Import our Triton kernels so that they run on the CPU; `use_triton` decides at each call whether they do.
 
     Triton reads the variable when it decorates, its own functions included, so it has to be set before the first
     import.
     """
-    if importlib.util.find_spec("triton") is None:
+    if GPU_TESTS == "cuda" or importlib.util.find_spec("triton") is None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     with warnings.catch_warnings():

@@ -20,7 +20,6 @@ import torch
 
 from tests.functional_tests.training_run import (
     MODEL_FLAGS,
-    REPOSITORY,
     STEPS,
     TRAINING_FLAGS,
     saved_tensors,
@@ -45,7 +44,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     """Two processes that train, in a session of their own; stdout and stderr go to one pipe."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *launcher, "-m", "megatron_kaiyuan.pretrain", *MODEL_FLAGS, *TRAINING_FLAGS, *flags]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command,
         cwd=folder,

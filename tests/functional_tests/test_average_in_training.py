@@ -1,7 +1,6 @@
 """The average so far, evaluated while a run goes on: right, and without a trace in the run."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def test_the_losses_told_are_those_of_the_average_made_by_the_tool(
 def evaluated(folder: Path, plan: Path, windows: int) -> dict[str, Any]:
     command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(folder / "average"), "--plan", str(plan)]
     command += ["--windows", str(windows), "--json", str(folder / "evaluated.json")]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    subprocess.run(command, check=True, capture_output=True)
     result: dict[str, Any] = json.loads((folder / "evaluated.json").read_text())["results"][0]["sources"]
     return result
 
@@ -127,8 +126,7 @@ def test_members_of_an_attempt_that_was_given_up_are_not_averaged(
     average = [sys.executable, str(REPOSITORY / "tools" / "average_checkpoints.py"), "saved", "--output", "average"]
 
     def refused(*choice: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run([*average, *choice], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run([*average, *choice], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 1, done.stdout + done.stderr
         return done.stderr
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 def run_demo(output: Path) -> str:
     """Start the script; returns its output."""
     command = [sys.executable, "examples/demo/run_demo.py", "--quick", "--output", str(output)]
-    environment = {**os.environ, "COLUMNS": "160", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "COLUMNS": "160"}
     finished = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     return finished.stdout

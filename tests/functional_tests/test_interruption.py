@@ -113,8 +113,7 @@ def evaluated(folder: Path, plan: Path, windows: int) -> dict[str, Any]:
     """What `tools/evaluate.py` finds of the average on the first windows of each source."""
     command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(folder / "saved-averaged")]
     command += ["--plan", str(plan), "--windows", str(windows), "--json", str(folder / "evaluated.json")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
     result: dict[str, Any] = json.loads((folder / "evaluated.json").read_text())["results"][0]
     return result
 

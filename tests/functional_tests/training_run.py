@@ -106,7 +106,7 @@ def train(folder: Path, *flags: str, processes: int = 1, training: Sequence[str]
     events = folder / "events"
     command = [sys.executable, *launcher, "-m", "megatron_kaiyuan.pretrain", *MODEL_FLAGS, *training]
     command += ["--tensorboard-dir", str(events), *flags]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -74,7 +74,7 @@ def megatron_reads(flags: list[str]) -> dict[str, object]:
     """The values of Megatron's parser with our flags added; refuses an unknown flag."""
     done = subprocess.run(
         [sys.executable, "-c", READ_FLAGS, *flags],
-        env={**os.environ, "WORLD_SIZE": "64", "RANK": "0", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "WORLD_SIZE": "64", "RANK": "0"},
         capture_output=True,
         text=True,
         check=False,

@@ -22,7 +22,7 @@ from megatron_kaiyuan.shards.score_import import import_scores
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source
 
 ROOT = Path(__file__).parents[3]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(tool, *args):

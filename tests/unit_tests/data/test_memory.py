@@ -20,7 +20,7 @@ DOCUMENTS = 3_000_000
 
 
 def run_child(script, *args):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", MEMORY + script, *map(str, args)],
         capture_output=True, text=True, env=environment, check=False,

@@ -145,7 +145,7 @@ def test_spawned_workers_map_the_files_and_copy_none(opened, tmp_path):
     folder = str(Path(source.shards[0].prefix).parent)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "raw"), folder],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for own, maps, total in json.loads(done.stdout):

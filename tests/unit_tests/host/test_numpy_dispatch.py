@@ -26,7 +26,7 @@ def decide(tmp_path: Path, cpu: str, before: str = "", **environment: str) -> st
     kept = {name: value for name, value in os.environ.items() if name != "NPY_DISABLE_CPU_FEATURES"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", before + CODE, str(tmp_path / "cpuinfo")],
-        env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+        env=kept | environment,
         capture_output=True,
         text=True,
         check=True,

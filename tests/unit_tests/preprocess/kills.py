@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.unit_tests.preprocess.corpus import REPOSITORY, folder_bytes, number_rows, write_jsonl
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py")]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @dataclass

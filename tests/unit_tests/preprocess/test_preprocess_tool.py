@@ -16,7 +16,7 @@ from tests.unit_tests.preprocess.corpus import REPOSITORY, number_rows, read_sha
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py")]
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

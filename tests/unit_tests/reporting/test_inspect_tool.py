@@ -23,7 +23,7 @@ TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog {'again and ' 
 
 def run(*args):
     command = [sys.executable, str(ROOT / "tools" / "inspect_data.py"), *map(str, args)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

@@ -19,7 +19,7 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 def run(*args):
     command = [sys.executable, str(ROOT / "tools" / "report_run.py"), *map(str, args)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.training_run import MODEL_FLAGS, REPOSITORY, TRAINING_FLAGS, write_corpus
+from tests.functional_tests.training_run import MODEL_FLAGS, TRAINING_FLAGS, write_corpus
 from tests.unit_tests.training.test_plan_arguments import write_manifest
 
 REACH_THE_LOOP = """
@@ -43,7 +43,7 @@ def reach_the_loop(folder: Path, *flags: str, before: str = "", after: str = "")
     return subprocess.run(
         [sys.executable, "-c", f"{before}{REACH_THE_LOOP}{after}", *MODEL_FLAGS, *TRAINING_FLAGS, *flags],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
