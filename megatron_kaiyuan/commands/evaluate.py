@@ -41,10 +41,10 @@ def main() -> None:
     options = build_parser().parse_args()
     cpu_platform.install()
     with quiet_megatron_import():
-        from megatron_kaiyuan.training.evaluation import evaluate_checkpoints, results_as_json
+        from megatron_kaiyuan.evaluation.held_out import evaluate_checkpoints, results_as_json
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
-    from megatron_kaiyuan.training.token_bytes import token_bytes
+    from megatron_kaiyuan.evaluation.token_bytes import token_bytes
 
     plan = Plan.load(options.plan)
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan.tokenizer else None)

@@ -33,11 +33,11 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+    from megatron_kaiyuan.evaluation.generation import Sampling, continue_text
     from megatron_kaiyuan.export.tokenizer_files import open_tokenizer
-    from megatron_kaiyuan.training.generation import Sampling, continue_text
 
     with quiet_megatron_import():
-        from megatron_kaiyuan.training.loading import load_model
+        from megatron_kaiyuan.evaluation.loading import load_model
 
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, max_new_tokens=options.max_new_tokens, seed=options.seed

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError, ShardError
 from megatron_kaiyuan.inspection.describe import NoSuchScoreError
-from megatron_kaiyuan.preprocess.tokenize import TOKENIZER_TYPES
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
 from megatron_kaiyuan.reporting.sample_text import parse_sample_range
+from megatron_kaiyuan.shards.tokenizer import TOKENIZER_TYPES
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

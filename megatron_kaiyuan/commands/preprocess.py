@@ -12,7 +12,7 @@ from megatron_kaiyuan.errors import ConfigError, TokenizerError
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess
 from megatron_kaiyuan.preprocess.config import SHARD_BYTES
 from megatron_kaiyuan.preprocess.progress import ConsoleReporter
-from megatron_kaiyuan.preprocess.tokenize import TOKENIZER_TYPES
+from megatron_kaiyuan.shards.tokenizer import TOKENIZER_TYPES
 
 _MOST_SHARDS_LISTED = 8
 

@@ -1,9 +1,8 @@
 """The dry run: what a plan will show, phase by source by quantile band, as plain data."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,28 +11,41 @@ from megatron_kaiyuan.data.constraints import bounded_shares, describe_bound, do
 from megatron_kaiyuan.data.interleave import prefix_bound
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.data.stream import Stream
 
-if TYPE_CHECKING:
-    from megatron_kaiyuan.data.plan import Plan
-
-__all__ = ["band_edges", "describe_plan"]
+__all__ = ["ResolvedPlan", "band_edges", "describe_plan"]
 
 
-def describe_plan(plan: Plan, bands: int = 10) -> dict[str, Any]:
-    """All of `Plan.describe`.
+class ResolvedPlan(NamedTuple):
+    """What a description is made from."""
+
+    spec: PlanSpec
+    opened: Mapping[str, OpenedSource]
+    phases: list[Phase]
+    fingerprint: str
+
+    @property
+    def seq_length(self) -> int:
+        """Predicted tokens of a sample."""
+        return self.spec.seq_length
+
+
+def describe_plan(plan: ResolvedPlan, bands: int) -> dict[str, Any]:
+    """Return all of `Plan.describe`.
 
     Args:
-        plan: a resolved plan.
+        plan: the facts of a resolved plan.
         bands: equal score bands, by documents, that a scored source is divided into.
     """
+    samples = sum(phase.num_samples for phase in plan.phases)
     return {
         "seq_length": plan.seq_length,
-        "seed": plan.seed,
+        "seed": plan.spec.seed,
         "fingerprint": plan.fingerprint,
-        "samples": plan.num_samples,
-        "tokens": plan.num_samples * plan.seq_length,
+        "samples": samples,
+        "tokens": samples * plan.seq_length,
         "domains": _domain_shares(plan, plan.phases),
         "domain_bounds": [describe_bound(share, plan.seq_length) for share in bounded_shares(plan.spec, plan.phases)],
         "phases": [_describe_phase(plan, phase) for phase in plan.phases],
@@ -41,7 +53,7 @@ def describe_plan(plan: Plan, bands: int = 10) -> dict[str, Any]:
     }
 
 
-def _describe_phase(plan: Plan, phase: Phase) -> dict[str, Any]:
+def _describe_phase(plan: ResolvedPlan, phase: Phase) -> dict[str, Any]:
     sources = {
         name: _describe_stream(phase, number, name, stream)
         for number, (name, stream) in enumerate(phase.streams.items())
@@ -59,7 +71,7 @@ def _describe_phase(plan: Plan, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _domain_shares(plan: Plan, phases: list[Phase]) -> dict[str, float]:
+def _domain_shares(plan: ResolvedPlan, phases: list[Phase]) -> dict[str, float]:
     total = sum(phase.num_samples for phase in phases)
     return {domain: samples / total for domain, samples in domain_samples(plan.spec, phases).items()}
 
@@ -82,7 +94,7 @@ def _describe_stream(phase: Phase, number: int, name: str, stream: Stream) -> di
     }
 
 
-def _describe_source(plan: Plan, source: OpenedSource, bands: int) -> dict[str, Any]:
+def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> dict[str, Any]:
     seen = sum(
         int(phase.used[number]) * plan.seq_length
         for phase in plan.phases
@@ -108,7 +120,7 @@ def band_edges(documents: int, bands: int) -> NDArray[np.int64]:
     return np.array([nearest_count(Fraction(band, bands), documents) for band in range(bands + 1)], dtype=np.int64)
 
 
-def _describe_bands(plan: Plan, source: OpenedSource, bands: int) -> list[dict[str, Any]]:
+def _describe_bands(plan: ResolvedPlan, source: OpenedSource, bands: int) -> list[dict[str, Any]]:
     edges = band_edges(source.source.num_documents, bands)
     tokens = np.diff(source.ranked_order.token_offsets(edges))
     seen = {

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,12 @@ from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
 from megatron_kaiyuan.data.ranking import STRIDE
 from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
-from megatron_kaiyuan.data.shared_shards import held_out_elsewhere
 from megatron_kaiyuan.errors import PlanError, ShardError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import real_files
 from megatron_kaiyuan.shards.source import Source, open_sources
 
-__all__ = ["OpenedSource", "leave_out_elsewhere", "open_plan_source", "open_plan_sources"]
+__all__ = ["OpenedSource", "held_out_elsewhere", "leave_out_elsewhere", "open_plan_source", "open_plan_sources"]
 
 _PROBES = 64
 
@@ -212,3 +212,43 @@ def _draw(source: Source, held_out: int, seed: int) -> NDArray[np.int64]:
 def _load_index(source: Source, spec: SourceSpec, digest: str | None) -> RankIndex:
     assert spec.score is not None
     return load_or_rank(source, spec.score, Path(spec.rank_index) if spec.rank_index else None, digest)
+
+
+def held_out_elsewhere(
+    parts: Mapping[str, Sequence[tuple[Hashable, int]]], held_out: Mapping[str, NDArray[np.int64]]
+) -> dict[str, NDArray[np.int64]]:
+    """Documents of each source that another source holds out, and that it does not hold out itself.
+
+    Args:
+        parts: of each source, in storage order, what tells a shard from all others, and its number of documents.
+        held_out: documents that each source holds out, by their numbers in it, ascending int64 `[n]`.
+
+    Returns:
+        Of each source the numbers of such documents in it, ascending int64 `[n]`; mostly none.
+    """
+    starts = {name: _starts(some) for name, some in parts.items()}
+    holders: dict[Hashable, list[tuple[str, int]]] = {}
+    for name, some in parts.items():
+        for (shard, _), start in zip(some, starts[name].tolist(), strict=False):
+            holders.setdefault(shard, []).append((name, start))
+    found: dict[str, list[NDArray[np.int64]]] = {name: [] for name in parts}
+    for name, documents in held_out.items():
+        places = starts[name].searchsorted(documents, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(documents)]
+        for first, stop in pairwise(edges if len(documents) else []):
+            number = int(places[first])
+            for other, start in holders[parts[name][number][0]]:
+                if other != name:
+                    found[other].append(documents[first:stop] - starts[name][number] + start)
+    return {name: _without(some, held_out[name]) for name, some in found.items()}
+
+
+def _starts(parts: Sequence[tuple[Hashable, int]]) -> NDArray[np.int64]:
+    """Documents before each shard, int64 `[shards]`."""
+    sizes = np.array([documents for _, documents in parts], dtype=np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+def _without(documents: Sequence[NDArray[np.int64]], own: NDArray[np.int64]) -> NDArray[np.int64]:
+    none = np.empty(0, dtype=np.int64)
+    return np.setdiff1d(np.concatenate([none, *documents]), own) if documents else none

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_kaiyuan.data.constraints import check_domain_bounds
-from megatron_kaiyuan.data.description import describe_plan
+from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_sources
 from megatron_kaiyuan.data.phase import Phase, build_phase
 from megatron_kaiyuan.data.plan_schema import (
@@ -152,7 +152,7 @@ class Plan:
 
     def describe(self, bands: int = 10) -> dict[str, Any]:
         """The dry run as plain data: per phase, source and quantile band, unique and repeated tokens and epochs."""
-        return describe_plan(self, bands)
+        return describe_plan(ResolvedPlan(self.spec, self.opened, self.phases, self.fingerprint), bands)
 
 
 def _held_out(spec: PlanSpec, name: str) -> int:

@@ -118,7 +118,7 @@ def _tokenizer_of(prefix: str) -> _Record | None:
 
 def _compare_with_plan(record: _Record, tokenizer: TokenizerSpec) -> None:
     # here and not above: the rest of this room needs neither Arrow nor a tokenizer
-    from megatron_kaiyuan.preprocess.tokenize import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
+    from megatron_kaiyuan.shards.tokenizer import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
 
     types = (record.type, tokenizer.type)
     if types[0] != types[1] and not set(types) <= set(SENTENCEPIECE_TYPES):

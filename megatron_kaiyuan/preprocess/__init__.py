@@ -1,11 +1,12 @@
 """Documents to Megatron shards with score sidecars; needs neither torch nor Megatron."""
 
-from megatron_kaiyuan.preprocess.build_record import BuildRecord, load_build, missing_shards
-from megatron_kaiyuan.preprocess.config import PreprocessConfig, shard_prefix
+from megatron_kaiyuan.preprocess.build_folder import missing_shards
+from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.pipeline import RunSummary, preprocess
-from megatron_kaiyuan.preprocess.tokenize import TokenizerConfig, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.writer import ShardWriter, optimal_dtype
+from megatron_kaiyuan.shards.build_record import BuildRecord, load_build, shard_prefix
 from megatron_kaiyuan.shards.manifest import Manifest, load_manifest, verify_manifest
+from megatron_kaiyuan.shards.tokenizer import TokenizerConfig, tokenizer_fingerprint
 
 __all__ = [
     "BuildRecord",

@@ -1,17 +1,28 @@
 """Who may build into a folder: the command that began it, also after a file of its input was mended."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.atomic import write_text_atomically
-from megatron_kaiyuan.preprocess.build_record import BUILD_FILE, BuildRecord, load_build, missing_shards
-from megatron_kaiyuan.preprocess.partial import remove_dead_partials
-from megatron_kaiyuan.preprocess.shard_state import is_complete, remove_existing, retire
-from megatron_kaiyuan.shards.manifest import Manifest
+from megatron_kaiyuan.preprocess.config import PreprocessConfig
+from megatron_kaiyuan.preprocess.inputs import InputFile, Part, PartNumbers, cut_into_shards, keep_cut
+from megatron_kaiyuan.preprocess.partial import is_complete, remove_dead_partials, remove_existing, retire
+from megatron_kaiyuan.shards.build_record import (
+    BUILD_FILE,
+    BuildInput,
+    BuildRecord,
+    build_fingerprint,
+    load_build,
+    shard_name,
+    shard_prefix,
+)
+from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord
 
-__all__ = ["changed_inputs", "check_claim", "claim_folder"]
+__all__ = ["ShardTask", "changed_inputs", "check_claim", "claim_folder", "missing_shards", "plan_build", "shard_tasks"]
 
 
 def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *, overwrite: bool) -> int:
@@ -139,4 +150,80 @@ def changed_inputs(found: BuildRecord, wanted: BuildRecord) -> list[str]:
         f"input {new.name} has changed ({old.bytes} bytes then, {new.bytes} now)"
         for old, new in zip(found.inputs, wanted.inputs, strict=True)
         if old != new
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One shard to build."""
+
+    number: int
+    prefixes: tuple[str, ...]
+    parts: tuple[Part, ...]
+    build: str
+    """Its fingerprint, see `BuildRecord.shard_build`."""
+
+
+def plan_build(
+    config: PreprocessConfig, inputs: Sequence[InputFile], tokenizer: TokenizerRecord, found: BuildRecord | None = None
+) -> BuildRecord:
+    """The record of a command. The cut is that of `found`, the folder's own, for the same settings and file names."""
+    listed = [BuildInput(name=file.name, bytes=file.bytes, probe=file.probe) for file in inputs]
+    settings = _settings(config, tokenizer)
+    kept = None
+    if found is not None and found.settings == settings and _names(found.inputs) == _names(listed):
+        changed = {number for number, file in enumerate(listed) if file != found.inputs[number]}
+        kept = keep_cut(found.shards, inputs, changed)
+    if config.output_dir is None:
+        shards = [tuple(Part(file) for file in inputs)]
+    else:
+        shards = kept or cut_into_shards(inputs, config.shard_bytes)
+    numbers = {file.name: number for number, file in enumerate(inputs)}
+    return BuildRecord(
+        build=build_fingerprint(settings, [item.model_dump() for item in listed]),
+        settings=settings,
+        inputs=listed,
+        shards=[[_numbered(part, numbers) for part in parts] for parts in shards],
+        num_tasks=found.num_tasks if found is not None and kept else config.num_tasks,
+    )
+
+
+def _settings(config: PreprocessConfig, tokenizer: TokenizerRecord) -> dict[str, Any]:
+    """Flags that decide the bytes."""
+    return {
+        "json_keys": list(config.json_keys),
+        "score_keys": list(config.score_keys),
+        "id_key": config.id_key,
+        "append_eod": config.append_eod,
+        "max_document_tokens": config.max_document_tokens,
+        "shard_bytes": None if config.output_dir is None else config.shard_bytes,
+        "tokenizer": tokenizer.model_dump(exclude={"model"}),
+    }
+
+
+def _names(inputs: Sequence[BuildInput]) -> list[str]:
+    return [file.name for file in inputs]
+
+
+def _numbered(part: Part, numbers: dict[str, int]) -> PartNumbers:
+    return numbers[part.file.name], part.start, part.stop
+
+
+def shard_tasks(config: PreprocessConfig, record: BuildRecord, inputs: Sequence[InputFile]) -> list[ShardTask]:
+    """All shards of the build, those of other tasks included."""
+    tasks = []
+    for number, parts in enumerate(record.shards):
+        stem = config.output_prefix or str(Path(config.output_dir or "") / shard_name(number))
+        prefixes = tuple(shard_prefix(stem, key) for key in config.json_keys)
+        found = tuple(Part(inputs[file], start, stop) for file, start, stop in parts)
+        tasks.append(ShardTask(number, prefixes, found, record.shard_build(number)))
+    return tasks
+
+
+def missing_shards(folder: Path, record: BuildRecord) -> list[int]:
+    """Numbers of the shards that are not complete; reads a manifest for each."""
+    return [
+        number
+        for number in range(len(record.shards))
+        if not all(is_complete(prefix, record.shard_build(number)) for prefix in record.prefixes(folder, number))
     ]

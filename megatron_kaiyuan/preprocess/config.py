@@ -6,9 +6,9 @@ from typing import Literal
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.preprocess.inputs import STDIN
 from megatron_kaiyuan.preprocess.readers import BLOCK_BYTES
-from megatron_kaiyuan.preprocess.tokenize import TokenizerConfig
+from megatron_kaiyuan.shards.tokenizer import TokenizerConfig
 
-__all__ = ["SHARD_BYTES", "PreprocessConfig", "shard_prefix"]
+__all__ = ["SHARD_BYTES", "PreprocessConfig"]
 
 SHARD_BYTES = 10**9
 
@@ -81,8 +81,3 @@ def _check_output(config: PreprocessConfig) -> None:
             raise ConfigError("--input -: standard input cannot be read twice or cut; give --output-prefix, or files")
     elif config.num_tasks > 1:
         raise ConfigError(f"--num-tasks {config.num_tasks}: tasks share a folder of shards; give --output-dir")
-
-
-def shard_prefix(output_prefix: str, json_key: str) -> str:
-    """Where the shard of one text key goes, as Megatron's tool names it."""
-    return f"{output_prefix}_{json_key}_document"

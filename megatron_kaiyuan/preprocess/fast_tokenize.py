@@ -2,21 +2,28 @@
 
 Proof, in this order: before the run, on a sample of the actual input and on a list of difficult strings; during the
 run, on an excerpt of one document in every block. Any difference before the run means that the reference is used; one
-during the run stops it, and fast_shards.py says what becomes of finished shards. Cost of the check in the run: an
+during the run stops it, and gigatoken's finished shards are withdrawn (`FastShards`). Cost of the check in the run: an
 excerpt of 1000 characters per 2 MiB block, about 1 ms.
 """
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import TokenizerError
-from megatron_kaiyuan.preprocess.tokenize import (
+from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.preprocess.partial import retire
+from megatron_kaiyuan.shards.build_record import BuildRecord
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
+from megatron_kaiyuan.shards.tokenizer import (
     DocumentTokenizer,
     TokenBatch,
     TokenizerConfig,
@@ -24,9 +31,21 @@ from megatron_kaiyuan.preprocess.tokenize import (
     model_file,
 )
 
-__all__ = ["Choice", "TokenizersDiffer", "choose_backend", "difficult_texts", "load_tokenizer"]
+__all__ = [
+    "DIFFERENCE_FILE",
+    "Choice",
+    "FastShards",
+    "TokenizersDiffer",
+    "choose_backend",
+    "difficult_texts",
+    "gigatoken_name",
+    "load_tokenizer",
+    "named",
+]
 
 _EXCERPT = 1000
+DIFFERENCE_FILE = "gigatoken_differs.json"
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,3 +215,68 @@ def difficult_texts() -> list[str]:
     rare = ["\ufffd", "\ue000", "\U0010fffd", "\u0378", "\U000e0041"]
     texts = ["", *joined, *blanks, *words, *numbers, *scripts, *specials, *rare]
     return [*texts, *(f"{left}{right}" for left, right in zip(texts, reversed(texts), strict=True)), "".join(texts)]
+
+
+def gigatoken_name() -> str:
+    """`gigatoken <version>`, as manifests have it."""
+    return f"gigatoken {importlib.metadata.version('gigatoken')}"
+
+
+class FastShards:
+    """The shards of one build that gigatoken made.
+
+    Args:
+        folder: Of the shards; None for a single one, which gets its final name only when all of it was checked.
+        record: The build.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, folder: Path | None, record: BuildRecord, tokenizer: TokenizerRecord) -> None:
+        self._folder = folder
+        self._record = record
+        self._fingerprint = tokenizer.fingerprint
+
+    def known_difference(self) -> str | None:
+        """What some task found; None where nothing was, or for another tokenizer."""
+        if self._folder is None:
+            return None
+        try:
+            told = json.loads((self._folder / DIFFERENCE_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return str(told["found"]) if told["tokenizer"] == self._fingerprint else None
+
+    def check(self) -> None:
+        """Raise TokenizersDiffer where another task found a difference meanwhile; asked after a shard has its name."""
+        if found := self.known_difference():
+            raise TokenizersDiffer(found)
+
+    def withdraw(self) -> list[str]:
+        """Take the shards away; their names."""
+        if self._folder is None:
+            return []
+        prefixes = self._record.builds(self._folder)
+        return [Path(prefix).name for prefix in prefixes if retire(prefix, lambda made: made.tokenized_by is None)]
+
+    def condemn(self, found: str) -> list[str]:
+        """Remember the difference, then take the shards away, so that none that is finished later is missed."""
+        if self._folder is not None:
+            told = {"found": found, "tokenizer": self._fingerprint}
+            write_text_atomically(self._folder / DIFFERENCE_FILE, json.dumps(told) + "\n")
+        return self.withdraw()
+
+    def stopped_by(self, difference: TokenizersDiffer) -> TokenizerError:
+        """What to tell when a difference was found during a run."""
+        gone = self.condemn(str(difference))
+        if self._folder is None:
+            return TokenizerError(f"{difference}; run again with --tokenizer-backend reference")
+        return TokenizerError(
+            f"{difference}; {named(gone)} taken away, because gigatoken had made them; run the same command again, "
+            f"every task of it: it uses the reference now ({self._folder / DIFFERENCE_FILE} says why)"
+        )
+
+
+def named(shards: list[str]) -> str:
+    """`2 shards (a, b) were`."""
+    more = f", and {len(shards) - _MOST_NAMED} more" if len(shards) > _MOST_NAMED else ""
+    return f"{len(shards)} shards ({', '.join(shards[:_MOST_NAMED])}{more}) were" if shards else "no shards were"

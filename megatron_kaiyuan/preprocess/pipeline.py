@@ -14,21 +14,39 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
-from megatron_kaiyuan.preprocess.build_folder import changed_inputs, check_claim, claim_folder
-from megatron_kaiyuan.preprocess.build_record import BuildRecord, ShardTask, load_build, plan_build, shard_tasks
+from megatron_kaiyuan.preprocess.build_folder import (
+    ShardTask,
+    changed_inputs,
+    check_claim,
+    claim_folder,
+    plan_build,
+    shard_tasks,
+)
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
-from megatron_kaiyuan.preprocess.fast_shards import FastShards, gigatoken_name, named
-from megatron_kaiyuan.preprocess.fast_tokenize import TokenizersDiffer, choose_backend
-from megatron_kaiyuan.preprocess.inputs import STDIN, InputFile, Part, expand_inputs, refuse_output_among_inputs
+from megatron_kaiyuan.preprocess.fast_tokenize import (
+    FastShards,
+    TokenizersDiffer,
+    choose_backend,
+    gigatoken_name,
+    named,
+)
+from megatron_kaiyuan.preprocess.inputs import (
+    STDIN,
+    InputFile,
+    Part,
+    expand_inputs,
+    part_bytes,
+    refuse_output_among_inputs,
+)
+from megatron_kaiyuan.preprocess.partial import is_complete, is_of_build, refuse_existing
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOutcome, build_shard
-from megatron_kaiyuan.preprocess.shard_cut import part_bytes
-from megatron_kaiyuan.preprocess.shard_state import is_complete, is_of_build, refuse_existing
-from megatron_kaiyuan.preprocess.tokenize import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, warm_up, worker_died
 from megatron_kaiyuan.preprocess.writer import optimal_dtype
+from megatron_kaiyuan.shards.build_record import BuildRecord, load_build
 from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord, load_manifest
+from megatron_kaiyuan.shards.tokenizer import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
 
 __all__ = ["Progress", "Reporter", "RunSummary", "preprocess"]
 

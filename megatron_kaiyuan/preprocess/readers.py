@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.decompress import DamagedStreamError, Readable, open_gzip, open_zstd
-from megatron_kaiyuan.preprocess.inputs import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC, InputFile, Part
-from megatron_kaiyuan.preprocess.shard_cut import part_bytes
+from megatron_kaiyuan.preprocess.inputs import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC, InputFile, Part, part_bytes
 
 __all__ = [
     "BLOCK_BYTES",

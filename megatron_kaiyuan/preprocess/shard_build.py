@@ -8,12 +8,11 @@ from typing import Literal
 import numpy as np
 
 from megatron_kaiyuan.errors import PreprocessError
-from megatron_kaiyuan.preprocess.build_record import ShardTask
+from megatron_kaiyuan.preprocess.build_folder import ShardTask
 from megatron_kaiyuan.preprocess.document_table import Origins
 from megatron_kaiyuan.preprocess.documents import Fault, Reason
-from megatron_kaiyuan.preprocess.inputs import Part
+from megatron_kaiyuan.preprocess.inputs import Part, first_row, part_bytes
 from megatron_kaiyuan.preprocess.readers import read_blocks
-from megatron_kaiyuan.preprocess.shard_cut import first_row, part_bytes
 from megatron_kaiyuan.preprocess.workers import BlockResult, Job, ordered_results
 from megatron_kaiyuan.preprocess.writer import ShardWriter
 from megatron_kaiyuan.shards.manifest import InputRecord, Manifest, TokenizerRecord, created_by

@@ -25,7 +25,7 @@ from megatron_kaiyuan.errors import PreprocessError, TokenizerError
 from megatron_kaiyuan.preprocess.documents import DocumentBatch, Fault, FieldKeys, Reason, parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import load_tokenizer
 from megatron_kaiyuan.preprocess.readers import Block
-from megatron_kaiyuan.preprocess.tokenize import TokenBatch, TokenizerConfig
+from megatron_kaiyuan.shards.tokenizer import TokenBatch, TokenizerConfig
 
 __all__ = [
     "BlockResult",

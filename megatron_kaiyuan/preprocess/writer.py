@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.document_table import DocumentTable, Origins
-from megatron_kaiyuan.preprocess.partial import HashedFile, Spool, remove_dead_partials, sync_folder
-from megatron_kaiyuan.preprocess.shard_state import is_of_build, refuse_existing, remove_existing
+from megatron_kaiyuan.preprocess.partial import (
+    HashedFile,
+    Spool,
+    is_of_build,
+    refuse_existing,
+    remove_dead_partials,
+    remove_existing,
+    sync_folder,
+)
 from megatron_kaiyuan.shards.manifest import FileRecord, Manifest, ScoreSummary, manifest_path
 
 __all__ = ["ShardWriter", "optimal_dtype"]

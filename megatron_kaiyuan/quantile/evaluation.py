@@ -19,6 +19,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.evaluation.held_out import window_losses
+from megatron_kaiyuan.evaluation.loading import (
+    build_untrained,
+    load_weights,
+    single_process_arguments,
+    start_single_process,
+)
+from megatron_kaiyuan.evaluation.token_bytes import token_bytes
 from megatron_kaiyuan.quantile.held_out import HeldOutDocuments
 from megatron_kaiyuan.quantile.results import (
     HeldOutResult,
@@ -32,14 +40,6 @@ from megatron_kaiyuan.quantile.runs import Run, SlicedStudy, run_folder
 from megatron_kaiyuan.quantile.study import Study
 from megatron_kaiyuan.quantile.tasks import TaskSuite, error_summary
 from megatron_kaiyuan.quantile.training import FinishedRun, finished_run
-from megatron_kaiyuan.training.evaluation import window_losses
-from megatron_kaiyuan.training.loading import (
-    build_untrained,
-    load_weights,
-    single_process_arguments,
-    start_single_process,
-)
-from megatron_kaiyuan.training.token_bytes import token_bytes
 
 __all__ = ["EvaluationOutcome", "evaluate_runs"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 
-from megatron_kaiyuan.training.generation import Sampling, sample_tokens
+from megatron_kaiyuan.evaluation.generation import Sampling, sample_tokens
 
 __all__ = ["MegatronLanguageModel"]
 

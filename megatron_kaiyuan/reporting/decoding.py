@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_kaiyuan.errors import TokenizerError
-from megatron_kaiyuan.preprocess.tokenize import (
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
+from megatron_kaiyuan.shards.tokenizer import (
     TokenizerConfig,
     load_reference_tokenizer,
     model_file,
     tokenizer_fingerprint,
 )
-from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
 __all__ = ["TextDecoder", "choose_decoder"]
 

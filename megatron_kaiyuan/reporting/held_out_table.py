@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from megatron_kaiyuan.data import NUM_BANDS, Plan, band_name
 
 if TYPE_CHECKING:  # it imports Megatron
-    from megatron_kaiyuan.training.evaluation import CheckpointLoss, SourceLoss
+    from megatron_kaiyuan.evaluation.held_out import CheckpointLoss, SourceLoss
 
 __all__ = ["band_tables", "source_table"]
 

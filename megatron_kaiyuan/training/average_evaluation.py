@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron_kaiyuan.checkpoints.averaging import choose_planned, choose_so_far, complete_average, weights_of
 from megatron_kaiyuan.checkpoints.reading import Checkpoint, find_checkpoints, open_checkpoint
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
+from megatron_kaiyuan.evaluation.loading import bare_model, load_weights, read_weights
 from megatron_kaiyuan.training.checkpoint_keeping import average_folder
-from megatron_kaiyuan.training.loading import bare_model, load_weights, read_weights
 from megatron_kaiyuan.training.loop_observers import Evaluation, Evaluator, Loop
 
 __all__ = ["AverageEvaluation", "averaged_weights", "check_average_arguments"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_kaiyuan.data import HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
-from megatron_kaiyuan.preprocess.tokenize import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
 from megatron_kaiyuan.shards.manifest import TokenizerRecord, load_manifest, manifest_path
+from megatron_kaiyuan.shards.tokenizer import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
 
 __all__ = [

@@ -22,7 +22,7 @@ from tests.unit_tests.model.reference import random_batch, reference_logits
 def logits_of_megatron(_rank: int, checkpoints: list[Path], tokens: NDArray[np.int64]) -> list[NDArray[np.float32]]:
     """Entry of `run_distributed`: what the training code computes for each checkpoint."""
     from megatron_kaiyuan.checkpoints.reading import open_checkpoint
-    from megatron_kaiyuan.training.loading import load_model
+    from megatron_kaiyuan.evaluation.loading import load_model
 
     ids = torch.from_numpy(tokens)
     places = torch.arange(ids.shape[1]).expand_as(ids)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.evaluation import check_counts
+from megatron_kaiyuan.evaluation.held_out import check_counts
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.export.small_models import KAIYUAN, save_model
 from tests.unit_tests.preprocess.corpus import save_bpe

@@ -21,8 +21,7 @@ from megatron_kaiyuan.preprocess import (
     missing_shards,
     preprocess,
 )
-from megatron_kaiyuan.preprocess.inputs import InputFile
-from megatron_kaiyuan.preprocess.shard_cut import cut_into_shards
+from megatron_kaiyuan.preprocess.inputs import InputFile, cut_into_shards
 from tests.unit_tests.preprocess.corpus import (
     SilentReporter,
     build,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.preprocess import load_manifest, pipeline, shard_state, verify_manifest
+from megatron_kaiyuan.preprocess import load_manifest, pipeline, verify_manifest
+from megatron_kaiyuan.preprocess import partial as partial_files
 from megatron_kaiyuan.preprocess.partial import HashedFile, list_partials
 from tests.unit_tests.preprocess.corpus import build_folder, folder_bytes, number_rows, write_jsonl
 
@@ -49,7 +50,7 @@ def test_a_shard_that_another_task_finishes_meanwhile_stays(tmp_path: Path, monk
             published.append(prefix)
         return list_partials(prefix)
 
-    monkeypatch.setattr(shard_state, "list_partials", publish)
+    monkeypatch.setattr(partial_files, "list_partials", publish)
     build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=50, task_id=49)
     (prefix,) = published
     assert verify_manifest(prefix).build == load_manifest(str(tmp_path / "new" / Path(prefix).name)).build

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from megatron_kaiyuan.data import open_source
 from megatron_kaiyuan.errors import ConfigError, PreprocessError, ShardError
 from megatron_kaiyuan.preprocess import RunSummary, load_build, load_manifest, missing_shards, pipeline, preprocess
-from megatron_kaiyuan.preprocess.inputs import InputFile, Part
-from megatron_kaiyuan.preprocess.shard_cut import cut_into_shards, keep_cut
+from megatron_kaiyuan.preprocess.inputs import InputFile, Part, cut_into_shards, keep_cut
 from tests.unit_tests.preprocess.corpus import (
     SilentReporter,
     build_folder,

@@ -13,7 +13,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from megatron_kaiyuan.preprocess import TokenizerConfig
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend, difficult_texts
 from tests.unit_tests.preprocess.corpus import build, save_bpe, save_tiktoken, write_jsonl
-from tests.unit_tests.preprocess.test_tokenize import megatron, sentencepiece_model
+from tests.unit_tests.shards.test_tokenizer import megatron, sentencepiece_model
 
 __all__ = ["sentencepiece_model"]  # a fixture
 

@@ -12,9 +12,8 @@ import pytest
 from megatron_kaiyuan.data import open_source
 from megatron_kaiyuan.errors import ShardError, TokenizerError
 from megatron_kaiyuan.preprocess import RunSummary, TokenizerConfig, fast_tokenize, load_manifest, pipeline, preprocess
-from megatron_kaiyuan.preprocess.fast_shards import DIFFERENCE_FILE
-from megatron_kaiyuan.preprocess.fast_tokenize import TokenizersDiffer
-from megatron_kaiyuan.preprocess.tokenize import TokenBatch, load_reference_tokenizer
+from megatron_kaiyuan.preprocess.fast_tokenize import DIFFERENCE_FILE, TokenizersDiffer
+from megatron_kaiyuan.shards.tokenizer import TokenBatch, load_reference_tokenizer
 from tests.unit_tests.preprocess.corpus import (
     SilentReporter,
     folder_bytes,

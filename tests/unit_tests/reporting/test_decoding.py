@@ -8,9 +8,9 @@ import sentencepiece
 from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.preprocess import TokenizerConfig, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.fast_tokenize import difficult_texts
-from megatron_kaiyuan.preprocess.tokenize import load_reference_tokenizer
 from megatron_kaiyuan.reporting.decoding import choose_decoder
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
+from megatron_kaiyuan.shards.tokenizer import load_reference_tokenizer
 from tests.unit_tests.preprocess.corpus import save_bpe, save_tiktoken, training_texts
 
 

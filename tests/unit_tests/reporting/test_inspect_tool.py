@@ -13,8 +13,8 @@ import yaml
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
 from megatron_kaiyuan.preprocess import TokenizerConfig
-from megatron_kaiyuan.preprocess.tokenize import load_reference_tokenizer
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
+from megatron_kaiyuan.shards.tokenizer import load_reference_tokenizer
 from tests.unit_tests.preprocess.corpus import build, save_bpe, write_jsonl
 
 ROOT = Path(__file__).parents[3]

@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.preprocess import TokenizerConfig, fast_tokenize, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend, difficult_texts, load_tokenizer
-from megatron_kaiyuan.preprocess.tokenize import TokenBatch, load_reference_tokenizer
+from megatron_kaiyuan.shards.tokenizer import TokenBatch, load_reference_tokenizer
 from tests.unit_tests.preprocess.corpus import save_bpe, save_tiktoken, training_texts
 
 

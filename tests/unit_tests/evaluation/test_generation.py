@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
-from megatron_kaiyuan.training.generation import Sampling, sample_next, sample_tokens
-from megatron_kaiyuan.training.token_bytes import token_bytes
+from megatron_kaiyuan.evaluation.generation import Sampling, sample_next, sample_tokens
+from megatron_kaiyuan.evaluation.token_bytes import token_bytes
 
 
 class Counter:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.data import NUM_BANDS, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ConfigError, PlanError
-from megatron_kaiyuan.training.loading import (
+from megatron_kaiyuan.evaluation.loading import (
     build_untrained,
     load_weights,
     single_process_arguments,
