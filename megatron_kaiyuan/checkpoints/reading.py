@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.atomic import publish_folder
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = [
@@ -273,7 +274,7 @@ def new_checkpoint_folder(folder: Path, files: Mapping[str, bytes]) -> Iterator[
     yield unfinished
     for name, content in {**files, "metadata.json": json.dumps(_BACKEND).encode()}.items():
         (unfinished / name).write_bytes(content)
-    unfinished.rename(folder)
+    publish_folder(unfinished, folder)
 
 
 def _remove_files(folder: Path) -> None:

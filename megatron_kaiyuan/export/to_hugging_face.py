@@ -18,7 +18,7 @@ from megatron_kaiyuan.export.architecture import Architecture, architecture_from
 from megatron_kaiyuan.export.tensor_files import Form, TensorWriter
 from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, open_tokenizer
 from megatron_kaiyuan.export.weight_names import Weight, parts_of, weights_of
-from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.atomic import publish_folder, write_text_atomically
 
 __all__ = ["CONVERSION_NAME", "DEFAULT_FILE_BYTES", "export_checkpoint"]
 
@@ -74,7 +74,7 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        unfinished.rename(output)
+        publish_folder(unfinished, output)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -1,20 +1,25 @@
-"""Files that are whole or absent under their final name, whenever a process dies."""
+"""Files that are whole or absent under their final name, whenever a process dies or the power fails."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_file", "write_text_atomically"]
+__all__ = ["atomic_file", "publish_folder", "rename_durably", "sync_folder", "write_text_atomically"]
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""Answers of file systems that keep names themselves and do not sync folders, such as some FUSE mounts."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder for writing; it takes the final name when the block ends well.
 
-    The data is on disk before the name is. Several writers of one path do not disturb each other: the last one stays.
+    The data is on disk before the name is, and the name is on disk at the end. Several writers of one path do not
+    disturb each other: the last one stays.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind then.
@@ -31,6 +36,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             Path(temporary).unlink()
         raise
+    sync_folder(path.parent)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -38,3 +44,40 @@ def write_text_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as stream:
         stream.write(text.encode())
+
+
+def rename_durably(source: Path, target: Path) -> Path:
+    """Rename a file or a folder, and force the new name to disk; return `target`.
+
+    Without this a power failure brings the old name back, even if the content is on disk. What is renamed must be on
+    disk already: for a folder and its files see `publish_folder`.
+
+    Raises:
+        OSError: as `Path.replace`.
+    """
+    source.replace(target)
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
+    return target
+
+
+def publish_folder(unfinished: Path, final: Path) -> None:
+    """Force a folder and its files to disk and give it its final name, which must be free; then on disk too."""
+    for path in unfinished.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(unfinished)
+    rename_durably(unfinished, final)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(handle)

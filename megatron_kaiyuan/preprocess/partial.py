@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from megatron_kaiyuan.errors import ConfigError, ShardError
+from megatron_kaiyuan.host.atomic import rename_durably
 from megatron_kaiyuan.shards.manifest import FileRecord, Manifest, load_manifest, manifest_path
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "remove_dead_partials",
     "remove_existing",
     "retire",
-    "sync_folder",
 ]
 
 _SECONDS_ALIVE = 600.0
@@ -88,8 +88,8 @@ class HashedFile:
         return FileRecord(name=self.final.name, bytes=self._size, sha256=self._digest.hexdigest())
 
     def publish(self) -> None:
-        """Give the file its final name."""
-        self.partial.replace(self.final)
+        """Give the file its final name, on disk too."""
+        rename_durably(self.partial, self.final)
 
     def discard(self) -> None:
         """Close it, and remove it unless it was published."""
@@ -186,15 +186,6 @@ def _is_alive_without_locks(path: Path) -> bool | None:
     return False if time.time() - path.stat().st_mtime > _SECONDS_ALIVE else None
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def is_of_build(prefix: str, build: str | None) -> bool:
     """Whether what lies under the final names of `prefix` was put there by this very command.
 
@@ -254,11 +245,11 @@ def retire(prefix: str, keep: Callable[[Manifest], bool]) -> bool:
     busy = bool(list_partials(prefix))
     taken = partial_path(manifest)
     try:
-        manifest.rename(taken)
+        rename_durably(manifest, taken)
     except FileNotFoundError:  # another task was faster
         return False
     if _is_kept(taken, keep):
-        taken.rename(manifest)
+        rename_durably(taken, manifest)
         return False
     taken.unlink()
     if not busy:

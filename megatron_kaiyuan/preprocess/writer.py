@@ -27,7 +27,6 @@ from megatron_kaiyuan.preprocess.partial import (
     refuse_existing,
     remove_dead_partials,
     remove_existing,
-    sync_folder,
 )
 from megatron_kaiyuan.shards.manifest import FileRecord, Manifest, ScoreSummary, manifest_path
 
@@ -167,7 +166,6 @@ class ShardWriter:
         index, *sidecars, last = self._composed
         for file in (self._bin, *sidecars, index, last):
             file.publish()
-        sync_folder(target.parent)
 
     def _compose_index(self) -> FileRecord:
         """Header, lengths (int32), byte pointers (int64), document boundaries (int64, one more than documents)."""

@@ -17,6 +17,7 @@ from megatron_kaiyuan.checkpoints.averaging import is_average
 from megatron_kaiyuan.checkpoints.reading import TRACKER_NAME, iteration_folder, saved_iterations
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.atomic import rename_durably
 from megatron_kaiyuan.host.cli import python_command
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.metrics_file import average_path, metrics_path, read_metrics
@@ -152,7 +153,7 @@ class CheckpointKeeper:
         print(
             f"  deleting the checkpoint of iteration {iteration} (--kaiyuan-keep-checkpoints {self._keep})", flush=True
         )
-        return folder.rename(folder.with_name(f".{folder.name}.deleted"))
+        return rename_durably(folder, folder.with_name(f".{folder.name}.deleted"))
 
 
 def _remove(folders: list[Path]) -> None:
