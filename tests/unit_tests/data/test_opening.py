@@ -168,8 +168,8 @@ def test_a_plan_opened_by_many_threads_is_the_plan_opened_by_one(spec, monkeypat
     few = OpenMaps(5)
     many = CurriculumDataset(Plan.from_spec(spec))
     with monkeypatch.context() as context:
-        for module in ("source", "shards", "score_files"):
-            context.setattr(f"megatron_kaiyuan.data.{module}.open_maps", lambda: few)
+        for module in ("source", "shard", "score_files"):
+            context.setattr(f"megatron_kaiyuan.shards.{module}.open_maps", lambda: few)
         assert Plan.from_spec(spec).fingerprint == many.plan.fingerprint
     monkeypatch.setattr(threads._own, "busy", True, raising=False)
     one = CurriculumDataset(Plan.from_spec(spec))
