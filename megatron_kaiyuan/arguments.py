@@ -160,6 +160,7 @@ def arguments_provider(
         add_kaiyuan_arguments(parser)
         _escape_percent_signs(parser)
         parser.set_defaults(**platform_defaults)
+        parser.usage = "%(prog)s --plan PLAN <flags of Megatron and of this package>; --help tells them all"
         return parser
 
     return provide
@@ -191,8 +192,12 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def check_required_arguments(args: argparse.Namespace) -> None:
-    """Refuse a command line without what every run needs, on which Megatron fails with a bare assertion.
+def check_required_arguments(args: argparse.Namespace, open_values: Mapping[str, object]) -> None:
+    """Refuse a command line without what every run needs, and say at once all that is missing.
+
+    Args:
+        args: Parsed, not yet validated.
+        open_values: Values of arguments that the command line leaves open.
 
     Raises:
         ConfigError: names all that is missing.
@@ -200,7 +205,12 @@ def check_required_arguments(args: argparse.Namespace) -> None:
     needed = ["--micro-batch-size"]
     if not (args.use_checkpoint_args or args.yaml_cfg or args.hybrid_layer_pattern):
         needed += ["--num-layers", "--hidden-size", "--num-attention-heads"]
-    if missing := [flag for flag in needed if getattr(args, flag[2:].replace("-", "_")) is None]:
+    if not args.skip_train:
+        needed += ["--lr"]
+        if not (args.train_samples or open_values.get("train_samples")):
+            needed += ["--train-iters"]
+    values = vars(args) | dict(open_values)
+    if missing := [flag for flag in needed if values[flag[2:].replace("-", "_")] is None]:
         raise ConfigError(
             f"{', '.join(missing)}: not given; docs/training.md has a whole command, and "
             "examples/pretrain_kaiyuan_2b.sh one for GPUs"

@@ -2,17 +2,13 @@
 
 import argparse
 import signal
-import warnings
 from functools import partial
 
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan.arguments import (
-    arguments_provider,
     check_required_arguments,
     check_save_arguments,
     defaults_without_optional_kernels,
@@ -38,6 +34,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
 )
 from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
+from megatron_kaiyuan.training.parsing import configuration, parse, validate
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
 from megatron_kaiyuan.training.plan_arguments import (
     ShardRecords,
@@ -89,16 +86,12 @@ def run_pretraining() -> None:
         print_rank_0("> FP16 matrix products keep their partial sums in FP32")
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
-    with warnings.catch_warnings():
-        # It recommends a config class in place of a model builder; Megatron's own class cannot hold our options.
-        warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig", category=UserWarning)
-        container = pretrain_cfg_container_from_args(args)
     datasets = PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod)
     held_out = None
     if isinstance(datasets, PlanDatasetsProvider):
         held_out = build_held_out(args, datasets.plan, datasets.evaluation_batches, keeper)
     pretrain(
-        container,
+        configuration(args),
         datasets,
         ModelType.encoder_or_decoder,
         ForwardStep(build_monitor(args, plan), held_out),
@@ -110,7 +103,7 @@ def run_pretraining() -> None:
 def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | None, Start]:
     """Arguments as Megatron validated them, the plan if there is one, arguments of the run to continue, the start."""
     defaults = _platform_defaults()
-    first_look = parse_args(arguments_provider(defaults))
+    first_look = parse(defaults)
     plan = None if first_look.plan is None else Plan.load(first_look.plan)
     start = agree_on_start(first_look)
     if start.step is not None:
@@ -126,11 +119,11 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     else:
         defaults.update(plan_parser_defaults())
         plan_values = plan_argument_defaults(first_look, plan, saved, records.tokenizer)
-    check_required_arguments(first_look)
+    check_required_arguments(first_look, plan_values)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
     parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}
-    args = parse_and_validate_args(arguments_provider(parsed_defaults), args_defaults=plan_values)
+    args = validate(parsed_defaults, plan_values)
     _say_aloud(defaults, plan_values)
     if plan is not None:
         check_tokenizer_of_shards(args, records.tokenizer, get_tokenizer().eod)

@@ -68,17 +68,21 @@ def test_help_is_printed_though_megatron_has_a_bare_percent_sign(
     assert "%%" not in told
 
 
-NEEDED = ("--micro-batch-size", "--num-layers", "--hidden-size", "--num-attention-heads")
+NEEDED = ("--micro-batch-size", "--num-layers", "--hidden-size", "--num-attention-heads", "--lr", "--train-iters")
+LENGTH = "--lr 1e-3 --train-iters 9"
 
 
 @pytest.mark.parametrize(
     ("words", "missing"),
     [
         ("", NEEDED),
-        ("--num-layers 2 --hidden-size 32 --num-attention-heads 2", NEEDED[:1]),
-        ("--micro-batch-size 1 --hidden-size 32", ("--num-layers", "--num-attention-heads")),
-        ("--use-checkpoint-args", NEEDED[:1]),
-        ("--micro-batch-size 1 --use-checkpoint-args", ()),
+        (f"--num-layers 2 --hidden-size 32 --num-attention-heads 2 {LENGTH}", NEEDED[:1]),
+        (f"--micro-batch-size 1 --hidden-size 32 {LENGTH}", ("--num-layers", "--num-attention-heads")),
+        (f"--use-checkpoint-args {LENGTH}", NEEDED[:1]),
+        (f"--micro-batch-size 1 --use-checkpoint-args {LENGTH}", ()),
+        ("--micro-batch-size 1 --use-checkpoint-args --train-samples 9", ("--lr",)),
+        ("--micro-batch-size 1 --use-checkpoint-args --lr 1e-3", ("--train-iters",)),
+        ("--micro-batch-size 1 --use-checkpoint-args --skip-train", ()),
     ],
 )
 def test_what_every_run_needs_is_asked_for(
@@ -89,10 +93,18 @@ def test_what_every_run_needs_is_asked_for(
     monkeypatch.setattr("sys.argv", ["pretrain", *words.split()])
     args = parse_args(arguments_provider({}))
     if not missing:
-        check_required_arguments(args)
+        check_required_arguments(args, {})
         return
     with pytest.raises(ConfigError, match=f"^{', '.join(missing)}: not given"):
-        check_required_arguments(args)
+        check_required_arguments(args, {})
+
+
+def test_what_follows_from_a_plan_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--micro-batch-size", "1", "--use-checkpoint-args"])
+    args = parse_args(arguments_provider({}))
+    check_required_arguments(args, {"lr": 0.1, "train_samples": 9})
 
 
 def test_a_changed_default_gives_way_to_the_command_line() -> None:
