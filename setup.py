@@ -12,6 +12,7 @@ PACKAGE = "megatron_kaiyuan"
 
 REQUIRES = [
     "megatron-core>=0.19.2,<0.20",
+    "Jinja2>=3.1",  # the pages
     "numpy>=1.26",  # the data engine passes its tests with 1.26.4; a container may hold a 1.x
     # `a0`, because the NVIDIA containers call their builds 2.11.0a0, which is below 2.11 for a package manager.
     "torch>=2.11.0a0",
@@ -67,6 +68,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    package_data={f"{PACKAGE}.reporting": ["templates/*.html"]},
     python_requires=">=3.12",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -21,7 +21,7 @@ from megatron_kaiyuan.quantile.results import RunResult
 from megatron_kaiyuan.quantile.runs import SlicedStudy
 from megatron_kaiyuan.quantile.statistics import variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.quantile.study import Study
-from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_list, html_page, html_table
+from megatron_kaiyuan.reporting.html_page import figure_block, html_card, html_list, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 
 __all__ = ["write_page"]
@@ -40,7 +40,6 @@ def write_page(
     path: Path,
 ) -> None:
     """Write the page atomically; it loads nothing from elsewhere."""
-    figures = Figures()
     parts = [
         "<h1>Which slices are worth training on</h1>",
         f'<p class="lead">{html.escape(_lead(study, sliced, results))}</p>',
@@ -49,11 +48,11 @@ def write_page(
         _cards(analysis),
         "<h2>What the results show</h2>",
         html_list([line for line in told if line not in analysis.refusals]),
-        *_overview(analysis, figures),
+        *_overview(analysis),
         _trends(analysis),
-        *_curves(analysis, figures),
-        *_maps(analysis, figures),
-        *_ranking(analysis, figures),
+        *_curves(analysis),
+        *_maps(analysis),
+        *_ranking(analysis),
         *_reversals(analysis),
         *_proposal(proposal),
         *_methods(study, analysis),
@@ -106,7 +105,7 @@ def _ranks(low: int, high: int) -> str:
     return f"rank {low}" if low == high else f"rank {low} to {high}"
 
 
-def _overview(analysis: Analysis, figures: Figures) -> list[str]:
+def _overview(analysis: Analysis) -> list[str]:
     """The two figures that answer the question: what rises towards the best documents, and by how much."""
     parts = [
         '<p class="read">Overall, every measure taken together: a difference of 1 is the standard deviation between '
@@ -116,10 +115,10 @@ def _overview(analysis: Analysis, figures: Figures) -> list[str]:
         else '<p class="read">Overall, every measure taken together, in standard deviations between the slices; with '
         "one seed nobody can say how much of it is chance.</p>",
         '<div class="plots">',
-        f"<div><h3>Overall against quantile</h3>{figures.add(overall_figure(analysis))}</div>",
+        f"<div><h3>Overall against quantile</h3>{figure_block(overall_figure(analysis))}</div>",
     ]
     if analysis.trends:
-        parts.append(f"<div><h3>Does the score order quality?</h3>{figures.add(trend_figure(analysis))}</div>")
+        parts.append(f"<div><h3>Does the score order quality?</h3>{figure_block(trend_figure(analysis))}</div>")
     return [*parts, "</div>"]
 
 
@@ -147,7 +146,7 @@ def _trends(analysis: Analysis) -> str:
     )
 
 
-def _curves(analysis: Analysis, figures: Figures) -> list[str]:
+def _curves(analysis: Analysis) -> list[str]:
     main = [metric for metric in analysis.metrics if metric.decides]
     more = [metric for metric in analysis.metrics if not metric.decides]
     return [
@@ -156,12 +155,12 @@ def _curves(analysis: Analysis, figures: Figures) -> list[str]:
         "between seeds, pooled over all slices). A triangle marks a slice that did better than its neighbour with the "
         "higher score: filled where that is claimed, open where it is not. A slice stands where its documents lie; at "
         "the ends that is further inwards than its name. Bits per byte fall towards the right where a score works.</p>",
-        *_plots(analysis, main, figures),
-        *_further_curves(analysis, more, figures),
+        *_plots(analysis, main),
+        *_further_curves(analysis, more),
     ]
 
 
-def _further_curves(analysis: Analysis, metrics: Sequence[Metric], figures: Figures) -> list[str]:
+def _further_curves(analysis: Analysis, metrics: Sequence[Metric]) -> list[str]:
     if not metrics:
         return []
     return [
@@ -171,20 +170,20 @@ def _further_curves(analysis: Analysis, metrics: Sequence[Metric], figures: Figu
         "answer&#39;s length. Share of probability: what the right answer has of all answers together; margin: how far "
         "it is ahead of the best wrong one; both with likelihoods per character. A model that guesses has one over the "
         "number of answers in all but the margin.</p>",
-        *_plots(analysis, metrics, figures),
+        *_plots(analysis, metrics),
         "</details>",
     ]
 
 
-def _plots(analysis: Analysis, metrics: Sequence[Metric], figures: Figures) -> list[str]:
+def _plots(analysis: Analysis, metrics: Sequence[Metric]) -> list[str]:
     plots = [
-        f"<div><h3>{html.escape(metric.name)}</h3>{figures.add(curve_figure(analysis, metric))}</div>"
+        f"<div><h3>{html.escape(metric.name)}</h3>{figure_block(curve_figure(analysis, metric))}</div>"
         for metric in metrics
     ]
     return ['<div class="plots">', *plots, "</div>"]
 
 
-def _maps(analysis: Analysis, figures: Figures) -> list[str]:
+def _maps(analysis: Analysis) -> list[str]:
     parts = [
         "<h2>Sources by quantiles</h2>",
         '<p class="read">How far each slice lies above (blue) or below (red) the mean of all slices, in '
@@ -193,15 +192,15 @@ def _maps(analysis: Analysis, figures: Figures) -> list[str]:
         "slice that did better than one with a higher score: ▲ claimed, △ not claimed.</p>",
         '<div class="plots">',
         *(
-            f"<div><h3>{html.escape(name)}</h3>{figures.add(heat_figure(analysis, name))}</div>"
+            f"<div><h3>{html.escape(name)}</h3>{figure_block(heat_figure(analysis, name))}</div>"
             for name in analysis.scores
         ),
         "</div>",
     ]
-    return [*parts, *_matrices(analysis, figures)] if max(analysis.seeds) > 1 else parts
+    return [*parts, *_matrices(analysis)] if max(analysis.seeds) > 1 else parts
 
 
-def _matrices(analysis: Analysis, figures: Figures) -> list[str]:
+def _matrices(analysis: Analysis) -> list[str]:
     """The decisions; with one seed a slice there are none."""
     parts = [
         "<h2>Which of two slices is better</h2>",
@@ -210,20 +209,20 @@ def _matrices(analysis: Analysis, figures: Figures) -> list[str]:
         "correction for all comparisons. Point at a field for the difference and its p-value.</p>",
     ]
     for name in analysis.scores:
-        figure = figures.add(matrix_figure(analysis, name))
+        figure = figure_block(matrix_figure(analysis, name))
         parts.append(
             figure if name == OVERALL else f"<details><summary>{html.escape(name)}</summary>{figure}</details>"
         )
     return parts
 
 
-def _ranking(analysis: Analysis, figures: Figures) -> list[str]:
+def _ranking(analysis: Analysis) -> list[str]:
     parts = [
         "<h2>Ranking</h2>",
         '<p class="read">Overall in the figure, with 95 % intervals of the means; by capability in the table. The '
         "ranges of ranks are what the claims leave open: all hold together with "
         f"{1 - analysis.level:.0%} confidence.</p>",
-        figures.add(ranking_figure(analysis)),
+        figure_block(ranking_figure(analysis)),
         '<div class="wide"><table><tr><th class="n">place</th>',
         *(f"<th>{html.escape(name)}</th>" for name in analysis.scores),
         "</tr>",

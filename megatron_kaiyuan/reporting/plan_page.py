@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
 from megatron_kaiyuan.host.atomic import write_text_atomically
-from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
+from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.quality_strip import quality_over_run
 from megatron_kaiyuan.reporting.run_curves import colour_of
@@ -19,14 +19,6 @@ __all__ = ["write_plan_page"]
 _QUALITY_COLUMNS = 240
 
 
-_READ_MIX = (
-    "What the run sees, from its first token to its last. The strips tell the quality of each scored source: the "
-    "darker, the better the documents by its score; white where it is not shown. Below, its share of the tokens. Point "
-    "at an area for its phase, selection and repetition; click a name to hide it."
-)
-_READ_BANDS = "Tenths of each source's documents by score, the best on the right, over all phases together."
-
-
 def write_plan_page(description: dict[str, Any], path: Path) -> None:
     """Write the page atomically: mix and learning rate over tokens, and a source by quality band map of epochs.
 
@@ -34,56 +26,51 @@ def write_plan_page(description: dict[str, Any], path: Path) -> None:
         description: what `Plan.describe` returned.
         path: the HTML file; it loads nothing from elsewhere.
     """
-    figures = Figures()
-    lead = f"Seed {description['seed']}, fingerprint {description['fingerprint']}."
-    parts = [
-        f'<h1>What this plan shows</h1><p class="lead">{html.escape(lead)}</p>',
-        *(f'<p class="note">{html.escape(line)}</p>' for line in rate_warnings(description)),
-        _cards(description),
-        f'<h2>Over the run</h2><p class="read">{_READ_MIX}</p>',
-        figures.add(_mix_figure(description)),
-    ]
     scored = [name for name, source in description["sources"].items() if source["bands"]]
-    if scored:
-        parts += [f'<h2>How often each quality band is seen</h2><p class="read">{_READ_BANDS}</p>']
-        parts += [figures.add(_bands_figure(description, scored))]
-    parts += ["<h2>Phases</h2>", *_phases(description)]
-    write_text_atomically(path, html_page(f"Plan {description['fingerprint']}", parts))
+    page = render_page(
+        "plan.html",
+        title=f"Plan {description['fingerprint']}",
+        lead=f"Seed {description['seed']}, fingerprint {description['fingerprint']}.",
+        warnings=rate_warnings(description),
+        cards=_cards(description),
+        mix_figure=figure_block(_mix_figure(description)),
+        bands_figure=figure_block(_bands_figure(description, scored)) if scored else None,
+        phases=[_phase(phase) for phase in description["phases"]],
+    )
+    write_text_atomically(path, page)
 
 
-def _cards(description: dict[str, Any]) -> str:
+def _cards(description: dict[str, Any]) -> list[Card]:
     sources = description["sources"].values()
     scored = sum(bool(source["bands"]) for source in sources)
-    cards = [
+    return [
         (format_tokens(description["tokens"]), "tokens in all"),
         (f"{description['samples']:,}", f"samples of {description['seq_length']:,} tokens"),
         (f"{len(description['phases'])}", "phases"),
         (f"{len(sources)}", f"sources, {scored} of them scored"),
     ]
-    return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
 
 
-def _phases(description: dict[str, Any]) -> list[str]:
-    """A table for each phase: what is kept of each source, how often, and which share of the phase it is."""
-    parts = []
-    header = ["source", "keep", "order", "unique tokens", "tokens shown", "repeat", "share"]
-    for phase in description["phases"]:
-        rows = [
-            [
-                name,
-                row["keep"],
-                row["order"],
-                format_tokens(row["unique_tokens"]),
-                format_tokens(row["tokens"]),
-                f"x{row['repeat']:.3g}",
-                f"{row['share']:.1%}",
-            ]
-            for name, row in phase["sources"].items()
+def _phase(phase: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of each source, how often, and which share of the phase it is."""
+    rows = [
+        [
+            name,
+            row["keep"],
+            row["order"],
+            format_tokens(row["unique_tokens"]),
+            format_tokens(row["tokens"]),
+            f"x{row['repeat']:.3g}",
+            f"{row['share']:.1%}",
         ]
-        told = f"{phase['name']}: {phase['order']}, {format_tokens(phase['tokens'])} tokens"
-        table = html_table(header, rows, numbers={3, 4, 5, 6})
-        parts.append(f"<details><summary>{html.escape(told)}</summary>{table}</details>")
-    return parts
+        for name, row in phase["sources"].items()
+    ]
+    return {
+        "title": f"{phase['name']}: {phase['order']}, {format_tokens(phase['tokens'])} tokens",
+        "header": ["source", "keep", "order", "unique tokens", "tokens shown", "repeat", "share"],
+        "rows": rows,
+        "numbers": (3, 4, 5, 6),
+    }
 
 
 def _mix_figure(description: dict[str, Any]) -> go.Figure:

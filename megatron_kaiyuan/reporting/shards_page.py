@@ -1,22 +1,16 @@
 """What sources hold, as one self-contained HTML page."""
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
-from megatron_kaiyuan.reporting.html_page import Figures, html_card, html_page, html_table
+from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.shards_figures import band_figure, length_figure, score_figure, sources_figure
 from megatron_kaiyuan.reporting.shards_table import format_number, source_facts
 
 __all__ = ["write_shards_page"]
-
-_READ_BANDS = (
-    '<p class="read">Right: the tokens in each tenth of the documents by score. Bars off the dashed line mean that '
-    "quality and length go together, so that a top 30 % of the documents is not 30 % of the tokens.</p>"
-)
 
 
 def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -26,19 +20,19 @@ def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
         sources: what `describe_source` returned of each, with `document_samples` and `unchecked` where there are any.
         path: the HTML file.
     """
-    figures = Figures()
     documents, tokens = (sum(source[field] for source in sources) for field in ("documents", "tokens"))
     shards = sum(source["shards"] for source in sources)
-    what = "What these shards hold" if len(sources) == 1 else f"What {len(sources)} sources hold"
-    lead = f"{documents:,} documents, {tokens:,} tokens ({format_tokens(tokens)}) in {shards:,} shards"
-    parts = [f"<h1>{what}</h1>", f'<p class="lead">{lead}</p>']
-    if len(sources) > 1:
-        parts += [figures.add(sources_figure(sources)), _overview(sources)]
-    parts += [_source_section(source, figures) for source in sources]
-    write_text_atomically(path, html_page(what, parts))
+    page = render_page(
+        "shards.html",
+        title="What these shards hold" if len(sources) == 1 else f"What {len(sources)} sources hold",
+        lead=f"{documents:,} documents, {tokens:,} tokens ({format_tokens(tokens)}) in {shards:,} shards",
+        overview=_overview(sources) if len(sources) > 1 else None,
+        sources=[_section(source) for source in sources],
+    )
+    write_text_atomically(path, page)
 
 
-def _overview(sources: Sequence[Mapping[str, Any]]) -> str:
+def _overview(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [
         [
             source["name"],
@@ -52,32 +46,30 @@ def _overview(sources: Sequence[Mapping[str, Any]]) -> str:
         for source in sources
     ]
     header = ["source", "documents", "tokens", "tokens a document", "scores", "manifests", "findings"]
-    return html_table(header, rows, numbers={1, 2, 3, 5, 6})
+    return {"figure": figure_block(sources_figure(sources)), "header": header, "rows": rows, "numbers": (1, 2, 3, 5, 6)}
 
 
-def _source_section(source: Mapping[str, Any], figures: Figures) -> str:
-    parts = [f"<h2>{html.escape(source['name'])}</h2>", _cards(source)]
-    if source["findings"]:
-        parts += ["<h3>Findings</h3>", _findings(source["findings"])]
-    parts += _plots(source, figures)
-    parts += ["<h3>Facts</h3>", html_table([], [list(fact) for fact in source_facts(source)])]
-    if source["lengths"]["count"]:
-        parts += ["<h3>Quantiles</h3>", _quantiles(source)]
-    skipped = source["manifests"]["skipped"]
-    if skipped:
-        rows = [[reason, f"{count:,}"] for reason, count in skipped.items()]
-        parts += ["<h3>Rows that gave no document</h3>", html_table(["reason", "rows"], rows, numbers={1})]
-    for line in source.get("unchecked", ()):
-        parts.append(f'<p class="read">Not checked: {html.escape(line)}</p>')
-    if "document_samples" in source:
-        parts.append(_documents(source))
-    return "\n".join(parts)
+def _section(source: Mapping[str, Any]) -> dict[str, Any]:
+    counted = source["lengths"]["count"]
+    return {
+        "name": source["name"],
+        "cards": _cards(source),
+        "findings": source["findings"],
+        "length_figure": figure_block(length_figure(source["lengths"])) if counted else None,
+        "scores": _scores(source) if counted else [],
+        "facts": [list(fact) for fact in source_facts(source)],
+        "quantiles": _quantiles(source) if counted else None,
+        "skipped": [[reason, f"{count:,}"] for reason, count in source["manifests"]["skipped"].items()],
+        "unchecked": source.get("unchecked", ()),
+        "decoder": source.get("decoder") if "document_samples" in source else None,
+        "documents": [_document(row) for row in source.get("document_samples", ())],
+    }
 
 
-def _cards(source: Mapping[str, Any]) -> str:
+def _cards(source: Mapping[str, Any]) -> list[Card]:
     manifests, lengths, findings = source["manifests"], source["lengths"], len(source["findings"])
     depth = "every byte verified" if "verified_bytes" in source else "sizes compared; --verify reads every byte"
-    cards = [
+    cards: list[Card] = [
         (f"{source['documents']:,}", "documents", ""),
         (format_tokens(source["tokens"]), f"tokens, {', '.join(source['dtypes']) or 'none readable'}", ""),
         (f"{source['shards']:,}", f"shards, {manifests['present']:,} with a manifest", ""),
@@ -87,29 +79,18 @@ def _cards(source: Mapping[str, Any]) -> str:
     if lengths["count"]:
         median = format_number(lengths["quantiles"]["0.5"])
         cards.insert(2, (median, f"tokens in the median document, mean {format_number(lengths['mean'])}", ""))
-    return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
+    return cards
 
 
-def _plots(source: Mapping[str, Any], figures: Figures) -> list[str]:
-    if not source["lengths"]["count"]:
-        return []
-    parts = [
-        "<h3>Length</h3>",
-        '<p class="read">Short documents are many, long ones hold the tokens: where the two curves part, choosing by '
-        "documents and choosing by tokens are different things.</p>",
-        figures.add(length_figure(source["lengths"])),
-    ]
+def _scores(source: Mapping[str, Any]) -> list[dict[str, Any]]:
     scores = {score: told for score, told in source["scores"].items() if told["count"]}
-    for number, (score, told) in enumerate(sorted(scores.items(), key=lambda item: item[1]["grades"] is not None)):
-        parts += [
-            f"<h3>Score: {html.escape(score)}</h3>",
-            _READ_BANDS if number == 0 else "",
-            f'<div class="plots">{figures.add(score_figure(score, told))}{figures.add(band_figure(told))}</div>',
-        ]
-    return parts
+    return [
+        {"name": score, "values": figure_block(score_figure(score, told)), "bands": figure_block(band_figure(told))}
+        for score, told in sorted(scores.items(), key=lambda item: item[1]["grades"] is not None)
+    ]
 
 
-def _quantiles(source: Mapping[str, Any]) -> str:
+def _quantiles(source: Mapping[str, Any]) -> dict[str, Any]:
     columns = {"tokens of a document": source["lengths"]}
     columns |= {f"score {name}": told for name, told in source["scores"].items() if told["count"]}
     fractions = list(source["lengths"]["quantiles"])
@@ -118,26 +99,15 @@ def _quantiles(source: Mapping[str, Any]) -> str:
         [name, *(format_number(value) for value in told["quantiles"].values()), format_number(told["mean"])]
         for name, told in columns.items()
     ]
-    return html_table(header, rows, numbers=set(range(1, len(header))))
+    return {"header": header, "rows": rows, "numbers": range(1, len(header))}
 
 
-def _findings(findings: Sequence[Mapping[str, str]]) -> str:
-    rows = "".join(
-        f'<tr><td class="kind">{html.escape(row["kind"])}</td><td class="file">{html.escape(row["file"])}</td>'
-        f"<td>{html.escape(row['message'])}</td></tr>"
-        for row in findings
+def _document(row: Mapping[str, Any]) -> dict[str, str]:
+    scores = "".join(
+        f"; {name} {told['score']:.4g}, above about {told['above']:.0%} of the documents"
+        for name, told in row["scores"].items()
     )
-    return f'<div class="wide"><table><tr><th>kind</th><th>file</th><th>what is wrong</th></tr>{rows}</table></div>'
-
-
-def _documents(source: Mapping[str, Any]) -> str:
-    parts = ["<h3>Documents drawn at random</h3>", f'<p class="read">{html.escape(source["decoder"])}</p>']
-    for row in source["document_samples"]:
-        scores = "".join(
-            f"; {name} {told['score']:.4g}, above about {told['above']:.0%} of the documents"
-            for name, told in row["scores"].items()
-        )
-        place = f"{row['shard']} document {row['document']:,}, {row['tokens']:,} tokens{scores}"
-        text = f"{row['text']} ..." if row["cut"] else row["text"]
-        parts.append(f'<p class="place">{html.escape(place)}</p><pre>{html.escape(text)}</pre>')
-    return "\n".join(parts)
+    return {
+        "place": f"{row['shard']} document {row['document']:,}, {row['tokens']:,} tokens{scores}",
+        "text": f"{row['text']} ..." if row["cut"] else row["text"],
+    }
