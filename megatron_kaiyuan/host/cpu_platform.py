@@ -144,7 +144,11 @@ class _NoStream:
     def _nothing(self, *args: object, **kwargs: object) -> None:
         """Return at once."""
 
-    wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+    def record_event(self, _event: object = None) -> "_NoStream":
+        """Return an event that has happened."""
+        return self
 
     def query(self) -> bool:
         """Everything is always done."""
@@ -172,6 +176,20 @@ def _same_tensor(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> tor
 
 def _same_module(module: torch.nn.Module, *_args: object, **_kwargs: object) -> torch.nn.Module:
     return module
+
+
+def _all_to_all_by_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `torch.distributed.all_to_all_single`, which takes sizes as numbers, for sizes that are tensors."""
+
+    def all_to_all_single(*args: Any, **kwargs: Any) -> Any:
+        numbers = {
+            name: value.tolist()
+            for name, value in kwargs.items()
+            if name.endswith("_split_sizes") and torch.is_tensor(value)
+        }
+        return original(*args, **{**kwargs, **numbers})
+
+    return all_to_all_single
 
 
 def _run_now(function: Callable[[], object], **_kwargs: object) -> None:
@@ -212,6 +230,8 @@ def _substitutions() -> tuple[tuple[object, dict[str, object]], ...]:
         (torch.nn.Module, {"cuda": _same_module}),
         # Backward of sequence parallelism allocates on the current device.
         (torch.autograd, {"_engine_run_backward": _backward_on_cpu}),
+        # Megatron turns the sizes into numbers where it copies them from a GPU.
+        (torch.distributed, {"all_to_all_single": _all_to_all_by_numbers(torch.distributed.all_to_all_single)}),
         # Compiling for the CPU takes minutes for functions of a few lines, and a C++ compiler that may be missing.
         (torch, {"compile": _uncompiled}),
     )

@@ -1,17 +1,25 @@
 """Build the model from Megatron's arguments, in the shape that `megatron.training` calls a model builder."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelBuilder
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.config import KaiyuanTransformerConfig, kaiyuan_config_from_args
-from megatron_kaiyuan.model.layer_specs import get_kaiyuan_decoder_spec, require_transformer_engine
+from megatron_kaiyuan.model.layer_specs import (
+    get_kaiyuan_decoder_spec,
+    get_kaiyuan_mtp_spec,
+    require_transformer_engine,
+)
 from megatron_kaiyuan.model.output_head import install_output_head
 
 __all__ = ["kaiyuan_builder"]
@@ -44,15 +52,37 @@ def kaiyuan_builder(
     _check_arguments(args, config)
     pg_collection = ProcessGroupCollection.use_mpu_process_groups() if pg_collection is None else pg_collection
     model_config = gpt_config_from_args(args, config=config)
-    if not config.has_stock_layers:
-        model_config.transformer_layer_spec = get_kaiyuan_decoder_spec(
-            config, vp_stage=vp_stage, pp_rank=get_pg_rank(pg_collection.pp)
-        )
-    model = GPTModelBuilder(model_config).build_model(
-        pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+    build = partial(
+        GPTModelBuilder(model_config).build_model,
+        pg_collection,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
     )
+    if config.has_stock_layers:
+        model = build()
+    else:
+        model_config.transformer_layer_spec = get_kaiyuan_decoder_spec(
+            model_config, vp_stage=vp_stage, pp_rank=get_pg_rank(pg_collection.pp)
+        )
+        with _mtp_layers_of(get_kaiyuan_mtp_spec(model_config, vp_stage=vp_stage)):
+            model = build()
     install_output_head(model, config.kaiyuan)
     return model
+
+
+@contextmanager
+def _mtp_layers_of(spec: object) -> Iterator[None]:
+    """Let Megatron's builder take this spec for multi-token prediction.
+
+    It makes one of stock layers whatever the decoder's are, and has no argument for another.
+    """
+    original = gpt.mtp_block_spec
+    gpt.mtp_block_spec = lambda *_args, **_kwargs: spec
+    try:
+        yield
+    finally:
+        gpt.mtp_block_spec = original
 
 
 def _check_arguments(args: argparse.Namespace, config: KaiyuanTransformerConfig) -> None:

@@ -170,12 +170,18 @@ class KaiyuanTransformerConfig(TransformerConfig):
         return "sdpa" if self.kaiyuan.attention == "auto" else self.kaiyuan.attention
 
     @property
+    def uses_own_norms(self) -> bool:
+        """Whether our RMSNorm stands in for the one that Megatron's local spec has: bit for bit the same function."""
+        return bool(self.transformer_impl == "local" and self.normalization == "RMSNorm")
+
+    @property
     def has_stock_layers(self) -> bool:
         """Whether the layers are exactly Megatron's own, so that Megatron's own spec is to be used."""
         unfused_if_local = self.transformer_impl != "local" or self.local_attention_kernel == "unfused"
         fused = any(self.kaiyuan.fuses(what) for what in ("norm", "rotary", "swiglu"))
         ours = self.kaiyuan.sandwich_norm or self.kaiyuan.recompute_swiglu or fused
-        return unfused_if_local and not ours
+        # Megatron's local RMSNorm does not know sequence parallelism.
+        return unfused_if_local and not ours and not (self.uses_own_norms and self.sequence_parallel)
 
     def _check_output_head(self) -> None:
         options = self.kaiyuan
@@ -201,7 +207,6 @@ class KaiyuanTransformerConfig(TransformerConfig):
             return
         unsupported = {
             "--multi-latent-attention": self.multi_latent_attention,
-            "--num-experts": self.num_moe_experts,
             "--mtp-num-layers": self.mtp_num_layers,
             "--heterogeneous-layers-config-path": self.heterogeneous_block_specs,
             "--experimental-attention-variant": self.experimental_attention_variant,
@@ -223,7 +228,10 @@ class KaiyuanTransformerConfig(TransformerConfig):
             graphs = self.cuda_graph_impl != "none"  # memory freed and filled again while a graph is captured: untried
             others = {"--num-experts": self.num_moe_experts, "--cuda-graph-impl": graphs}
             self._require_plain_swiglu("recompute_swiglu", others)
-        single_kernel: dict[str, object] = {"--fused-single-qkv-rope": self.fused_single_qkv_rope}
+        single_kernel: dict[str, object] = {
+            "--fused-single-qkv-rope": self.fused_single_qkv_rope,
+            "--num-experts": self.num_moe_experts,  # experts do not scale what they output
+        }
         if self.kaiyuan.branch_scale_bits:
             self._require_plain_swiglu("branch_scale_bits", single_kernel)
         if self.kaiyuan.raise_branch_scale_below:

@@ -91,8 +91,14 @@ class FusedRotarySelfAttention(ScaledValueSelfAttention):
             return False
         full_rotation = angles.shape[1:] == (1, 1, self.hidden_size_per_attention_head)
         default_rotation = not config.rotary_interleaved and not config.multi_latent_attention and not _is_yarn(self)
-        norms_agree = _has_gain(self.q_layernorm) == _has_gain(self.k_layernorm)
-        return full_rotation and default_rotation and norms_agree and config.num_query_groups >= self.world_size
+        known_norms = _has_gain(self.q_layernorm) == _has_gain(self.k_layernorm) and self._norms_are_plain()
+        return full_rotation and default_rotation and known_norms and config.num_query_groups >= self.world_size
+
+    def _norms_are_plain(self) -> bool:
+        """Whether queries and keys have no norm, or RMSNorm with a gain; no LayerNorm, L2 norm or gain of 1 + w."""
+        norms = [norm for norm in (self.q_layernorm, self.k_layernorm) if _has_gain(norm)]
+        rms_norm = self.config.normalization == "RMSNorm" and not self.config.layernorm_zero_centered_gamma
+        return not norms or (rms_norm and all(hasattr(norm, "weight") for norm in norms))
 
 
 def _is_yarn(attention: SelfAttention) -> bool:

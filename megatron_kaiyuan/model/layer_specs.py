@@ -1,27 +1,32 @@
 """Layer specs: which modules a Kaiyuan layer is made of.
 
-Both functions start from Megatron's own submodules and replace what differs, so an upstream change of the rest arrives
-by itself. Checkpoint names are Megatron's; the output norms add `decoder.layers.N.post_self_attn_layernorm.weight` and
-`decoder.layers.N.post_mlp_layernorm.weight`, the same in both specs.
+Everything starts from the spec that Megatron itself makes of the same config, layer by layer, and replaces what
+differs. So experts, mixed layers and whatever else a flag asks for are built as upstream builds them, and an upstream
+change arrives by itself. Checkpoint names are Megatron's; the output norms add
+`decoder.layers.N.post_self_attn_layernorm.weight` and `decoder.layers.N.post_mlp_layernorm.weight`, the same in the
+local spec and with Transformer Engine.
 """
 
 import importlib
-from collections.abc import Callable, Collection
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_submodules,
-    get_gpt_layer_with_transformer_engine_submodules,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.model.attention import SdpaCoreAttention
-from megatron_kaiyuan.model.config import FUSIONS, KaiyuanTransformerConfig, LocalAttention
+from megatron_kaiyuan.model.config import FUSIONS, KaiyuanTransformerConfig
 from megatron_kaiyuan.model.fused_attention import FusedRotarySelfAttention, ScaledValueSelfAttention
 from megatron_kaiyuan.model.layers import (
     FusedSwiGLUMLP,
@@ -31,101 +36,90 @@ from megatron_kaiyuan.model.layers import (
     StableRMSNorm,
 )
 
-__all__ = [
-    "get_kaiyuan_decoder_spec",
-    "get_kaiyuan_layer_local_spec",
-    "get_kaiyuan_layer_with_transformer_engine_spec",
-    "require_transformer_engine",
-]
-
-
-def get_kaiyuan_layer_local_spec(
-    *,
-    sandwich_norm: bool = True,
-    qk_layernorm: bool = True,
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm",
-    attention: LocalAttention = "sdpa",
-    fusions: Collection[str] = (),
-    scaled_branches: bool = False,
-) -> ModuleSpec:
-    """A layer of Megatron-Core's own modules; needs neither Transformer Engine nor Apex.
-
-    Args:
-        sandwich_norm: Norms on the outputs of attention and MLP.
-        qk_layernorm: Norms on queries and keys; must agree with the config's `qk_layernorm`.
-        normalization: RMSNorm uses `StableRMSNorm` everywhere; LayerNorm uses Megatron's, without sandwich norm.
-        attention: The core attention.
-        fusions: Of `FUSIONS`: norm, rotary and swiglu change modules; the fused norm with residual is chosen by config.
-        scaled_branches: Attention and MLP that obey the config's `branch_scale_bits`.
-    """
-    submodules = get_gpt_layer_local_submodules(qk_layernorm=qk_layernorm, normalization=normalization)
-    attention_submodules = submodules.self_attention.submodules
-    if normalization == "RMSNorm":
-        submodules.input_layernorm = ResidualRMSNorm if "norm" in fusions else StableRMSNorm
-        submodules.pre_mlp_layernorm = submodules.input_layernorm
-        if qk_layernorm:
-            attention_submodules.q_layernorm = StableRMSNorm
-            attention_submodules.k_layernorm = StableRMSNorm
-    if attention != "unfused":
-        attention_submodules.core_attention = SdpaCoreAttention
-    _replace_modules(submodules, fusions, scaled_branches=scaled_branches)
-    return _layer_spec(submodules, StableRMSNorm if sandwich_norm else None)
-
-
-def get_kaiyuan_layer_with_transformer_engine_spec(
-    *,
-    sandwich_norm: bool = True,
-    qk_layernorm: bool = True,
-    fusions: Collection[str] = (),
-    scaled_branches: bool = False,
-) -> ModuleSpec:
-    """A layer of Transformer Engine's modules; the output norms are Transformer Engine's too.
-
-    Raises:
-        ConfigError: Transformer Engine is absent, or installed but fails to import.
-    """
-    require_transformer_engine()
-    extension = importlib.import_module("megatron.core.extensions.transformer_engine")
-    submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=qk_layernorm)
-    _replace_modules(submodules, fusions, scaled_branches=scaled_branches)
-    return _layer_spec(submodules, extension.TENorm if sandwich_norm else None)
+__all__ = ["get_kaiyuan_decoder_spec", "get_kaiyuan_mtp_spec", "kaiyuan_layer_spec", "require_transformer_engine"]
 
 
 def get_kaiyuan_decoder_spec(
-    config: KaiyuanTransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+    model_config: GPTModelConfig, vp_stage: int | None = None, pp_rank: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Everything `GPTModel` needs to build this pipeline stage's decoder, chosen by `config.transformer_impl`.
+    """Return what `GPTModel` needs to build the decoder of this pipeline stage.
+
+    Args:
+        model_config: Holds a `KaiyuanTransformerConfig`.
+        vp_stage: Virtual pipeline stage.
+        pp_rank: Pipeline rank; None: this process's.
 
     Raises:
         ConfigError: another implementation than `local` or `transformer_engine`, or an unusable Transformer Engine.
     """
-    options = config.kaiyuan
-    fusions = _layer_fusions(config)
-    scaled_branches = options.scales_branches
-    if config.transformer_impl == "transformer_engine":
-        return get_kaiyuan_layer_with_transformer_engine_spec(
-            sandwich_norm=options.sandwich_norm,
-            qk_layernorm=config.qk_layernorm,
-            fusions=fusions,
-            scaled_branches=scaled_branches,
-        )
-    if config.transformer_impl != "local":
-        raise ConfigError(
-            f"--transformer-impl {config.transformer_impl} has no Kaiyuan layer; use local or transformer_engine"
-        )
-    layer = get_kaiyuan_layer_local_spec(
-        sandwich_norm=options.sandwich_norm,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
-        attention=config.local_attention_kernel,
-        fusions=fusions,
-        scaled_branches=scaled_branches,
-    )
-    if config.normalization != "RMSNorm":
+    config: KaiyuanTransformerConfig = model_config.transformer
+    _check_implementation(config)
+    stock = default_layer_spec(model_config, vp_stage)
+    if isinstance(stock, TransformerBlockSubmodules):
+        layers = [kaiyuan_layer_spec(layer, config) for layer in stock.layer_specs]
+        return replace(stock, layer_specs=layers, layer_norm=_own_norm(stock.layer_norm, config))
+    layer = kaiyuan_layer_spec(stock, config)
+    if not config.uses_own_norms:
         return layer
     # Given only a layer, Megatron picks the final norm by what is installed; name it instead.
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=StableRMSNorm)
+
+
+def get_kaiyuan_mtp_spec(
+    model_config: GPTModelConfig, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Return the layers of multi-token prediction, of the same modules as the decoder's last layer.
+
+    None where the config has none, or where this pipeline stage builds none.
+    """
+    config: KaiyuanTransformerConfig = model_config.transformer
+    if config.mtp_num_layers is None:
+        return None
+    with_te = config.transformer_impl == "transformer_engine"
+    last = get_gpt_decoder_layer_specs(
+        config, with_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm, vp_stage=vp_stage
+    )[-1]
+    block = get_gpt_mtp_block_spec(
+        config, kaiyuan_layer_spec(last, config), use_transformer_engine=with_te, vp_stage=vp_stage
+    )
+    if block is None:
+        return None
+    return replace(block, layer_specs=[_with_own_norms(layer, config) for layer in block.layer_specs])
+
+
+def _with_own_norms(layer: ModuleSpec, config: KaiyuanTransformerConfig) -> ModuleSpec:
+    parts = layer.submodules
+    norms = {name: _own_norm(getattr(parts, name), config) for name in ("enorm", "hnorm", "layer_norm")}
+    return replace(layer, submodules=replace(parts, **norms))
+
+
+def kaiyuan_layer_spec(stock: ModuleSpec, config: KaiyuanTransformerConfig) -> ModuleSpec:
+    """Return Megatron's spec of a layer with our modules in the place of those that they stand in for.
+
+    Modules that ours do not stand in for (experts, other kinds of attention, other norms) stay; `stock` is not changed.
+
+    Raises:
+        ConfigError: sandwich norm around a layer of another class than Megatron's transformer layer.
+    """
+    fusions = _layer_fusions(config)
+    parts = stock.submodules
+    norm = partial(_own_norm, config=config, fused="norm" in fusions)
+    changed: dict[str, Any] = {
+        "input_layernorm": norm(parts.input_layernorm),
+        "pre_mlp_layernorm": norm(parts.pre_mlp_layernorm),
+        "self_attention": _attention(parts.self_attention, config, fused="rotary" in fusions),
+    }
+    if "swiglu" in fusions or config.kaiyuan.scales_branches:
+        changed["mlp"] = _own_mlp(parts.mlp)
+    if not config.kaiyuan.sandwich_norm:
+        return replace(stock, submodules=replace(parts, **changed))
+    if stock.module is not TransformerLayer:
+        raise ConfigError(f"--kaiyuan-sandwich-norm is of Megatron's transformer layer, not of {stock.module}")
+    inherited = {entry.name: getattr(parts, entry.name) for entry in fields(parts)} | changed
+    output_norm = _output_norm(config)
+    sandwich = KaiyuanLayerSubmodules(**inherited, post_self_attn_layernorm=output_norm, post_mlp_layernorm=output_norm)
+    return replace(stock, module=KaiyuanTransformerLayer, submodules=sandwich)
 
 
 def _layer_fusions(config: KaiyuanTransformerConfig) -> set[str]:
@@ -133,32 +127,57 @@ def _layer_fusions(config: KaiyuanTransformerConfig) -> set[str]:
     fusions = {what for what in FUSIONS if config.kaiyuan.fuses(what)}
     if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
         fusions.discard("norm")  # Megatron's recomputation of norms expects one output
-    if config.num_moe_experts:
-        fusions.discard("swiglu")
-    elif config.kaiyuan.recompute_swiglu:
+    if config.kaiyuan.recompute_swiglu:
         fusions.add("swiglu")  # only our MLP can leave its activation out
     return fusions
 
 
-def _replace_modules(
-    submodules: TransformerLayerSubmodules, fusions: Collection[str], *, scaled_branches: bool
-) -> None:
-    """Put our attention and MLP where they fuse or scale something; their submodules stay."""
-    if "rotary" in fusions:
-        submodules.self_attention.module = FusedRotarySelfAttention
-    elif scaled_branches:
-        submodules.self_attention.module = ScaledValueSelfAttention
-    if "swiglu" in fusions or scaled_branches:
-        # Megatron gives the MLP as a partial of its class's own builder; its submodules are the keyword.
-        submodules.mlp = partial(FusedSwiGLUMLP.as_mlp_submodule, **submodules.mlp.keywords)
+def _own_norm(builder: Any, config: KaiyuanTransformerConfig, *, fused: bool = False) -> Any:
+    """Return our norm where Megatron's spec has torch's RMSNorm; other norms stay."""
+    if builder is not WrappedTorchNorm or not config.uses_own_norms:
+        return builder
+    return ResidualRMSNorm if fused else StableRMSNorm
 
 
-def _layer_spec(submodules: TransformerLayerSubmodules, post_norm: Callable[..., Any] | None) -> ModuleSpec:
-    if post_norm is None:
-        return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    inherited = {entry.name: getattr(submodules, entry.name) for entry in fields(submodules)}
-    sandwich = KaiyuanLayerSubmodules(**inherited, post_self_attn_layernorm=post_norm, post_mlp_layernorm=post_norm)
-    return ModuleSpec(module=KaiyuanTransformerLayer, submodules=sandwich)
+def _output_norm(config: KaiyuanTransformerConfig) -> Callable[..., Any]:
+    if config.transformer_impl == "local":
+        return StableRMSNorm
+    norm: Callable[..., Any] = importlib.import_module("megatron.core.extensions.transformer_engine").TENorm
+    return norm
+
+
+def _attention(stock: ModuleSpec, config: KaiyuanTransformerConfig, *, fused: bool) -> ModuleSpec:
+    """Return Megatron's self-attention with our norms, kernel and fusions; another kind of attention stays."""
+    if stock.module is not SelfAttention:
+        return stock
+    parts = stock.submodules
+    norms = {name: _own_norm(getattr(parts, name), config) for name in ("q_layernorm", "k_layernorm")}
+    core = parts.core_attention
+    if core is DotProductAttention and config.local_attention_kernel != "unfused":
+        core = SdpaCoreAttention
+    module = SelfAttention
+    if fused:
+        module = FusedRotarySelfAttention
+    elif config.kaiyuan.scales_branches:
+        module = ScaledValueSelfAttention
+    return replace(stock, module=module, submodules=replace(parts, core_attention=core, **norms))
+
+
+def _own_mlp(builder: Any) -> Any:
+    """Return our dense MLP where Megatron's spec has its own; experts and Transformer Engine's fused MLP stay."""
+    # Megatron gives the MLP as a partial of its class's own builder; its submodules are the keyword.
+    if isinstance(builder, partial) and getattr(builder.func, "__self__", None) is MLP:
+        return partial(FusedSwiGLUMLP.as_mlp_submodule, **builder.keywords)
+    return builder
+
+
+def _check_implementation(config: KaiyuanTransformerConfig) -> None:
+    if config.transformer_impl == "transformer_engine":
+        require_transformer_engine()
+    elif config.transformer_impl != "local":
+        raise ConfigError(
+            f"--transformer-impl {config.transformer_impl} has no Kaiyuan layer; use local or transformer_engine"
+        )
 
 
 def require_transformer_engine() -> None:

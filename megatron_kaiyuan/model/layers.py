@@ -187,7 +187,7 @@ def _require_scaled_branches(config: TransformerConfig, attention: torch.nn.Modu
     if config.kaiyuan.scales_branches and not scaled:
         raise ConfigError(
             f"--kaiyuan-branch-scale-bits {config.kaiyuan.branch_scale_bits} with a layer spec whose modules do not "
-            "scale; make the spec with scaled_branches=True, or by get_kaiyuan_decoder_spec"
+            "scale; make the spec by get_kaiyuan_decoder_spec from the same config"
         )
 
 

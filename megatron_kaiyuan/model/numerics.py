@@ -23,7 +23,7 @@ __all__ = ["FP16_MAX", "ActivationMeter", "ActivationPeak", "first_non_finite"]
 FP16_MAX = 65504.0
 """Largest finite FP16 number."""
 
-_ACTIVATION = ".mlp.activation"
+_ACTIVATION = "activation"
 """silu(gate) * up, what `linear_fc2` reads: no module's output, and it can overflow before that product does."""
 
 
@@ -77,7 +77,7 @@ class ActivationMeter:
         """Begin recording; peaks of earlier recordings are kept until `reset`."""
         self.stop()
         for index, (name, module) in enumerate(self._targets):
-            if name.endswith(_ACTIVATION):
+            if name.endswith(f".{_ACTIVATION}"):
                 self._handles.append(module.register_forward_pre_hook(self._input_recorder(index)))
             else:
                 # First among the hooks: before the output norm or the soft-cap hides what came out of the product.
@@ -94,11 +94,14 @@ class ActivationMeter:
 
     def read(self) -> list[ActivationPeak]:
         """The peaks in the order of computation, those never computed left out. Waits for the device, once."""
-        seen = [(name, peak) for (name, _), peak in zip(self._targets, self._peaks, strict=True) if peak is not None]
+        seen: dict[str, Tensor] = {}
+        for (name, _), peak in zip(self._targets, self._peaks, strict=True):
+            if peak is not None:
+                seen[name] = torch.maximum(seen[name], peak) if name in seen else peak  # a NaN wins
         if not seen:
             return []
-        values = torch.stack([peak for _, peak in seen]).tolist()
-        return [ActivationPeak(name, value) for (name, _), value in zip(seen, values, strict=True)]
+        values = torch.stack(list(seen.values())).tolist()
+        return [ActivationPeak(name, value) for name, value in zip(seen, values, strict=True)]
 
     def _recorder(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -115,6 +118,8 @@ class ActivationMeter:
         return record
 
     def _note(self, index: int, tensor: Tensor) -> None:
+        if tensor.numel() == 0:
+            return  # an expert that no token was sent to
         peak = torch.linalg.vector_norm(tensor.detach(), ord=math.inf).float()
         earlier = self._peaks[index]
         self._peaks[index] = peak if earlier is None else torch.maximum(earlier, peak)
@@ -127,16 +132,35 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _metered_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules in the order of computation; a name that ends on `_ACTIVATION` means the module's input."""
+    """Names and modules in the order of computation; a name that ends on `_ACTIVATION` means the module's input.
+
+    All experts of a layer have the same names: the meter tells the largest value among them.
+    """
     if hasattr(model, "embedding"):
         yield "embedding", model.embedding
     for layer in model.decoder.layers:
-        prefix = f"decoder.layers.{layer.layer_number - 1}"
-        yield f"{prefix}.self_attention.linear_qkv", layer.self_attention.linear_qkv
-        yield f"{prefix}.self_attention.linear_proj", layer.self_attention.linear_proj
-        yield f"{prefix}.mlp.linear_fc1", layer.mlp.linear_fc1
-        yield prefix + _ACTIVATION, layer.mlp.linear_fc2
-        yield f"{prefix}.mlp.linear_fc2", layer.mlp.linear_fc2
-        yield prefix, layer
+        yield from _metered_of_layer(f"decoder.layers.{layer.layer_number - 1}", layer)
+    if getattr(model, "mtp_process", False):
+        for number, depth in enumerate(model.mtp.layers):
+            yield from _metered_of_layer(f"mtp.layers.{number}.mtp_model_layer", depth.mtp_model_layer)
     if hasattr(model, "output_layer"):
         yield "output_layer", model.output_layer
+
+
+def _metered_of_layer(prefix: str, layer: Any) -> Iterator[tuple[str, nn.Module]]:
+    for name in ("linear_qkv", "linear_proj"):
+        if hasattr(layer.self_attention, name):  # other kinds of attention have other products
+            yield f"{prefix}.self_attention.{name}", getattr(layer.self_attention, name)
+    if hasattr(layer.mlp, "router"):
+        yield from _metered_of_mlp(f"{prefix}.mlp.shared_experts", layer.mlp.shared_experts)
+        for expert in getattr(layer.mlp.experts, "local_experts", [layer.mlp.experts]):
+            yield from _metered_of_mlp(f"{prefix}.mlp.experts", expert)
+    yield from _metered_of_mlp(f"{prefix}.mlp", layer.mlp)
+    yield prefix, layer
+
+
+def _metered_of_mlp(prefix: str, mlp: Any) -> Iterator[tuple[str, nn.Module]]:
+    if hasattr(mlp, "linear_fc1"):
+        yield f"{prefix}.linear_fc1", mlp.linear_fc1
+        yield f"{prefix}.{_ACTIVATION}", mlp.linear_fc2
+        yield f"{prefix}.linear_fc2", mlp.linear_fc2

@@ -27,10 +27,11 @@ Peak = tuple[float | None, str]
 
 
 def layer_of(tensor: str) -> str:
-    """`layer 3` for all tensors of `decoder.layers.3`; others keep their name."""
-    if not tensor.startswith("decoder.layers."):
-        return tensor
-    return f"layer {tensor.split('.')[2]}"
+    """`layer 3` for all tensors of `decoder.layers.3`, and so for `mtp.layers.0`; others keep their name."""
+    for start, shown in (("decoder.layers.", "layer"), ("mtp.layers.", "MTP layer")):
+        if tensor.startswith(start):
+            return f"{shown} {tensor.split('.')[2]}"
+    return tensor
 
 
 def layer_peaks(activations: Mapping[str, float | None]) -> dict[str, Peak]:

@@ -23,7 +23,9 @@ _WITHIN_LAYER = (
     "mlp",
     "post_mlp_layernorm",
 )
+_PARTS_OF_EXPERTS = ("shared_experts", "router", "experts")
 _WITHIN_BRANCH = ("linear_qkv", "q_layernorm", "k_layernorm", "linear_proj", "linear_fc1", "activation", "linear_fc2")
+_LOCAL_EXPERTS = "mlp.experts.local_experts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,16 @@ def depth(name: str) -> tuple[int, int, int]:
     """Where in the forward pass a module or its weight is, by name: embedding, layer by layer, output layer."""
     if name.startswith("embedding"):
         return 0, 0, 0
-    if not name.startswith("decoder.layers."):
-        return (1, 1 << 30, 0) if name.startswith("decoder") else (2, 0, 0)
-    _, _, layer, *rest = name.split(".", 4)
-    place = _WITHIN_LAYER.index(rest[0]) * 10 if rest and rest[0] in _WITHIN_LAYER else 100
-    second = rest[1].split(".")[0] if len(rest) > 1 else ""
-    return 1, int(layer), place + (_WITHIN_BRANCH.index(second) if second in _WITHIN_BRANCH else 0)
+    if not name.startswith(("decoder.layers.", "mtp.layers.")):
+        return (1, 1 << 30, 0) if name.startswith("decoder") else (3, 0, 0)
+    stage = 1 if name.startswith("decoder") else 2
+    _, _, layer, *rest = name.replace(".mtp_model_layer", "").split(".")
+    if not rest or rest[0] not in _WITHIN_LAYER:
+        return stage, int(layer), 1000  # the whole layer
+    place = _WITHIN_LAYER.index(rest[0]) * 100
+    for step, names in ((10, _PARTS_OF_EXPERTS), (1, _WITHIN_BRANCH)):
+        place += step * next((names.index(part) for part in rest[1:] if part in names), 0)
+    return stage, int(layer), place
 
 
 def why_loss_is_not_finite(model: Any, forward: Callable[[], Any]) -> str:
@@ -93,11 +99,20 @@ def _gradients(model: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def global_name(model: Any, name: str) -> str:
-    """A parameter's name with its layer's number in the whole model; `model` is a stage of it, wrapped or not."""
+    """A parameter's name with the numbers of its layer and expert in the whole model.
+
+    Args:
+        model: A stage of it, wrapped or not, on one rank of its expert-parallel group.
+        name: The parameter's name there.
+    """
     if not name.startswith("decoder.layers."):
         return name
     _, _, local, rest = name.split(".", 3)
-    return f"decoder.layers.{_unwrapped(model).decoder.layers[int(local)].layer_number - 1}.{rest}"
+    layer = _unwrapped(model).decoder.layers[int(local)]
+    if rest.startswith(_LOCAL_EXPERTS):
+        expert, weight = rest.removeprefix(_LOCAL_EXPERTS).split(".", 1)
+        rest = f"{_LOCAL_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}.{weight}"
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
 
 def _unwrapped(model: Any) -> Any:

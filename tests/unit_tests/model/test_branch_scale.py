@@ -152,13 +152,16 @@ def observed() -> dict[str, Any]:
 
 def observe(_rank: int) -> dict[str, Any]:
     """Peaks with and without scale, a checkpoint of one loaded by the other, a spec that does not scale."""
-    from megatron_kaiyuan.model.layer_specs import get_kaiyuan_layer_local_spec
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_kaiyuan.model.layer_specs import get_kaiyuan_decoder_spec
     from megatron_kaiyuan.model.layers import KaiyuanTransformerLayer
 
     tiny.initialize_parallel(1, 1)
     huge = case("", half=True, factors=HUGE_SWIGLU)
+    spec: Any = get_kaiyuan_decoder_spec(GPTModelConfig(transformer=tiny.build_config(unscaled(case("")))))
     try:
-        KaiyuanTransformerLayer(tiny.build_config(case("")), get_kaiyuan_layer_local_spec().submodules)
+        KaiyuanTransformerLayer(tiny.build_config(case("")), spec.layer_specs[0].submodules)
         complaint = "accepted"
     except ConfigError as error:
         complaint = str(error)
@@ -216,4 +219,4 @@ def test_a_checkpoint_of_an_unscaled_run_computes_the_same_under_a_scale(observe
 
 @pytest.mark.distributed
 def test_a_spec_that_does_not_scale_is_refused(observed: dict[str, Any]) -> None:
-    assert "make the spec with scaled_branches=True" in observed["complaint"]
+    assert "make the spec by get_kaiyuan_decoder_spec" in observed["complaint"]

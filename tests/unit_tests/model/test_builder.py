@@ -165,10 +165,10 @@ def test_a_command_line_that_cannot_work_is_refused(
 
 
 def refuse_transformer_engine() -> str:
-    from megatron_kaiyuan.model.layer_specs import get_kaiyuan_layer_with_transformer_engine_spec
+    from megatron_kaiyuan.model.layer_specs import require_transformer_engine
 
     with pytest.raises(ConfigError) as caught:
-        get_kaiyuan_layer_with_transformer_engine_spec()
+        require_transformer_engine()
     return str(caught.value)
 
 

@@ -179,13 +179,14 @@ def _stock_step(features: Features) -> list[Tensor]:
 def _build_with_our_modules(case: Case) -> Any:
     """Our layer spec with everything off, which the builder would not even use."""
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.training.models.gpt import GPTModelConfig
 
     from megatron_kaiyuan.model.layer_specs import get_kaiyuan_decoder_spec
 
     config = tiny.build_config(case)
     return GPTModel(
         config,
-        get_kaiyuan_decoder_spec(config),
+        get_kaiyuan_decoder_spec(GPTModelConfig(transformer=config)),
         case.shape.vocab,
         case.shape.sequence,
         position_embedding_type="rope",
