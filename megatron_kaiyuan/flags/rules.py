@@ -5,14 +5,26 @@ compare the tables with Megatron's own parser, so a new version cannot bring a f
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.flags.spelling import Spelling
 
-__all__ = ["ALWAYS", "Condition", "Fate", "Rule", "by_name", "flag_of", "refuse_flags"]
+__all__ = [
+    "ALWAYS",
+    "Condition",
+    "Fate",
+    "Rule",
+    "by_name",
+    "flag_of",
+    "only_with",
+    "only_with_package",
+    "refuse_flags",
+]
 
 
 class Fate(StrEnum):
@@ -52,6 +64,33 @@ class Rule:
     """Of a refusal; elsewhere the flag is passed on."""
 
 
+def only_with(
+    master: str, holds: Callable[[argparse.Namespace], bool], names: tuple[str, ...], acts: str
+) -> list[Rule]:
+    """Return the rules of flags that are read only where another one is given.
+
+    Args:
+        master: The other flag, as a user would give it: "--optimizer muon".
+        holds: Whether it is given.
+        names: Of the flags that depend on it.
+        acts: Who acts on them then.
+    """
+    without = Condition(f"without {master}", lambda args: not holds(args))
+    return [
+        Rule(Fate.REFUSED, names, f"nothing reads it then; give {master} too, or leave it out", without),
+        Rule(Fate.PASSED_ON, names, acts),
+    ]
+
+
+def only_with_package(package: str, names: tuple[str, ...], acts: str) -> list[Rule]:
+    """Return the rules of flags that need a package; `package` is the name under which it is imported."""
+    without = Condition(f"without the package {package}", lambda _args: importlib.util.find_spec(package) is None)
+    return [
+        Rule(Fate.REFUSED, names, f"it needs that; install {package}, or leave it out", without),
+        Rule(Fate.PASSED_ON, names, acts),
+    ]
+
+
 def by_name(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
     """Return the rules of each flag. Only conditional refusals may name a flag that another rule names too."""
     table: dict[str, list[Rule]] = {}
@@ -61,28 +100,42 @@ def by_name(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
     return table
 
 
-def refuse_flags(args: argparse.Namespace, defaults: Mapping[str, Any], rules: Iterable[Rule]) -> None:
+def refuse_flags(
+    args: argparse.Namespace,
+    defaults: Mapping[str, Any],
+    rules: Iterable[Rule],
+    flags: Mapping[str, Spelling] | None = None,
+) -> None:
     """Refuse every flag that the table refuses and that has another value than its default.
 
     Args:
         args: Parsed, not yet validated.
         defaults: The parser's default by name.
         rules: The table.
+        flags: How the parser spells them; without it, as `flag_of` does.
 
     Raises:
         ConfigError: names all such flags, each with what is wrong and what to do.
     """
     complaints = [
-        complaint for rule in rules if rule.fate is Fate.REFUSED for complaint in _complaints(args, defaults, rule)
+        complaint
+        for rule in rules
+        if rule.fate is Fate.REFUSED
+        for complaint in _complaints(args, defaults, rule, flags or {})
     ]
     if complaints:
         raise ConfigError("; ".join(complaints))
 
 
-def _complaints(args: argparse.Namespace, defaults: Mapping[str, Any], rule: Rule) -> Iterator[str]:
+def _complaints(
+    args: argparse.Namespace, defaults: Mapping[str, Any], rule: Rule, spelled: Mapping[str, Spelling]
+) -> Iterator[str]:
     given = [name for name in rule.names if hasattr(args, name) and getattr(args, name) != defaults.get(name)]
     if given and rule.where.holds(args):
-        flags = ", ".join(_written(name, getattr(args, name)) for name in given)
+        values = {name: getattr(args, name) for name in given}
+        flags = ", ".join(
+            spelled[name].written(value) if name in spelled else _written(name, value) for name, value in values.items()
+        )
         yield f"{flags}{' ' * bool(rule.where.says)}{rule.where.says}: {rule.says}"
 
 

@@ -35,7 +35,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
 from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
 from megatron_kaiyuan.training.parsing import configuration, parse, validate
-from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider, check_supported
+from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plan_arguments import (
     ShardRecords,
     check_plan_arguments,
@@ -114,7 +114,6 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     plan_values = {}
     records = ShardRecords(None, {}) if plan is None else read_shard_records(plan)
     if plan is None:
-        check_supported(first_look)
         check_data_arguments(first_look)
     else:
         defaults.update(plan_parser_defaults())

@@ -21,7 +21,9 @@ from megatron.training.config.container import PretrainConfigContainer
 from megatron_kaiyuan.arguments import arguments_provider
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.flags.complaints import megatron_checks
+from megatron_kaiyuan.flags.rules import refuse_flags
 from megatron_kaiyuan.flags.spelling import Spelling, spellings
+from megatron_kaiyuan.flags.table import TABLE
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 
 __all__ = ["configuration", "known_flags", "parse", "validate"]
@@ -40,7 +42,7 @@ def parse(defaults: Mapping[str, object]) -> argparse.Namespace:
         defaults: Of the parser, where they are not Megatron's.
 
     Raises:
-        ConfigError: Megatron refuses it, or it names a file that would replace it.
+        ConfigError: Megatron refuses it, a flag of it would have no effect, or it names a file that would replace it.
     """
     if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
         raise ConfigError(
@@ -49,6 +51,8 @@ def parse(defaults: Mapping[str, object]) -> argparse.Namespace:
         )
     with megatron_checks(known_flags()):
         args: argparse.Namespace = parse_args(arguments_provider(defaults))
+    flags = known_flags()
+    refuse_flags(args, {name: flag.default for name, flag in flags.items()} | dict(defaults), TABLE, flags)
     return args
 
 

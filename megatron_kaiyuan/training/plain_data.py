@@ -12,20 +12,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_kaiyuan.errors import ConfigError
-
-__all__ = ["PlainDatasetsProvider", "check_supported"]
-
-
-def check_supported(args: argparse.Namespace) -> None:
-    """Refuse the data flags that name other datasets than GPT pretraining's.
-
-    Raises:
-        ConfigError: names the flag.
-    """
-    for flag in ("--sft", "--fim-data", "--dataloader-inter-document-masking", "--hybrid-context-parallel"):
-        if getattr(args, flag.removeprefix("--").replace("-", "_"), False):
-            raise ConfigError(f"{flag} is not supported by this entry point; remove it")
+__all__ = ["PlainDatasetsProvider"]
 
 
 class PlainDatasetsProvider:

@@ -20,15 +20,6 @@ __all__ = [
     "read_shard_records",
 ]
 
-_OTHER_DATA = (
-    "data_path",
-    "data_args_path",
-    "train_data_path",
-    "valid_data_path",
-    "test_data_path",
-    "per_split_data_args_path",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class ShardRecords:
@@ -187,9 +178,6 @@ def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
         ConfigError: names the flag, both values and the remedy.
         PlanError: the held-out documents of a source do not fill a window.
     """
-    other = ["--" + name.replace("_", "-") for name in _OTHER_DATA if getattr(args, name) is not None]
-    if other or args.mock_data:
-        raise ConfigError(f"--plan and {', '.join(other) or '--mock-data'} both name the data; give one of them")
     _check_seq_length(args, plan)
     if args.dataloader_type != "single":
         raise ConfigError(
@@ -230,8 +218,6 @@ def _check_length(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _check_validation(args: argparse.Namespace, plan: Plan) -> None:
-    if args.multiple_validation_sets and not args.full_validation:
-        raise ConfigError("--multiple-validation-sets needs --full-validation")
     if args.full_validation and not plan.validation:
         raise ConfigError("--full-validation, but the plan holds out no documents; add a validation section to it")
     for name in plan.validation:

@@ -23,14 +23,8 @@ def check_batch_arguments(args: argparse.Namespace, saved: argparse.Namespace | 
         planned: The run has a plan.
 
     Raises:
-        ConfigError: `--rampup-batch-size`, or `--train-iters` for a plan that is not shown in batches of one size.
+        ConfigError: `--train-iters` for a plan that is not shown in batches of one size.
     """
-    if args.rampup_batch_size is not None:
-        ramp = " ".join(map(str, args.rampup_batch_size))
-        raise ConfigError(
-            f"--rampup-batch-size {ramp}: this Megatron ignores it and would train with full batches from the start; "
-            "give --step-batch-size-schedule 'TOKENS:BATCH ...' in place of it and of --global-batch-size"
-        )
     if not planned or not args.train_iters:
         return
     if args.step_batch_size_schedule is not None:

@@ -165,10 +165,7 @@ def test_documents_may_be_kept_apart_without_a_mask_from_the_loader(
         ("", {"train_iters": 5, "global_batch_size": 16}, "10 samples, fewer than --global-batch-size 16"),
         ("", {"train_iters": 5, "seq_length": 8}, "--seq-length 8, but the plan cuts its samples to seq_length 4"),
         ("", {"train_iters": 5, "dataloader_type": "cyclic"}, "a plan needs --dataloader-type single"),
-        ("--data-path p", {"train_iters": 5}, "--plan and --data-path both name the data"),
-        ("--mock-data", {"train_iters": 5}, "--plan and --mock-data both name the data"),
         ("--full-validation", {"train_iters": 5}, "the plan holds out no documents"),
-        ("--multiple-validation-sets", {"train_iters": 5}, "needs --full-validation"),
     ],
 )
 def test_a_contradiction_is_an_error_with_both_values(

@@ -12,7 +12,7 @@ from megatron_kaiyuan.training.run_length import check_batch_arguments, final_it
 
 def arguments(**values: object) -> Namespace:
     defaults = {"train_samples": 47, "train_iters": None, "global_batch_size": 8, "skip_train": False, "load": "run"}
-    return Namespace(**{**defaults, "step_batch_size_schedule": None, "rampup_batch_size": None, **values})
+    return Namespace(**{**defaults, "step_batch_size_schedule": None, **values})
 
 
 def after(iteration: int, consumed: int) -> Namespace:
@@ -74,8 +74,3 @@ def test_a_plan_in_batches_of_several_sizes_is_not_counted_in_steps() -> None:
     steps.step_batch_size_schedule = "0:4 8:6"
     with pytest.raises(ConfigError, match="'0:4 8:6' changes the batch: leave --train-iters out"):
         check_batch_arguments(steps, None, planned=True)
-
-
-def test_a_ramp_that_megatron_ignores_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--rampup-batch-size 4 4 100: this Megatron ignores it"):
-        check_batch_arguments(arguments(rampup_batch_size=[4, 4, 100]), None, planned=False)
