@@ -148,7 +148,7 @@ def _peak_mib() -> float:
 def build_ours(prefix: str, epochs: int) -> dict[str, float]:
     """Rank all documents, store the index, open a curriculum plan of so many passes, read one sample's documents."""
     from megatron_kaiyuan.data import Plan, open_source
-    from megatron_kaiyuan.data.rank_index import index_path, write_rank_index
+    from megatron_kaiyuan.documents.rank_index import index_path, write_rank_index
 
     started = time.perf_counter()
     source = open_source("big", prefix)

@@ -127,7 +127,7 @@ def plan_of(sources: dict[str, Any], phases: Sequence[dict[str, Any]]) -> dict[s
 def rank(prefixes: list[str]) -> dict[str, float]:
     """Build and store the rank index of each source."""
     from megatron_kaiyuan.data import open_source
-    from megatron_kaiyuan.data.rank_index import index_path, write_rank_index
+    from megatron_kaiyuan.documents.rank_index import index_path, write_rank_index
 
     started = time.perf_counter()
     for prefix in prefixes:

@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks.data_engine import SEQ_LENGTH, fastest
 from megatron_kaiyuan.data import Plan, open_source
 from megatron_kaiyuan.data.dataset import CurriculumDataset
-from megatron_kaiyuan.data.rank_index import index_path, write_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, write_rank_index
 from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord, created_by
 
 SHARDS = (1_000, 2_500, 5_000)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.rank_index import index_path, write_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, write_rank_index
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.shards.manifest import load_manifest

@@ -68,7 +68,7 @@ def rank_plan(args: argparse.Namespace) -> None:
 def rank_one(args: argparse.Namespace) -> None:
     """Rank or verify one source."""
     from megatron_kaiyuan.data import open_source
-    from megatron_kaiyuan.data.rank_index import index_path, verify_rank_index, write_rank_index
+    from megatron_kaiyuan.documents.rank_index import index_path, verify_rank_index, write_rank_index
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
     from megatron_kaiyuan.shards.score_import import import_scores
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.bands import NUM_BANDS
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.documents.bands import NUM_BANDS
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.shards.source import Segment
 

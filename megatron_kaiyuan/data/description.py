@@ -1,7 +1,6 @@
 """The dry run: what a plan will show, phase by source by quantile band, as plain data."""
 
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +11,8 @@ from megatron_kaiyuan.data.interleave import prefix_bound
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
-from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.documents.runs import DocumentRuns
 
 __all__ = ["ResolvedPlan", "band_edges", "describe_plan"]
 
@@ -41,6 +40,8 @@ def describe_plan(plan: ResolvedPlan, bands: int) -> dict[str, Any]:
     """
     samples = sum(phase.num_samples for phase in plan.phases)
     return {
+        "version": plan.spec.order_version,
+        "version_written": plan.spec.version is not None,
         "seq_length": plan.seq_length,
         "seed": plan.spec.seed,
         "fingerprint": plan.fingerprint,
@@ -55,7 +56,7 @@ def describe_plan(plan: ResolvedPlan, bands: int) -> dict[str, Any]:
 
 def _describe_phase(plan: ResolvedPlan, phase: Phase) -> dict[str, Any]:
     sources = {
-        name: _describe_stream(phase, number, name, stream)
+        name: _describe_stream(plan.spec.order_version, phase, number, name, stream)
         for number, (name, stream) in enumerate(phase.streams.items())
     }
     return {
@@ -76,9 +77,10 @@ def _domain_shares(plan: ResolvedPlan, phases: list[Phase]) -> dict[str, float]:
     return {domain: samples / total for domain, samples in domain_samples(plan.spec, phases).items()}
 
 
-def _describe_stream(phase: Phase, number: int, name: str, stream: Stream) -> dict[str, Any]:
+def _describe_stream(version: int, phase: Phase, number: int, name: str, stream: Stream) -> dict[str, Any]:
     used = int(phase.used[number])
     return {
+        "draw": phase.spec.sources[name].draw,
         "keep": str(phase.spec.sources[name].keep),
         "repeat": float(stream.repeat),
         "order": "ascending quality" if stream.ascending else "random",
@@ -88,10 +90,22 @@ def _describe_stream(phase: Phase, number: int, name: str, stream: Stream) -> di
         "tokens": used * stream.seq_length,
         "share": used / phase.num_samples,
         "epochs": used * stream.seq_length / stream.selected.num_tokens,
+        "shown": _times_shown(version, stream, used),
+        "bands": stream.num_bands if stream.ascending else None,
         "windows_left_out": stream.num_windows - used,
         "tokens_left_over": stream.leftover,
         "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
     }
+
+
+def _times_shown(version: int, stream: Stream, used: int) -> list[dict[str, int]] | None:
+    """Tokens of the selection by how often the phase shows them; None where all passes are thinned (version 1)."""
+    total, shown = stream.selected.num_tokens, used * stream.seq_length
+    if version == 1 and stream.ascending and stream.num_passes > 1 and used < stream.num_windows:
+        return None
+    times, more = divmod(shown, total)
+    counts = ({"times": times, "tokens": total - more}, {"times": times + 1, "tokens": more})
+    return [count for count in counts if count["tokens"]]
 
 
 def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> dict[str, Any]:
@@ -116,13 +130,13 @@ def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> di
 
 
 def band_edges(documents: int, bands: int) -> NDArray[np.int64]:
-    """Ranks at which equal bands of documents begin and, last, end; int64 `[bands + 1]`."""
-    return np.array([nearest_count(Fraction(band, bands), documents) for band in range(bands + 1)], dtype=np.int64)
+    """Ranks at which equal bands of documents begin and, last, end, as the monitor counts them; int64 `[bands + 1]`."""
+    return np.array([-(-band * documents // bands) for band in range(bands + 1)], dtype=np.int64)
 
 
 def _describe_bands(plan: ResolvedPlan, source: OpenedSource, bands: int) -> list[dict[str, Any]]:
     edges = band_edges(source.source.num_documents, bands)
-    tokens = np.diff(source.ranked_order.token_offsets(edges))
+    tokens = np.diff(source.trainable(ranked=True).tokens_below(edges))  # what is held out can be seen by no phase
     seen = {
         phase.name: _band_tokens(phase, number, stream, edges, tokens)
         for phase in plan.phases
@@ -160,6 +174,6 @@ def _pass_tokens(
 ) -> NDArray[np.float64]:
     if documents.order.ranked:
         return np.diff(documents.tokens_below(edges)).astype(np.float64)
-    fraction = documents.num_tokens / stream.selected.order.source.num_tokens
+    fraction = documents.num_tokens / int(tokens.sum())
     share: NDArray[np.float64] = tokens.astype(np.float64) * fraction
     return share

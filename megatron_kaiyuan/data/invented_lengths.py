@@ -20,7 +20,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key, mix64_array
+from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key, mix64_array
 
 __all__ = ["GROUP", "InventedLengths"]
 
@@ -56,14 +56,23 @@ class InventedLengths:
     def before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens before each position, `0 <= position <= documents`; int64 `[n]`, exact at both ends."""
         groups = np.minimum(positions // GROUP, (self.documents - 1) // GROUP)
+        offsets: NDArray[np.int64] = positions + self._border(groups)
+        inside = np.flatnonzero(positions != groups * GROUP)
+        if len(inside):
+            offsets[inside] += self._dealt_within(groups[inside], positions[inside] - groups[inside] * GROUP)
+        return offsets
+
+    def _dealt_within(self, groups: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens dealt out to the first `places` documents of each group, int64 `[n]`."""
         start, end = self._border(groups), self._border(groups + 1)
         weights = self._weights[self._hash(groups, 1) % np.uint64(_SETS)]
-        rows, sizes = np.arange(len(positions)), np.minimum(self.documents - groups * GROUP, GROUP)
-        part = weights[rows, positions - groups * GROUP] / weights[rows, sizes]
-        first, size = groups * (GROUP / self.documents), sizes / self.documents
+        rows, sizes = np.arange(len(groups)), np.minimum(self.documents - groups * GROUP, GROUP)
+        part: NDArray[np.float64] = weights[rows, places] / weights[rows, sizes]
+        first = np.asarray(groups * (GROUP / self.documents), dtype=np.float64)
+        size: NDArray[np.float64] = np.asarray(sizes / self.documents, dtype=np.float64)
         share = part * self._rising(first, part * size) / self._rising(first, size)
-        offsets: NDArray[np.int64] = positions + start + ((end - start) * share).astype(np.int64)
-        return offsets
+        dealt: NDArray[np.int64] = ((end - start) * share).astype(np.int64)
+        return dealt
 
     def _rising(self, first: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the trend gives, relative to the mean, to quantiles from `first` on; `[n]`."""

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.bands import BandEdges, band_edges
-from megatron_kaiyuan.data.order import DocumentOrder, RankedOrder, StorageOrder
-from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import SourceSpec
-from megatron_kaiyuan.data.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
-from megatron_kaiyuan.data.ranking import STRIDE
-from megatron_kaiyuan.data.runs import DocumentRuns, trainable_runs
+from megatron_kaiyuan.documents.bands import BandEdges, band_edges
+from megatron_kaiyuan.documents.order import DocumentOrder, RankedOrder, StorageOrder
+from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
+from megatron_kaiyuan.documents.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
+from megatron_kaiyuan.documents.ranking import STRIDE
+from megatron_kaiyuan.documents.runs import DocumentRuns, trainable_runs
 from megatron_kaiyuan.errors import PlanError, ShardError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import real_files

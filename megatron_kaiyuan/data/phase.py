@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import NoReturn
@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.interleave import merged_block, merged_sample, prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
-from megatron_kaiyuan.data.permutation import derive_key
-from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSourceSpec, PhaseSpec
-from megatron_kaiyuan.data.runs import DocumentRuns, nearest_count
-from megatron_kaiyuan.data.selection import Keep
+from megatron_kaiyuan.data.parts import Part, build_stream, fitted_stream
+from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSpec, PlanSpec
 from megatron_kaiyuan.data.stream import Stream, thinned
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.host.threads import side_by_side
@@ -110,36 +108,37 @@ class Phase:
         return ascending, np.array([stream.num_windows for stream in self.stream_list], dtype=np.int64)
 
 
-def build_phase(
-    spec: PhaseSpec, sources: Mapping[str, OpenedSource], first_sample: int, seq_length: int, seed: int
-) -> Phase:
+def build_phase(spec: PhaseSpec, plan: PlanSpec, sources: Mapping[str, OpenedSource], first_sample: int) -> Phase:
     """Resolve the selections, repetitions and the token budget of a phase.
 
     Raises:
         PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
     """
-    built = side_by_side(
-        lambda item: _build_stream(spec, item[0], item[1], sources[item[0]], seq_length, seed),
-        list(spec.sources.items()),
-        most=sources_at_once(sources[name].source for name in spec.sources),
-    )
-    streams = dict(zip(spec.sources, built, strict=True))
-    _refuse_too_many(spec, built, seq_length)
-    natural = np.array([stream.num_windows for stream in streams.values()], dtype=np.int64)
+    parts = [Part(plan, spec.name, spec.order, name, part, sources[name]) for name, part in spec.sources.items()]
+    most_at_once = sources_at_once(part.source.source for part in parts)
+    streams = side_by_side(build_stream, parts, most=most_at_once)
+    _refuse_too_many(spec, streams, plan.seq_length)
+    natural = np.array([stream.num_windows for stream in streams], dtype=np.int64)
     weights = [part.weight for part in spec.sources.values()]
     rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)
-    num_samples = int(natural.sum()) if spec.tokens is None else spec.tokens // seq_length
+    num_samples = int(natural.sum()) if spec.tokens is None else spec.tokens // plan.seq_length
     if num_samples == 0:
         raise PlanError(
-            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {seq_length}; raise it"
+            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {plan.seq_length}; "
+            "raise it"
         )
     used = prefix_counts(rates, num_samples)
-    most = [_most_windows(stream, spec.sources[name].max_repeat) for name, stream in streams.items()]
-    for number, (name, stream) in enumerate(streams.items()):
-        if used[number] > most[number]:
-            _refuse_budget(spec, name, stream, int(used[number]), _largest_budget(rates, most, num_samples))
-        streams[name] = _stretched(spec, name, stream, int(used[number]), num_samples)
-    return Phase(spec, first_sample, num_samples, streams, rates, used)
+    most = [_most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
+    for part, stream, count, limit in zip(parts, streams, used.tolist(), most, strict=True):
+        if count > limit:
+            _refuse_budget(spec, part.name, stream, count, _largest_budget(rates, most, num_samples))
+        if count == 0:
+            raise PlanError(
+                f"phase {spec.name!r}, source {part.name!r}: a budget of {num_samples:,} samples is too small to show "
+                "it even once; raise tokens, or leave the source out of the phase"
+            )
+    fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
+    return Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
 
 
 def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int) -> None:
@@ -151,70 +150,6 @@ def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int
             f"has at most {_MOST_SAMPLES:,} samples and {_MOST_TOKENS:,} tokens: lower repeat or tokens, or make "
             "several phases of it"
         )
-
-
-def _build_stream(
-    spec: PhaseSpec, name: str, part: PhaseSourceSpec, source: OpenedSource, seq_length: int, seed: int
-) -> Stream:
-    ascending = spec.order == "curriculum" and part.sorted and source.spec.score is not None
-    available = source.trainable(ranked=ascending or part.keep.needs_scores)
-    key = derive_key(seed, spec.name, name)
-    selected = _select(available, part.keep, derive_key(key, "keep"))
-    whole, fraction = divmod(part.repeat, 1)
-    extra = selected.sample(fraction, "documents", derive_key(key, "repeat")) if fraction else None
-    stream = Stream(
-        selected=selected,
-        whole_passes=int(whole),
-        extra=extra if extra is not None and extra.num_tokens else None,
-        repeat=part.repeat,
-        seq_length=seq_length,
-        ascending=ascending,
-        key=key,
-    )
-    if stream.num_windows == 0:
-        raise PlanError(
-            f"phase {spec.name!r}, source {name!r}: keep {part.keep} of {available.num_documents:,} documents leaves "
-            f"{selected.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
-            f"{float(part.repeat):g}; one window "
-            f"needs {seq_length + 1:,}: keep more, repeat more, or leave the source out of the phase"
-        )
-    return stream
-
-
-def _select(available: DocumentRuns, keep: Keep, key: int) -> DocumentRuns:
-    if keep.kind == "all":
-        return available
-    if keep.kind == "random":
-        return available.sample(keep.high, keep.by, key)
-    if keep.by == "documents":
-        low, high = (nearest_count(quantile, available.num_documents) for quantile in (keep.low, keep.high))
-    else:
-        low, high = (available.nearest_index(quantile * available.num_tokens) for quantile in (keep.low, keep.high))
-    return available.between(low, high)
-
-
-def _stretched(spec: PhaseSpec, name: str, stream: Stream, used: int, samples: int) -> Stream:
-    """The stream with as many passes as the budget asks for."""
-    if used == 0:
-        raise PlanError(
-            f"phase {spec.name!r}, source {name!r}: a budget of {samples:,} samples is too small to show it even "
-            "once; raise tokens, or leave the source out of the phase"
-        )
-    if used <= stream.num_windows:
-        return stream
-    whole, missing = divmod(used * stream.seq_length + 1, stream.selected.num_tokens)
-    if not stream.ascending:  # cut short within its last pass, which a longer budget would go on with
-        return replace(stream, whole_passes=whole + (1 if missing else 0), extra=None)
-    return replace(stream, whole_passes=whole, extra=_sample_of_at_least(stream, missing) if missing else None)
-
-
-def _sample_of_at_least(stream: Stream, tokens: int) -> DocumentRuns:
-    """The smallest systematic sample of the selection with this many tokens."""
-    key, selected = derive_key(stream.key, "repeat"), stream.selected
-    sample = selected.sample(Fraction(tokens, selected.num_tokens), "tokens", key)
-    while sample.num_tokens < tokens:  # rounded down to a document: take the next one too
-        sample = selected.sample(Fraction(sample.num_documents + 1, selected.num_documents), "documents", key)
-    return sample
 
 
 def _most_windows(stream: Stream, max_repeat: Fraction | None) -> int:

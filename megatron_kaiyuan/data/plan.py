@@ -15,6 +15,7 @@ from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_sources
 from megatron_kaiyuan.data.phase import Phase, build_phase
+from megatron_kaiyuan.data.plan_rules import check_first_version, otherwise_in_second
 from megatron_kaiyuan.data.plan_schema import (
     AveragingSpec,
     PlanSpec,
@@ -24,9 +25,10 @@ from megatron_kaiyuan.data.plan_schema import (
     load_plan_spec,
     parse_plan_spec,
 )
-from megatron_kaiyuan.data.resume import check_resume, order_record
+from megatron_kaiyuan.data.resume import check_resume, order_record, version_of_record
 from megatron_kaiyuan.data.simulation import SimulatedSource, simulate_plan_sources
 from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
+from megatron_kaiyuan.errors import ResumeError
 
 __all__ = ["Plan"]
 
@@ -65,7 +67,7 @@ class Plan:
         phases: list[Phase] = []
         for phase in spec.phases:
             first = phases[-1].first_sample + phases[-1].num_samples if phases else 0
-            phases.append(build_phase(phase, opened, first, spec.seq_length, spec.seed))
+            phases.append(build_phase(phase, spec, opened, first))
         check_domain_bounds(spec, phases)
         return cls(spec, opened, phases)
 
@@ -129,6 +131,28 @@ class Plan:
     def order_record(self) -> dict[str, Any]:
         """Everything the order depends on, as plain data; stored in checkpoints."""
         return order_record(self.spec, self.opened, self.phases)
+
+    def as_begun(self, record: Mapping[str, Any]) -> "Plan":
+        """The plan under the version of the language that a saved order was made with, where the file names none.
+
+        Raises:
+            ResumeError: the file uses what that version does not have.
+        """
+        version = version_of_record(record)
+        if self.spec.version is not None or version == self.spec.order_version:
+            return self
+        try:
+            check_first_version(self.spec.phases)
+        except ValueError as error:
+            raise ResumeError(
+                f"the run to continue began under version {version} of the plan language. {error}"
+            ) from error
+        return Plan.from_spec(self.spec.model_copy(update={"version": version}), simulate=self.simulated)
+
+    def otherwise_in_newest(self) -> list[str]:
+        """What the newest version of the plan language would show in another order, part by part."""
+        scored = [name for name, source in self.sources.items() if source.score is not None]
+        return otherwise_in_second(self.spec.phases, scored) if self.spec.order_version == 1 else []
 
     def check_resume(self, record: dict[str, Any], consumed_samples: int) -> None:
         """Refuse to continue a run whose already consumed samples this plan would have chosen differently.

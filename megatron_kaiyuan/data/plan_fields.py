@@ -10,6 +10,8 @@ from megatron_kaiyuan.data.selection import Keep, exact_number, parse_fraction, 
 from megatron_kaiyuan.shards.score_files import check_score_name
 
 __all__ = [
+    "REST_OF",
+    "DrawName",
     "IndexPath",
     "Rate",
     "Repetition",
@@ -21,6 +23,9 @@ __all__ = [
     "Weight",
     "Weighting",
 ]
+
+REST_OF = "rest of "
+"""What stands before the name of a draw where its other documents are meant."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MOST_PASSES = 1_000_000
@@ -103,6 +108,13 @@ def _check_index_path(value: str) -> str:
     return value
 
 
+def _check_draw(value: str) -> str:
+    name = " ".join(value.split())
+    if not name.removeprefix(REST_OF.strip()).strip():
+        raise ValueError(f"{value!r} names no draw; write draw: NAME, or draw: rest of NAME for its other documents")
+    return name
+
+
 def _check_score(value: str) -> str:
     if not value:
         raise ValueError("empty; leave score: out where a source has no scores")
@@ -118,5 +130,6 @@ Share = Annotated[Fraction, BeforeValidator(_parse_share)]
 Selection = Annotated[Keep, BeforeValidator(_parse_selection)]
 Weighting = Annotated[str, AfterValidator(_check_weights)]
 Shards = Annotated[str | list[str], BeforeValidator(_parse_shards)]
+DrawName = Annotated[str, AfterValidator(_check_draw)]
 ScoreName = Annotated[str, AfterValidator(_check_score)]
 IndexPath = Annotated[str, AfterValidator(_check_index_path)]

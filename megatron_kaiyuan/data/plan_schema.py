@@ -2,30 +2,21 @@
 
 import math
 from collections.abc import Hashable
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from megatron_kaiyuan.data.plan_fields import (
-    IndexPath,
-    Rate,
-    Repetition,
-    ScoreName,
-    Selection,
-    Shards,
-    Share,
-    Tokens,
-    Weight,
-    Weighting,
-)
+from megatron_kaiyuan.data.plan_fields import IndexPath, ScoreName, Shards, Share, Tokens, Weighting
+from megatron_kaiyuan.data.plan_phases import LearningRateSpec, PhaseSourceSpec, PhaseSpec, Strict
+from megatron_kaiyuan.data.plan_rules import check_draws, check_first_version, check_repeats, named_draws
 from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = [
+    "NEWEST_VERSION",
     "AveragingSpec",
     "DomainBoundSpec",
     "ExpectedSpec",
@@ -41,15 +32,14 @@ __all__ = [
     "parse_plan_spec",
 ]
 
+NEWEST_VERSION = 2
+"""Of the plan language."""
+
 # PyYAML lets errors of Python's own through where a value is not of the type it looks like, such as 2024-13-45
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class TokenizerSpec(_Strict):
+class TokenizerSpec(Strict):
     """The tokenizer the shards must have been built with."""
 
     type: str
@@ -58,7 +48,7 @@ class TokenizerSpec(_Strict):
     """Megatron's `--tokenizer-model`: a path."""
 
 
-class ExpectedSpec(_Strict):
+class ExpectedSpec(Strict):
     """The size of a source that does not exist yet, for `plan_data.py --simulate`."""
 
     documents: Tokens
@@ -75,7 +65,7 @@ class ExpectedSpec(_Strict):
         return self
 
 
-class SourceSpec(_Strict):
+class SourceSpec(Strict):
     """A named set of shards."""
 
     shards: Shards
@@ -90,83 +80,13 @@ class SourceSpec(_Strict):
     """Documents and tokens to plan with before the shards exist; used by `plan_data.py --simulate` alone."""
 
 
-class PhaseSourceSpec(_Strict):
-    """What a phase takes from a source."""
-
-    keep: Selection = Keep("all")
-    """The selection, such as `top 30%`."""
-    repeat: Repetition = Fraction(1)
-    """Passes over the selection: 2.5 = twice all of it, and once a random half."""
-    max_repeat: Repetition | None = None
-    """How many passes a token budget larger than the streams may stretch `repeat` to."""
-    weight: Weight | None = None
-    """Share of the phase's tokens, relative to the other weights; None: the natural size of the stream."""
-    sorted: bool = True
-    """In a curriculum: ascending quality (True) or random order (False)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: object) -> object:
-        return {"keep": value} if isinstance(value, str) else ({} if value is None else value)
-
-    @model_validator(mode="after")
-    def _limit_is_no_less(self) -> "PhaseSourceSpec":
-        if self.max_repeat is not None and self.max_repeat < self.repeat:
-            raise ValueError(
-                f"max_repeat {float(self.max_repeat):.4g} is below repeat {float(self.repeat):.4g}; lower repeat, "
-                "which is how often the source is shown, or raise max_repeat, to which a larger budget may stretch it"
-            )
-        return self
-
-
-class LearningRateSpec(_Strict):
-    """The learning rate over a phase."""
-
-    start: Rate
-    end: Rate
-    shape: Literal["constant", "linear", "cosine", "sqrt", "warmup"] = "constant"
-    jump: bool = False
-    """Whether the rate may begin elsewhere than where the phase before ended; without the word that is a mistake."""
-
-    @model_validator(mode="after")
-    def _constant_is_constant(self) -> "LearningRateSpec":
-        if self.shape == "constant" and self.start != self.end:
-            raise ValueError(
-                f"shape constant with start {self.start} and end {self.end}; make them equal or name a shape"
-            )
-        return self
-
-
-class PhaseSpec(_Strict):
-    """One stretch of training with a fixed mix and order."""
-
-    name: str = Field(min_length=1)
-    order: Literal["shuffled", "curriculum"]
-    tokens: Tokens | None = None
-    """Predicted tokens of the phase; None: all that the selections amount to."""
-    lr: LearningRateSpec | None = None
-    sources: dict[str, PhaseSourceSpec] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _weights_go_together(self) -> "PhaseSpec":
-        weighted = [name for name, source in self.sources.items() if source.weight is not None]
-        if weighted and len(weighted) < len(self.sources):
-            other = next(name for name in self.sources if name not in weighted)
-            raise ValueError(
-                f"{weighted[0]} has a weight and {other} has none; give every source of the phase a weight, or none"
-            )
-        if weighted and self.tokens is None:
-            raise ValueError("weights need a token budget; add tokens: to the phase")
-        return self
-
-
-class ValidationSpec(_Strict):
+class ValidationSpec(Strict):
     """Documents held out of every phase."""
 
     documents: int = Field(gt=0)
 
 
-class DomainBoundSpec(_Strict):
+class DomainBoundSpec(Strict):
     """Which share of the tokens a domain must or may have. It is checked, and changes nothing in the order."""
 
     min: Share | None = None
@@ -187,7 +107,7 @@ class DomainBoundSpec(_Strict):
         return self
 
 
-class AveragingSpec(_Strict):
+class AveragingSpec(Strict):
     """Which checkpoints the final weights average."""
 
     last: int = Field(gt=0)
@@ -196,9 +116,11 @@ class AveragingSpec(_Strict):
     weights: Weighting = "mean"
 
 
-class PlanSpec(_Strict):
+class PlanSpec(Strict):
     """A whole plan file."""
 
+    version: Literal[1, 2] | None = None
+    """Of the plan language; None: the newest, but for a run that was begun under an earlier one."""
     seq_length: int = Field(gt=0, strict=True)
     seed: int = Field(default=1234, ge=0, strict=True)
     tokenizer: TokenizerSpec | None = None
@@ -225,6 +147,10 @@ class PlanSpec(_Strict):
                         "names none; add score:, or keep a random part"
                     )
         self._check_sources("validation", list(self.validation))
+        if self.version == 1:
+            check_first_version(self.phases)
+        check_draws(self.phases)
+        check_repeats(self.phases, [name for name, source in self.sources.items() if source.score is not None])
         self._rates_continue()
         domains = list(dict.fromkeys(self.domain_of(name) for name in self.sources))
         for name in self.domains:
@@ -248,6 +174,16 @@ class PlanSpec(_Strict):
                     f"phases.{number} ({after.name}).lr.start: {after.lr.start:g}, but {before.name} ends at "
                     f"{before.lr.end:g}; make them equal, or write jump: true beside start if the step is meant"
                 )
+
+    @property
+    def order_version(self) -> int:
+        """The version whose arithmetic gives the order."""
+        return self.version or NEWEST_VERSION
+
+    @property
+    def draws(self) -> dict[tuple[str, str], Keep]:
+        """What each named draw keeps, by source and name; the largest where it stands in several places."""
+        return named_draws(self.phases)
 
     def domain_of(self, source: str) -> str:
         """The domain of a source: the one it names, or else itself."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
-from megatron_kaiyuan.data.rank_index import index_path, open_rank_index, write_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index, write_rank_index
 from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.score_files import score_path

@@ -16,9 +16,10 @@ from megatron_kaiyuan.errors import ResumeError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.source import sources_at_once
 
-__all__ = ["check_resume", "order_record"]
+__all__ = ["check_resume", "order_record", "version_of_record"]
 
-_FORMAT = "megatron_kaiyuan.order/1"
+_FORMATS = {1: "megatron_kaiyuan.order/1", 2: "megatron_kaiyuan.order/2"}
+"""By the version of the plan."""
 _OPTIONAL = {"held_out_elsewhere"}  # only records of sources that have such documents hold it
 
 
@@ -28,14 +29,14 @@ def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Seq
     most = sources_at_once(opened[name].source for name in used)
     side_by_side(lambda name: opened[name].content, list(used), most)  # and kept there: each one probes its files
     return {
-        "format": _FORMAT,
+        "format": _FORMATS[spec.order_version],
         "seq_length": spec.seq_length,
         "seed": spec.seed,
-        "phases": [_phase_record(phase, opened) for phase in phases],
+        "phases": [_phase_record(phase, opened, spec.order_version) for phase in phases],
     }
 
 
-def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource]) -> dict[str, Any]:
+def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource], version: int) -> dict[str, Any]:
     return {
         "name": phase.name,
         "order": phase.order,
@@ -43,6 +44,7 @@ def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource]) -> dict[str,
         "merge_order": list(phase.streams),  # ties between streams go by their number
         "sources": {
             name: _stream_record(phase, name, stream, rate, int(used), opened[name])
+            | (_second_record(phase, name, stream) if version > 1 else {})
             for (name, stream), rate, used in zip(phase.streams.items(), phase.rates.tolist(), phase.used, strict=True)
         },
     }
@@ -70,6 +72,17 @@ def _stream_record(
     } | shared
 
 
+def _second_record(phase: Phase, name: str, stream: Stream) -> dict[str, Any]:
+    """What version 2 adds: named draws, and the bands in which an ascending stream repeats."""
+    return {"draw": phase.spec.sources[name].draw, "bands": stream.num_bands}
+
+
+def version_of_record(record: Mapping[str, Any]) -> int:
+    """The version of the plan that a saved order was made under; the newest where the record is none of ours."""
+    found = [version for version, name in _FORMATS.items() if name == record.get("format")]
+    return found[0] if found else max(_FORMATS)
+
+
 def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_samples: int) -> None:
     """Compare the consumed part of two orders.
 
@@ -82,6 +95,14 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_sample
     """
     if consumed_samples == 0:
         return
+    if saved.get("format") in _FORMATS.values() and saved["format"] != current["format"]:
+        version = version_of_record(saved)
+        raise ResumeError(
+            f"resume after {consumed_samples:,} samples: the run began under version {version} of the plan language, "
+            f"and this plan is of version {version_of_record(current)}, which orders its samples otherwise. Write "
+            f"version: {version} to go on with the run, or start a new one from these weights with --finetune and "
+            "another --save directory"
+        )
     for field in ("format", "seq_length", "seed"):
         _same(field, saved.get(field), current[field], consumed_samples)
     first = 0

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.invented_lengths import InventedLengths
 from megatron_kaiyuan.data.opened import OpenedSource, leave_out_elsewhere
-from megatron_kaiyuan.data.order import Pieces, block_size
-from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
+from megatron_kaiyuan.documents.order import Pieces, block_size
+from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.shards.source import Segment, Source
 

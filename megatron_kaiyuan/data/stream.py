@@ -1,5 +1,8 @@
 """A source's stream in a phase: the passes over its selected documents, packed into windows of `seq_length` tokens.
 
+Copies of a document come pass by pass, or band by band: the selection is cut into bands of neighbours, and each band
+is shown as often as asked for before the next one begins. In rank order that is one ascent instead of several.
+
 Packing is Megatron's: the stream's tokens are cut every `seq_length` tokens, a window has one token more (the last
 target, which is the next window's first input), and documents flow across windows. An ascending stream starts
 `leftover` tokens late, so that its last window ends with its best document; any other stream ends early. Either way
@@ -15,15 +18,29 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.order import Pieces
-from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
-from megatron_kaiyuan.data.runs import DocumentRuns
+from megatron_kaiyuan.documents.order import Pieces
+from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
+from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.shards.source import Segment
 
 __all__ = ["Stream", "thinned"]
 
 _SAFE = isqrt(2**63 - 1)
 """3.04e9, the largest number whose square is an int64."""
+_KEPT_PASSES = 8
+"""Passes whose permutation is kept; a small one is a table."""
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """Tokens before each band and, last, in all: int64 `[bands + 1]` each."""
+
+    selected: NDArray[np.int64]
+    """Of one whole pass."""
+    extra: NDArray[np.int64]
+    """Of the partial pass."""
+    starts: NDArray[np.int64]
+    """Of the stream."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +53,13 @@ class Stream:
     extra: DocumentRuns | None
     """Documents of the last, partial pass (None = none)."""
     repeat: Fraction
-    """Passes asked for; `whole_passes` plus the fraction that `extra` stands for."""
+    """Passes asked for. A budget decides how many there are: `whole_passes` plus what `extra` stands for."""
     seq_length: int
     ascending: bool
     """Whether windows come in the order of the documents (a curriculum) or in random order, pass by pass."""
     key: int
+    num_bands: int = 1
+    """Bands of an ascending selection, equal in documents, that are repeated one after another; 1: pass by pass."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -117,8 +136,14 @@ class Stream:
         return first + self._permutation(number)(sample - first)
 
     def pass_of_window(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The pass in which each window starts, int64 `[n]`."""
-        return np.searchsorted(self.pass_windows, windows, side="right").astype(np.int64) - 1
+        """The pass (over its band, where there are several) in which each window starts, int64 `[n]`."""
+        if self.num_bands == 1:
+            return np.searchsorted(self.pass_windows, windows, side="right").astype(np.int64) - 1
+        tokens = self.first_token + windows * self.seq_length
+        bands = np.searchsorted(self._bands.starts, tokens, side="right") - 1
+        sizes = np.maximum(np.diff(self._bands.selected)[bands], 1)
+        numbers: NDArray[np.int64] = np.minimum((tokens - self._bands.starts[bands]) // sizes, self.whole_passes)
+        return numbers
 
     def read(self, window: int) -> NDArray[np.int64]:
         """Tokens of a window: inputs and, shifted by one, targets; int64 `[seq_length + 1]`."""
@@ -165,24 +190,49 @@ class Stream:
         """A window's tokens pass by pass: documents of the pass, first token within the pass, count."""
         token = self.first_token + window * self.seq_length
         missing = self.seq_length + 1
+        starts, selected, extra = self._band_lists
         pieces = []
         while missing:
-            number, within = divmod(token, self.selected.num_tokens)
-            whole = number < self.whole_passes
-            documents = self.selected if whole or self.extra is None else self.extra
-            if not whole:
-                within = token - self.whole_passes * self.selected.num_tokens
-            size = min(missing, documents.num_tokens - within)
-            assert size > 0, "window outside its stream"
-            pieces.append((documents, within, size))
-            token, missing = token + size, missing - size
+            band = bisect_right(starts, token) - 1
+            first, size = selected[band], selected[band + 1] - selected[band]
+            number, within = divmod(token - starts[band], size)
+            documents = self.selected
+            if number >= self.whole_passes:
+                assert self.extra is not None, "window outside its stream"
+                within = token - starts[band] - self.whole_passes * size
+                documents, first, size = self.extra, extra[band], extra[band + 1] - extra[band]
+            count = min(missing, size - within)
+            assert count > 0, "window outside its stream"
+            pieces.append((documents, first + within, count))
+            token, missing = token + count, missing - count
         return pieces
+
+    @cached_property
+    def _bands(self) -> "_Bands":
+        documents = self.selected.num_documents
+        edges = np.arange(self.num_bands + 1, dtype=np.int64) * documents // self.num_bands
+        selected = self.selected.tokens_before(edges)
+        extra = np.zeros_like(selected)
+        if self.extra is not None:
+            extra[1:-1] = self.extra.tokens_below(self.selected.positions_at(edges[1:-1]))
+            extra[-1] = self.extra.num_tokens
+        return _Bands(selected, extra, self.whole_passes * selected + extra)
+
+    @cached_property
+    def _band_lists(self) -> tuple[list[int], list[int], list[int]]:
+        """`_bands` as plain integers: several times faster for one window."""
+        bands = self._bands
+        return bands.starts[:-1].tolist(), bands.selected.tolist(), bands.extra.tolist()
 
     def _permutation(self, number: int) -> KeyedPermutation:
         cache = self._permutations
-        if number not in cache:
-            cache[number] = KeyedPermutation(int(self._inner_windows[number]), derive_key(self.key, number))
-        return cache[number]
+        found = cache.get(number)
+        if found is None:
+            if len(cache) >= _KEPT_PASSES:
+                cache.clear()
+            found = KeyedPermutation(int(self._inner_windows[number]), derive_key(self.key, number))
+            cache[number] = found
+        return found
 
     @cached_property
     def _pass_lists(self) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.rank_index import index_path, open_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.inspection.distribution import Distribution

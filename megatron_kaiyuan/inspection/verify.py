@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_kaiyuan.data.rank_index import index_path, open_rank_index, verify_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index, verify_rank_index
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.inspection.shard_check import Finding, ShardCheck, without_file
 from megatron_kaiyuan.shards.build_check import BUILD_FILE, folder_state, mixed_keys, named_folders

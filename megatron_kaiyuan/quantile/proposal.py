@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_kaiyuan.data.plan_schema import parse_plan_spec
+from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION, parse_plan_spec
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis
 from megatron_kaiyuan.quantile.study import Study
 
@@ -221,6 +221,7 @@ def _plan_text(study: Study, advice: Sequence[SourceAdvice]) -> str:
             phases.append({"name": name, "order": order, "sources": parts})
     used = {source for phase in phases for source in _sources(phase)}
     content: dict[str, Any] = {
+        "version": NEWEST_VERSION,
         "seq_length": study.seq_length,
         "sources": {
             dataset: study.sources[one.source].model_dump(exclude_none=True, exclude={"dataset"})

@@ -228,6 +228,7 @@ def _plan_content(study: Study, piece: Slice, seed: int) -> dict[str, Any]:
     tokenizer = {} if study.tokenizer is None else {"tokenizer": study.tokenizer.model_dump()}
     held_out = study.evaluation.held_out
     return {
+        "version": 1,  # a shuffled band has the same order under both, and a study begun earlier the same fingerprints
         "seq_length": study.seq_length,
         "seed": study.seed,
         **tokenizer,

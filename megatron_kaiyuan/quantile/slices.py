@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_source
-from megatron_kaiyuan.data.order import RankedOrder
 from megatron_kaiyuan.data.plan_schema import SourceSpec
-from megatron_kaiyuan.data.runs import DocumentRuns
+from megatron_kaiyuan.documents.order import RankedOrder
+from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.quantile.held_out import LEAST_HELD_OUT
 from megatron_kaiyuan.quantile.study import Study, top_name

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from megatron_kaiyuan.data.learning_rate import rate_warnings
 
-__all__ = ["format_tokens", "plan_tables", "print_plan"]
+__all__ = ["format_tokens", "plan_tables", "print_plan", "times_shown"]
 
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
 
@@ -43,7 +43,7 @@ def print_plan(description: dict[str, Any], global_batch_size: int | None = None
     """Print all tables to stdout, as wide as they need when it is not a terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=175)
     console.print(plan_tables(description, global_batch_size))
 
 
@@ -103,10 +103,10 @@ def _phase_table(phase: dict[str, Any]) -> Table:
     table = Table(title=f"{phase['name']} ({phase['order']})", title_justify="left")
     for name in ("source", "keep", "order"):
         table.add_column(name)
-    for name in ("documents", "unique tokens", "repeat", "tokens shown", "of them repeated", "epochs", "share"):
+    for name in ("documents", "unique tokens", "repeat", "tokens shown", "epochs", "share"):
         table.add_column(name, justify="right")
+    table.add_column("of the selection")
     for name, row in phase["sources"].items():
-        repeated = max(0, row["tokens"] - min(row["tokens"], row["unique_tokens"]))
         table.add_row(
             name,
             row["keep"],
@@ -115,11 +115,21 @@ def _phase_table(phase: dict[str, Any]) -> Table:
             format_tokens(row["unique_tokens"]),
             f"x{row['repeat']:g}",
             format_tokens(row["tokens"]),
-            format_tokens(repeated) if repeated else "-",
             f"{row['epochs']:.2f}",
             f"{row['share']:.1%}",
+            times_shown(row),
         )
     return table
+
+
+def times_shown(row: dict[str, Any]) -> str:
+    """How much of a selection a phase shows how often: `70.0% once, 30.0% twice`; shares below 0.05 % are left out."""
+    if row["shown"] is None:
+        return "all passes thinned alike: see version 2"
+    total = sum(count["tokens"] for count in row["shown"])
+    shares = [(count["times"], count["tokens"] / total) for count in row["shown"]]
+    names = {0: "never", 1: "once", 2: "twice"}
+    return ", ".join(f"{share:.1%} {names.get(n, f'{n} times')}" for n, share in shares if share >= 5e-4)
 
 
 def _bands_table(description: dict[str, Any]) -> Table:
@@ -143,10 +153,12 @@ def _summary(description: dict[str, Any], batch: int | None) -> Text:
         for name, source in description["sources"].items()
         if source["held_out_elsewhere_documents"]
     )
+    written = "" if description["version_written"] else " (none is written: a run begun under version 1 stays there)"
     steps = f", {description['samples'] / batch:,.1f} steps of {batch:,}" if batch else ""
     return Text(
         f"{description['samples']:,} samples of {description['seq_length']:,} tokens = "
         f"{format_tokens(description['tokens'])} tokens{steps}; {held_out:,} documents held out{elsewhere}\n"
         f"over the run: {_shares(description['domains'])}\n"
-        f"seed {description['seed']}, fingerprint {description['fingerprint']}"
+        f"seed {description['seed']}, version {description['version']}{written}, fingerprint "
+        f"{description['fingerprint']}"
     )

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from megatron_kaiyuan.data import CurriculumDataset, Segment, Source
-from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key
+from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.reporting.decoding import TextDecoder
 

@@ -44,7 +44,7 @@ from megatron_kaiyuan.training.plan_arguments import (
     plan_parser_defaults,
     read_shard_records,
 )
-from megatron_kaiyuan.training.plan_record import check_resume, saved_arguments, store_record
+from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
@@ -111,6 +111,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     if first_look.save:
         defaults["exit_signal_handler"] = True  # of no use without a place to save
     saved = saved_arguments(first_look)
+    plan = plan_as_begun(plan, saved)
     plan_values = {}
     records = ShardRecords(None, {}) if plan is None else read_shard_records(plan)
     if plan is None:

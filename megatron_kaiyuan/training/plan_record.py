@@ -10,11 +10,12 @@ import copy
 import io
 
 from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
 
-__all__ = ["RECORD", "check_resume", "saved_arguments", "store_record"]
+__all__ = ["RECORD", "check_resume", "plan_as_begun", "saved_arguments", "store_record"]
 
 RECORD = "kaiyuan_plan_record"
 """Name of the argument that holds `Plan.order_record()`."""
@@ -40,6 +41,22 @@ def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
     saved: argparse.Namespace = found[1]
     saved.iteration = told.iteration  # in the file it is the iteration at which that run had started
     return saved
+
+
+def plan_as_begun(plan: Plan | None, saved: argparse.Namespace | None) -> Plan | None:
+    """The plan in the version of the plan language that the run to continue began with, and say so where it is old."""
+    record = getattr(saved, RECORD, None)
+    if plan is None or record is None:
+        return plan
+    begun = plan.as_begun(record)
+    if begun is not plan:
+        print_rank_0(
+            f"> the run began under version {begun.spec.order_version} of the plan language and goes on with its "
+            f"order; write version: {begun.spec.order_version} into the plan to say so"
+        )
+    for line in begun.otherwise_in_newest():
+        print_rank_0(f">   a new run would differ: {line}")
+    return begun
 
 
 def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Namespace | None) -> None:

@@ -1,12 +1,14 @@
 """A brute-force model of the training order, written from the design and without any code of the engine.
 
 It builds every list that the engine never stores: the sorted documents, the packed windows, the merged samples. It
-covers all that is not drawn at random: curricula with distinct scores, whole passes, bands, budgets and weights.
+covers all but chance itself: curricula with distinct scores, bands, repetitions in either order, budgets and weights.
+Where a document is shown once more by chance, the test says which ones were drawn, and checks them by their own laws.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 Tokens = tuple[int, ...]
 
@@ -20,7 +22,9 @@ class Part:
     low: Fraction = Fraction(0)
     high: Fraction = Fraction(1)
     by: str = "documents"
-    repeat: int = 1
+    repeat: Fraction | int = 1
+    spacing: Fraction = Fraction(1, 20)
+    """Bands of a ranked repetition; 1: pass by pass."""
     weight: float | None = None
     held_out: frozenset[int] = field(default_factory=frozenset)
 
@@ -63,9 +67,37 @@ def windows(tokens: Sequence[int], seq_length: int, *, drop_first: bool) -> list
     return [tuple(tokens[first + w * seq_length : first + (w + 1) * seq_length + 1]) for w in range(count)]
 
 
-def stream(part: Part, seq_length: int) -> list[Tokens]:
-    """All windows of an ascending stream."""
-    tokens = [token for document in selected(part) for token in document] * part.repeat
+def bands(part: Part, seq_length: int) -> list[list[list[int]]]:
+    """The selection cut into bands: as many as the spacing asks for, of two documents and four windows or more."""
+    documents = selected(part)
+    windows_of = sum(map(len, documents)) // seq_length
+    asked = -(-part.spacing.denominator // part.spacing.numerator)
+    count = max(1, min(asked, len(documents) // 2, windows_of // 4))
+    edges = [number * len(documents) // count for number in range(count + 1)]
+    return [documents[first:last] for first, last in pairwise(edges)]
+
+
+def passes(part: Part, seq_length: int, used: int | None) -> tuple[int, int]:
+    """Whole passes, and tokens of the part of one more, that `used` windows need; None: all that `repeat` says."""
+    size = sum(map(len, selected(part)))
+    if used is None or (used == (int(part.repeat) * size - 1) // seq_length and part.repeat == int(part.repeat)):
+        return int(part.repeat), 0
+    whole, missing = divmod(used * seq_length + 1, size)
+    return (whole, missing) if whole else (1, 0)
+
+
+def stream(part: Part, seq_length: int, used: int | None = None, again: frozenset[int] = frozenset()) -> list[Tokens]:
+    """All windows of an ascending stream that shows `used` of them; documents beginning with `again` once more."""
+    whole, missing = passes(part, seq_length, used)
+    assert bool(missing) == bool(again), "a part of a pass is drawn exactly where one is needed"
+    one_pass = whole + bool(missing) == 1
+    tokens = [
+        token
+        for band in ([selected(part)] if one_pass else bands(part, seq_length))
+        for documents in [*[band] * whole, [document for document in band if document and document[0] in again]]
+        for document in documents
+        for token in document
+    ]
     return windows(tokens, seq_length, drop_first=True)
 
 
@@ -76,12 +108,22 @@ def merged(rates: Sequence[float], samples: int) -> list[tuple[int, int]]:
     return [(i, j) for _, i, j in sorted(every)[:samples]]
 
 
-def curriculum(parts: Sequence[Part], seq_length: int, tokens: int | None = None) -> list[tuple[int, Tokens]]:
-    """Number of the source and tokens of every sample of a curriculum phase."""
-    streams = [stream(part, seq_length) for part in parts]
-    natural = [float(len(windows_of)) for windows_of in streams]
+def shares(parts: Sequence[Part], seq_length: int, tokens: int | None) -> list[tuple[int, int]]:
+    """The merged (stream, sample of the stream) of a phase."""
+    natural = [float(len(stream(part, seq_length))) for part in parts]
     rates = [part.weight if part.weight is not None else size for part, size in zip(parts, natural, strict=True)]
-    samples = sum(map(len, streams)) if tokens is None else tokens // seq_length
-    order = merged(rates, samples)
+    return merged(rates, int(sum(natural)) if tokens is None else tokens // seq_length)
+
+
+def curriculum(
+    parts: Sequence[Part],
+    seq_length: int,
+    tokens: int | None = None,
+    again: Sequence[frozenset[int]] | None = None,
+) -> list[tuple[int, Tokens]]:
+    """Number of the source and tokens of every sample of a curriculum phase."""
+    order = shares(parts, seq_length, tokens)
     used = [sum(1 for i, _ in order if i == number) for number in range(len(parts))]
+    some = again or [frozenset()] * len(parts)
+    streams = [stream(part, seq_length, *rest) for part, *rest in zip(parts, used, some, strict=True)]
     return [(i, streams[i][(j + 1) * len(streams[i]) // used[i] - 1]) for i, j in order]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import Plan, open_source
-from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, save_rank_index
+from megatron_kaiyuan.documents.rank_index import build_rank_index, index_path, save_rank_index
 from megatron_kaiyuan.errors import ResumeError
 from tests.unit_tests.data.tiny import all_samples, numbered_documents, phase_of, plan_of, write_source
 

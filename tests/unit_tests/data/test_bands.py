@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import NUM_BANDS, CurriculumDataset, Plan
-from megatron_kaiyuan.data.bands import band_edges
-from megatron_kaiyuan.data.ranking import rank_by_score, tie_hash
+from megatron_kaiyuan.documents.bands import band_edges
+from megatron_kaiyuan.documents.ranking import rank_by_score, tie_hash
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
 
 
@@ -55,7 +55,7 @@ def test_bands_of_more_than_two_to_the_32_documents(monkeypatch):
         asked.extend(ranks.tolist())
         return firsts.astype(np.uint64)
 
-    monkeypatch.setattr("megatron_kaiyuan.data.bands.look_up", known)
+    monkeypatch.setattr("megatron_kaiyuan.documents.bands.look_up", known)
     edges = band_edges(Sparse(total, firsts), lambda some: np.zeros(len(some)), 1)
     assert asked == [-(-band * total // NUM_BANDS) for band in range(1, NUM_BANDS)]
     assert max(asked) > 2**32

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -26,9 +27,10 @@ bands = st.one_of(
 @st.composite
 def parts(draw, first_token):
     """A scored source with what a phase takes from it, and how its entry in the plan reads."""
-    lengths = draw(st.lists(st.integers(0, 9), min_size=4, max_size=25).filter(lambda some: sum(some) > 20))
     keep, low, high = draw(bands)
     by = draw(st.sampled_from(["documents", "tokens"])) if keep != "all" else "documents"
+    shortest = 1 if by == "tokens" else 0  # of empty documents at an edge by tokens, any number is right
+    lengths = draw(st.lists(st.integers(shortest, 9), min_size=4, max_size=25).filter(lambda some: sum(some) > 20))
     part = oracle.Part(
         documents=numbered_documents(lengths, first_token),
         scores=draw(st.permutations(range(len(lengths)))),
@@ -36,8 +38,14 @@ def parts(draw, first_token):
         high=Fraction(high, 100),
         by=by,
         repeat=draw(st.integers(1, 3)),
+        spacing=draw(st.sampled_from([Fraction(1), Fraction(1, 20), Fraction(1, 3), Fraction(2, 5)])),
     )
-    return part, {"keep": f"{keep} by {by}", "repeat": part.repeat}, draw(st.lists(st.integers(0, len(lengths))))
+    order = {"repeat_order": "passes"} if part.spacing == 1 else {"repeat_spacing": f"{part.spacing}"}
+    return (
+        part,
+        {"keep": f"{keep} by {by}", "repeat": part.repeat} | order,
+        draw(st.lists(st.integers(0, len(lengths)))),
+    )
 
 
 def write_parts(folder, drawn, **more):
@@ -52,6 +60,16 @@ def write_parts(folder, drawn, **more):
 @st.composite
 def several_parts(draw):
     return [draw(parts(first_token=1000 * n)) for n in range(draw(st.integers(1, 3)))]
+
+
+def again_of(plan, number, part):
+    """First tokens of the documents that a source of the only phase shows in part of a pass."""
+    extra = plan.phases[0].stream_list[number].extra
+    if extra is None:
+        return frozenset()
+    by_score = sorted(range(len(part.documents)), key=lambda n: part.scores[n])
+    places = [p for run in zip(extra.starts, extra.stops, strict=True) for p in range(*run)]
+    return frozenset(part.documents[by_score[place]][0] for place in places if part.documents[by_score[place]])
 
 
 @SETTINGS
@@ -71,30 +89,42 @@ def test_a_budget_thins_a_curriculum_as_the_brute_force_order_says(drawn, seq_le
     streams = [oracle.stream(part, seq_length) for part, _, _ in drawn]
     assume(all(streams))
     tokens = int(share * sum(map(len, streams))) * seq_length + seq_length // 2
-    expected = oracle.curriculum([part for part, _, _ in drawn], seq_length, tokens) if tokens >= seq_length else []
-    assume({number for number, _ in expected} == set(range(len(drawn))))
+    parts = [part for part, _, _ in drawn]
+    shown = [number for number, _ in oracle.shares(parts, seq_length, tokens)]
+    assume(set(shown) == set(range(len(drawn))))
     with tempfile.TemporaryDirectory() as folder:
         sources, entries = write_parts(folder, drawn)
         spec = plan_of(sources, phase_of("curriculum", entries, tokens=tokens), seq_length=seq_length)
         order = CurriculumDataset(Plan.from_spec(spec))
         samples = [tuple(order[s]["tokens"].tolist()) for s in range(len(order))]
         numbers = [order.source_index(s) for s in range(len(order))]
+        again = [again_of(order.plan, number, part) for number, part in enumerate(parts)]
     assert len(samples) == tokens // seq_length
-    assert list(zip(numbers, samples, strict=True)) == expected
+    assert list(zip(numbers, samples, strict=True)) == oracle.curriculum(parts, seq_length, tokens, again)
+    for number, part in enumerate(parts):  # the part shown once more is the smallest that fills the budget
+        missing = oracle.passes(part, seq_length, shown.count(number))[1]
+        sizes = [len(document) for document in oracle.selected(part) if document and document[0] in again[number]]
+        assert missing <= sum(sizes) < missing + max([*map(len, part.documents), 1]) + 9
     for number, stream in enumerate(streams):  # no budget costs a curriculum its best window
-        assert [tokens for n, tokens in zip(numbers, samples, strict=True) if n == number][-1] == stream[-1]
+        assert (
+            again[number]
+            or [tokens for n, tokens in zip(numbers, samples, strict=True) if n == number][-1] == stream[-1]
+        )
 
 
 @SETTINGS
 @given(drawn=several_parts(), weights=st.lists(st.integers(1, 9), min_size=3, max_size=3))
 def test_weights_set_the_mix_of_a_curriculum(drawn, weights):
-    weighted = [(oracle.Part(**vars(part) | {"weight": w}), *r) for (part, *r), w in zip(drawn, weights, strict=False)]
+    weighted = [
+        (oracle.Part(**vars(part) | {"weight": w, "repeat": 1}), entry | {"repeat": 1}, cuts)
+        for (part, entry, cuts), w in zip(drawn, weights, strict=False)
+    ]
     total = sum(part.weight for part, *_ in weighted)
     rooms = [len(oracle.stream(part, 3)) * total / part.weight for part, *_ in weighted]
     samples = int(min(rooms)) - len(weighted)
     assume(samples * min(weights) > 2 * total)
     with tempfile.TemporaryDirectory() as folder:
-        sources, entries = write_parts(folder, drawn)
+        sources, entries = write_parts(folder, weighted)
         for entry, (part, *_) in zip(entries.values(), weighted, strict=True):
             entry["weight"] = part.weight
         spec = plan_of(sources, phase_of("curriculum", entries, tokens=3 * samples), seq_length=3)
@@ -135,23 +165,67 @@ def test_tied_documents_kept_by_a_band_and_by_the_rest_are_complements(tmp_path)
     assert [len(some) for some in kept] == [15, 16, 19]
 
 
-def test_a_fractional_repetition_is_whole_passes_and_then_an_even_sample(tmp_path):
+def test_a_fractional_repetition_is_whole_passes_and_a_drawn_part_band_by_band(tmp_path):
+    """100 documents of one token, in 4 bands of 25: each band twice, then 30 % of it by chance, then the next band."""
     sources = {"s": write_source(tmp_path / "s", numbered_documents([1] * 200), range(200))}
-    spec = plan_of(sources, phase_of("curriculum", {"s": {"keep": "top 50%", "repeat": 2.3}}), seq_length=1)
+    entry = {"keep": "top 50%", "repeat": 2.3, "repeat_spacing": "25%"}
+    spec = plan_of(sources, phase_of("curriculum", {"s": entry}), seq_length=1)
+    shown = [100, *(tokens[1] for tokens in all_samples(spec))]  # and the first, which nobody predicts
+    counts = Counter(shown)
+    again = sorted(token for token, count in counts.items() if count == 3)
+    assert (sorted(counts), set(counts.values()), len(again)) == (list(range(100, 200)), {2, 3}, 30)
+    expected = []
+    for first in (100, 125, 150, 175):
+        band = list(range(first, first + 25))
+        expected += [*band, *band, *(token for token in band if token in again)]
+    assert shown == expected
+
+
+def test_pass_by_pass_is_one_ascent_a_pass(tmp_path):
+    sources = {"s": write_source(tmp_path / "s", numbered_documents([1] * 200), range(200))}
+    entry = {"keep": "top 50%", "repeat": 2.3, "repeat_order": "passes"}
+    spec = plan_of(sources, phase_of("curriculum", {"s": entry}), seq_length=1)
     shown = [tokens[1] for tokens in all_samples(spec)]
     assert shown[:99] == list(range(101, 200))
     assert shown[99:199] == list(range(100, 200))
-    extra = shown[199:]
-    assert extra == sorted(set(extra))
-    assert len(extra) == 30
-    for low in range(100, 200, 20):  # 30 % of every fifth, up to the two documents of the spread's bound
-        assert abs(sum(low <= t < low + 20 for t in extra) - 6) <= 2
+    assert shown[199:] == sorted(set(shown[199:]))
+    assert len(shown) == 229
 
 
-def test_a_budget_past_a_scored_stream_adds_an_even_sample_to_whole_passes(tmp_path):
+def test_copies_of_a_document_are_never_neighbours_and_quality_rises_to_within_a_band(tmp_path):
+    lengths = [1 + n * 7 % 5 for n in range(400)]
+    sources = {"s": write_source(tmp_path / "s", numbered_documents(lengths), range(400))}
+    owner = [n for n, length in enumerate(lengths) for _ in range(length)]
+    spec = plan_of(sources, phase_of("curriculum", {"s": {"keep": "all", "repeat": 3.5}}), seq_length=4)
+    shown = [{owner[token] for token in tokens[1:]} for tokens in all_samples(spec)]
+    for one, other in pairwise(shown):
+        inside = one & other
+        assert len(inside) <= 1, "a document that runs on"
+    best = np.array([max(documents) for documents in shown])
+    assert (np.maximum.accumulate(best) - best).max() <= 400 / 20, "a band of 5 %"
+    passes = [CurriculumDataset(Plan.from_spec(spec)).provenance(s).pass_number for s in range(0, len(shown), 5)]
+    assert set(passes) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("repeat_order", ["ranked", "passes"])
+@pytest.mark.parametrize("windows", [30, 99, 100, 129, 199, 250])
+def test_a_budget_shows_what_is_unseen_before_it_repeats(tmp_path, repeat_order, windows):
+    """100 documents of one window each, up to three times: nothing twice while something is unseen, and so on."""
+    sources = {"s": write_source(tmp_path / "s", numbered_documents([1] * 101), range(101))}
+    entry = {"keep": "all", "repeat": 3, "repeat_order": repeat_order}
+    spec = plan_of(sources, phase_of("curriculum", {"s": entry}, tokens=windows), seq_length=1)
+    shown = [tokens[1] for tokens in all_samples(spec)]
+    counts = Counter(shown)
+    often = [counts[token] for token in range(1, 101)]
+    assert sum(often) + counts[0] == windows
+    assert max(often) - min(often) <= 1
+    assert shown[-1] == 100, "and the best one last"
+
+
+def test_a_budget_past_a_scored_stream_shows_a_drawn_part_once_more(tmp_path):
     """With max_repeat a curriculum shows everything once and a part again, not everything with gaps."""
     sources = {"s": write_source(tmp_path / "s", numbered_documents([1] * 100), range(100))}
-    entry = {"keep": "all", "max_repeat": 2}
+    entry = {"keep": "all", "max_repeat": 2, "repeat_order": "passes"}
     samples = all_samples(plan_of(sources, phase_of("curriculum", {"s": entry}, tokens=129), seq_length=1))
     shown = [tokens[1] for tokens in samples]
     assert shown[:99] == list(range(1, 100))

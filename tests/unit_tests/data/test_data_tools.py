@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_kaiyuan.data import Plan, open_source, resolve_prefixes
-from megatron_kaiyuan.data.rank_index import index_path, open_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index
 from megatron_kaiyuan.errors import ScoreError, ShardError
 from megatron_kaiyuan.shards.score_import import import_scores
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source

@@ -66,9 +66,8 @@ def test_totals_are_conserved_and_bands_match_a_count_to_a_window(lengths, keeps
             assert row["tokens"] == mine
             assert row["epochs"] == pytest.approx(mine / row["unique_tokens"])
     source = told["sources"]["s"]
-    edges = [(2 * len(lengths) * band + bands) // (2 * bands) for band in range(bands + 1)]
     for number, band in enumerate(source["bands"]):
-        ranks = range(edges[number], edges[number + 1])
+        ranks = [rank for rank in range(len(lengths)) if rank * bands // len(lengths) == number]  # as the monitor
         members = {t for n, document in enumerate(documents) if scores[n] in ranks for t in document}
         assert band["tokens"] == len(members)
         for phase in told["phases"]:

@@ -6,9 +6,10 @@ Where the format stores a place for every document, a file with holes holds only
 import numpy as np
 import pytest
 
-from megatron_kaiyuan.data import CurriculumDataset, Plan, Segment, open_source, rank_index, ranking
-from megatron_kaiyuan.data.rank_index import content_digest, index_path, open_rank_index, write_rank_index
-from megatron_kaiyuan.data.ranking import STRIDE, tie_hash
+from megatron_kaiyuan.data import CurriculumDataset, Plan, Segment, open_source
+from megatron_kaiyuan.documents import rank_index, ranking
+from megatron_kaiyuan.documents.rank_index import content_digest, index_path, open_rank_index, write_rank_index
+from megatron_kaiyuan.documents.ranking import STRIDE, tie_hash
 from tests.unit_tests.data.test_huge import write_sparse, write_sparse_index
 from tests.unit_tests.data.tiny import phase_of, plan_of
 

@@ -156,7 +156,9 @@ def test_every_band_is_seen_as_often_as_the_recipe_adds_up_to(told, name):
     source = told["sources"][name]
     assert source["epochs"] == pytest.approx(sum(seen) / 100, rel=1e-3)
     for number, band in enumerate(source["bands"]):
-        assert band["epochs"] == pytest.approx(sum(seen[10 * number : 10 * number + 10]) / 10, rel=5e-3)
+        # a tenth of 52,000 blocks by chance: the share of a band has a standard deviation of 1.3 %
+        drawn = 0.1 * 5 * 0.013 if name == "chinese_pool" else 0
+        assert band["epochs"] == pytest.approx(sum(seen[10 * number : 10 * number + 10]) / 10, rel=5e-3, abs=drawn)
 
 
 def test_totals_are_the_sums_of_the_parts(plan, told):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.rank_index import index_path, write_rank_index
+from megatron_kaiyuan.documents.rank_index import index_path, write_rank_index
 from tests.unit_tests.data.tiny import phase_of, plan_of, write_shard
 
 ROOT = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
-from megatron_kaiyuan.data.rank_index import content_digest, content_digests
+from megatron_kaiyuan.documents.rank_index import content_digest, content_digests
 from megatron_kaiyuan.errors import ScoreError, ShardError
 from megatron_kaiyuan.host import threads
 from megatron_kaiyuan.host.maps import OpenMaps, look_up, map_array
@@ -212,7 +212,7 @@ def test_the_order_of_a_plan_is_that_of_plans_already_running(tmp_path):
         phase_of("shuffled", {"s": "random 30%"}, "a"),
         phase_of("curriculum", {"s": {"keep": "top 40%", "repeat": 2.5}}, "b"),
     )
-    spec = plan_of({"s": folder}, *phases, validation={"s": {"documents": 7}})
+    spec = plan_of({"s": folder}, *phases, validation={"s": {"documents": 7}}, version=1)
     assert Plan.from_spec(spec).fingerprint == "9c9148773ed12491"
 
 

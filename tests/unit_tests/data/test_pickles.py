@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan, open_source
-from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, open_rank_index, write_rank_index
+from megatron_kaiyuan.documents.rank_index import build_rank_index, index_path, open_rank_index, write_rank_index
 from megatron_kaiyuan.errors import RankIndexError
 from tests.unit_tests.data.tiny import phase_of, plan_of, write_shard
 

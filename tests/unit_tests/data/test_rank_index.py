@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source, rank_index
-from megatron_kaiyuan.data.rank_index import (
+from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
+from megatron_kaiyuan.documents import rank_index
+from megatron_kaiyuan.documents.rank_index import (
     build_rank_index,
     index_path,
     load_or_rank,

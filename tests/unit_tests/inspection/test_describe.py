@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, save_rank_index
+from megatron_kaiyuan.documents.rank_index import build_rank_index, index_path, save_rank_index
 from megatron_kaiyuan.errors import ScoreError
 from megatron_kaiyuan.inspection.describe import describe_source
 from tests.unit_tests.data.tiny import numbered_documents, write_shard, write_source

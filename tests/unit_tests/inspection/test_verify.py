@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import open_source
-from megatron_kaiyuan.data.rank_index import build_rank_index, index_path, save_rank_index
+from megatron_kaiyuan.documents.rank_index import build_rank_index, index_path, save_rank_index
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.inspection.verify import verify_shards
 from megatron_kaiyuan.preprocess import TokenizerConfig

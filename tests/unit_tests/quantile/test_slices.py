@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
-from megatron_kaiyuan.data.order import StorageOrder
-from megatron_kaiyuan.data.runs import DocumentRuns
+from megatron_kaiyuan.documents.order import StorageOrder
+from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.quantile.analysis import analyse
 from megatron_kaiyuan.quantile.runs import my_share, read_slices, write_slices

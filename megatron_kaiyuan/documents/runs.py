@@ -12,12 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.order import DocumentOrder
-from megatron_kaiyuan.data.permutation import mix64
+from megatron_kaiyuan.documents.order import DocumentOrder
 
 __all__ = ["DocumentRuns", "nearest_count", "trainable_runs"]
-
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
 
 def nearest_count(fraction: Fraction, total: int) -> int:
@@ -61,7 +58,7 @@ class DocumentRuns:
 
     def between(self, first: int, last: int) -> "DocumentRuns":
         """The documents with index `first <= index < last`."""
-        return self._at_indices(np.array([first], dtype=np.int64), np.array([last], dtype=np.int64))
+        return self.at_indices(np.array([first], dtype=np.int64), np.array([last], dtype=np.int64))
 
     def tokens_before(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of the set before each document index, `0 <= index <= num_documents`; int64 `[n]`."""
@@ -79,7 +76,19 @@ class DocumentRuns:
         inside = np.clip(positions, self.starts[run], self.stops[run])
         return self.token_offsets[run] + self.order.token_offsets(inside) - self.order_tokens[run]
 
-    def nearest_index(self, tokens: Fraction) -> int:
+    def documents_below(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Documents of the set at positions of the order below each of `positions`; int64 `[n]`."""
+        if not len(self.starts):
+            return np.zeros(len(positions), dtype=np.int64)
+        if len(self.starts) == 1:
+            one: NDArray[np.int64] = np.clip(positions, self.starts[0], self.stops[0]) - self.starts[0]
+            return one
+        run = np.maximum(np.searchsorted(self.starts, positions, side="right") - 1, 0)
+        inside = np.clip(positions, self.starts[run], self.stops[run])
+        below: NDArray[np.int64] = self.index_offsets[run] + inside - self.starts[run]
+        return below
+
+    def nearest_index(self, tokens: Fraction | int) -> int:
         """The document boundary whose token count is nearest to `tokens`; the earlier of two equally near ones."""
         target = int(tokens)
         if target >= self.num_tokens:
@@ -90,44 +99,49 @@ class DocumentRuns:
         below, above = self.tokens_before(np.array([index, index + 1])).tolist()
         return index if tokens - below <= above - tokens else index + 1
 
-    def sample(self, fraction: Fraction, by: str, key: int) -> "DocumentRuns":
-        """A random part: an exact number of documents (or of tokens, to the nearest document), even over all ranks.
-
-        Blocks of `order.block` neighbours are taken in the order of `block * golden_ratio + random offset` modulo 1, a
-        sequence in which every prefix is spread evenly (gaps take at most three lengths, Steinhaus), hence any range
-        of ranks gets its share. A larger fraction with the same key contains the smaller one.
-        """
-        blocks = self._blocks(key)
-        if by == "documents":
-            wanted = nearest_count(fraction, self.num_documents)
-            sizes = blocks.sizes
-        else:
-            wanted = nearest_count(fraction, self.num_tokens)
-            bounds = self.tokens_before(np.append(blocks.firsts, blocks.lasts))
-            sizes = bounds[len(blocks.firsts) :] - bounds[: len(blocks.firsts)]
-        totals = np.cumsum(sizes[blocks.priority])
-        whole = int(np.searchsorted(totals, wanted, side="right"))
-        chosen = blocks.priority[:whole]
-        firsts, lasts = blocks.firsts[chosen], blocks.lasts[chosen]
-        missing = wanted - (int(totals[whole - 1]) if whole else 0)
-        if missing and whole < len(totals):
-            last_block = blocks.priority[whole]
-            first = int(blocks.firsts[last_block])
-            stop = self._partial_stop(first, missing, by)
-            firsts, lasts = np.append(firsts, first), np.append(lasts, stop)
-        ascending = np.argsort(firsts)
-        return self._at_indices(firsts[ascending], lasts[ascending])
+    def positions_at(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions in the order of these documents of the set, `0 <= index < num_documents`; int64 `[n]`."""
+        run = np.searchsorted(self.index_offsets, indices, side="right") - 1
+        positions: NDArray[np.int64] = self.starts[run] + indices - self.index_offsets[run]
+        return positions
 
     def without(self, positions: NDArray[np.int64]) -> "DocumentRuns":
         """The set less the documents at these positions (sorted; those outside the set are ignored)."""
+        return self.minus(DocumentRuns(self.order, positions, positions + 1))
+
+    def minus(self, other: "DocumentRuns") -> "DocumentRuns":
+        """The documents that are in this set and not in another one of the same order."""
+        cuts, here, there = self._pieces_with(other)
+        return DocumentRuns(self.order, *_joined(cuts, here & ~there))
+
+    def joined_with(self, other: "DocumentRuns") -> "DocumentRuns":
+        """The documents that are in this set, in another one of the same order, or in both."""
+        cuts, here, there = self._pieces_with(other)
+        return DocumentRuns(self.order, *_joined(cuts, here | there))
+
+    def common_with(self, other: "DocumentRuns") -> "DocumentRuns":
+        """The documents that are in this set and in another one of the same order."""
+        if len(self.starts) == 1:  # the usual case: all documents, or a band of them
+            first, stop = self.starts[0], self.stops[0]
+            some = slice(int(other.stops.searchsorted(first, side="right")), int(other.starts.searchsorted(stop)))
+            starts, stops = np.maximum(other.starts[some], first), np.minimum(other.stops[some], stop)
+            filled = starts < stops
+            return DocumentRuns(self.order, starts[filled], stops[filled])
+        cuts, here, there = self._pieces_with(other)
+        return DocumentRuns(self.order, *_joined(cuts, here & there))
+
+    def _pieces_with(self, other: "DocumentRuns") -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Positions at which either set begins or ends, and whether each holds what lies between two of them."""
+        cuts = np.sort(np.concatenate([self.starts, self.stops, other.starts, other.stops]))
+        cuts = cuts[np.append(True, cuts[1:] != cuts[:-1])] if len(cuts) else cuts
+        return cuts, self._holds(cuts[:-1]), other._holds(cuts[:-1])
+
+    def _holds(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if not len(self.starts):
+            return np.zeros(len(positions), dtype=bool)
         run = np.searchsorted(self.starts, positions, side="right") - 1
-        inside = (
-            positions[(run >= 0) & (positions < self.stops[np.maximum(run, 0)])] if len(self.starts) else positions[:0]
-        )
-        starts = np.sort(np.concatenate([self.starts, inside + 1]))
-        stops = np.sort(np.concatenate([self.stops, inside]))
-        some = starts < stops
-        return DocumentRuns(self.order, starts[some], stops[some])
+        held: NDArray[np.bool_] = (run >= 0) & (positions < self.stops[np.maximum(run, 0)])
+        return held
 
     def pieces(self, token: int, count: int) -> list[tuple[int, int]]:
         """`count` tokens of the set from number `token` on, as (token of the order, how many)."""
@@ -141,19 +155,7 @@ class DocumentRuns:
             token, count, run = token + size, count - size, run + 1
         return found
 
-    def _partial_stop(self, first: int, missing: int, by: str) -> int:
-        if by == "documents":
-            return first + missing
-        before = int(self.tokens_before(np.array([first]))[0])
-        return self.nearest_index(Fraction(before + missing))
-
-    def _blocks(self, key: int) -> "_Blocks":
-        firsts = np.arange(0, self.num_documents, self.order.block, dtype=np.int64)
-        lasts = np.minimum(firsts + self.order.block, self.num_documents)
-        places = np.arange(len(firsts), dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(mix64(key))
-        return _Blocks(firsts, lasts, np.argsort(places, kind="stable"))
-
-    def _at_indices(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> "DocumentRuns":
+    def at_indices(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64]) -> "DocumentRuns":
         """The documents of ascending disjoint index intervals, neighbouring runs joined."""
         some = firsts < lasts
         firsts, lasts = firsts[some], lasts[some]
@@ -173,15 +175,10 @@ class DocumentRuns:
         return DocumentRuns(self.order, starts[fresh], joined_stops)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    firsts: NDArray[np.int64]
-    lasts: NDArray[np.int64]
-    priority: NDArray[np.int64]
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        return self.lasts - self.firsts
+def _joined(cuts: NDArray[np.int64], taken: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Starts and stops of the runs made of the pieces between neighbouring cuts that are taken."""
+    edges = np.diff(np.concatenate([[False], taken, [False]]).astype(np.int8))
+    return cuts[np.flatnonzero(edges == 1)], cuts[np.flatnonzero(edges == -1)]
 
 
 def trainable_runs(order: DocumentOrder, held_out: NDArray[np.int64]) -> DocumentRuns:

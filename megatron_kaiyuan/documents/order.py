@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.rank_index import RankIndex, damaged_index
-from megatron_kaiyuan.data.ranking import STRIDE, ranks_of
+from megatron_kaiyuan.documents.rank_index import RankIndex, damaged_index
+from megatron_kaiyuan.documents.ranking import STRIDE, ranks_of
 from megatron_kaiyuan.host.maps import look_up
 from megatron_kaiyuan.shards.source import Segment, Source
 

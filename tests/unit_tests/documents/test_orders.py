@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import Segment, open_source
-from megatron_kaiyuan.data.order import RankedOrder, StorageOrder
-from megatron_kaiyuan.data.rank_index import build_rank_index
+from megatron_kaiyuan.documents.order import RankedOrder, StorageOrder
+from megatron_kaiyuan.documents.rank_index import build_rank_index
 from tests.unit_tests.data.tiny import INT32_CODE, UINT16_CODE, numbered_documents, write_source
 
 SETTINGS = settings(deadline=None, max_examples=40)

@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.permutation import derive_key, mix64_array
+from megatron_kaiyuan.documents.permutation import derive_key, mix64_array
 from megatron_kaiyuan.host.maps import look_up
 
 __all__ = ["STRIDE", "Ranking", "prepare_ranking", "rank_by_score", "ranks_of", "stride_sums", "tie_hash"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from megatron_kaiyuan.data.ranking import STRIDE, prepare_ranking, rank_by_score, ranks_of, stride_sums
+from megatron_kaiyuan.documents.ranking import STRIDE, prepare_ranking, rank_by_score, ranks_of, stride_sums
 
 SETTINGS = settings(deadline=None, max_examples=80)
 floats32 = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False))

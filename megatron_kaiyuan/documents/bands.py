@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.ranking import tie_hash
+from megatron_kaiyuan.documents.ranking import tie_hash
 from megatron_kaiyuan.host.maps import look_up
 
 __all__ = ["NUM_BANDS", "BandEdges", "band_edges"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
+from megatron_kaiyuan.documents.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
 from megatron_kaiyuan.errors import RankIndexError, ShardError
 from megatron_kaiyuan.host.atomic import atomic_file
 from megatron_kaiyuan.host.cli import python_command

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_kaiyuan.data.permutation import KeyedPermutation, derive_key, mix64, mix64_array
+from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key, mix64, mix64_array
 
 SIZES = [*range(301), 1000, 4095, 4096, 4097, 5000, 8191, 8192, 8193, 16_384, 16_385, 65_535, 65_537]
 

@@ -1,0 +1,162 @@
+"""What a phase takes of a source, as a stream: the selection, its random choices, its passes, and what a budget leaves.
+
+Two versions of the plan differ here and nowhere else. Version 1 drew even samples, and thinned all passes of a
+curriculum alike. Version 2 draws independently, shows what is unseen before it repeats, and lets the copies of a ranked
+selection rise together.
+"""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.plan_schema import PhaseSourceSpec, PlanSpec
+from megatron_kaiyuan.data.selection import Keep
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.documents.draws import Draw
+from megatron_kaiyuan.documents.even_sample import even_sample
+from megatron_kaiyuan.documents.permutation import derive_key
+from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count
+from megatron_kaiyuan.errors import PlanError
+
+__all__ = ["Part", "build_stream", "fitted_stream"]
+
+_FEWEST_OF_BAND = 4
+"""Windows that a band of a ranked repetition has at least, on the average, so that copies are not neighbours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source of one phase, with what its choices depend on."""
+
+    plan: PlanSpec
+    phase: str
+    order: str
+    name: str
+    spec: PhaseSourceSpec
+    source: OpenedSource
+
+    @property
+    def ascending(self) -> bool:
+        """Whether its windows rise in quality over the phase."""
+        return self.order == "curriculum" and self.spec.sorted and self.source.spec.score is not None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its documents are taken in the order of their ranks."""
+        return self.ascending or self.spec.keep.needs_scores or (self._named and self.source.spec.score is not None)
+
+    @property
+    def key(self) -> int:
+        """Of its random choices."""
+        return derive_key(self.plan.seed, self.phase, self.name)
+
+    @property
+    def draw_key(self) -> int:
+        """Of its draw: the part's own, or that of all parts that name the draw."""
+        if self._named:
+            return derive_key(self.plan.seed, "draw", self.source.name, self.spec.drawn_as)
+        return derive_key(self.key, "keep")
+
+    @property
+    def even(self) -> bool:
+        """Whether random parts are even samples, as version 1 has them."""
+        return self.plan.order_version == 1
+
+    @property
+    def _named(self) -> bool:
+        return self.spec.draw is not None
+
+
+def build_stream(part: Part) -> Stream:
+    """All passes of a part, before any budget.
+
+    Raises:
+        PlanError: a selection that leaves less than one window.
+    """
+    available = part.source.trainable(ranked=part.ranked)
+    selected = _select(available, part)
+    whole, fraction = divmod(part.spec.repeat, 1)
+    extra = _some(part, selected, nearest_count(fraction, selected.num_documents), fraction) if fraction else None
+    stream = Stream(
+        selected=selected,
+        whole_passes=int(whole),
+        extra=extra if extra is not None and extra.num_tokens else None,
+        repeat=part.spec.repeat,
+        seq_length=part.plan.seq_length,
+        ascending=part.ascending,
+        key=part.key,
+    )
+    if stream.num_windows == 0:
+        raise PlanError(
+            f"phase {part.phase!r}, source {part.name!r}: keep {part.spec.keep} of {available.num_documents:,} "
+            f"documents leaves {selected.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
+            f"{float(part.spec.repeat):g}; one window needs {part.plan.seq_length + 1:,}: keep more, repeat more, or "
+            "leave the source out of the phase"
+        )
+    return _with_bands(part, stream)
+
+
+def fitted_stream(part: Part, stream: Stream, used: int) -> Stream:
+    """The stream with as many passes as `used` windows of it need, at least one of them where it has a whole one."""
+    if used == stream.num_windows or (used < stream.num_windows and (part.even or not stream.ascending)):
+        return stream
+    whole, missing = divmod(used * stream.seq_length + 1, stream.selected.num_tokens)
+    if not stream.ascending:  # cut short within its last pass, which a longer budget would go on with
+        return replace(stream, whole_passes=whole + (1 if missing else 0), extra=None)
+    if whole == 0 and used < stream.num_windows:  # less than one pass: what there is of it is thinned evenly
+        return stream if stream.whole_passes == 0 else _with_bands(part, replace(stream, whole_passes=1, extra=None))
+    extra = _of_at_least(part, stream.selected, missing) if missing else None
+    return _with_bands(part, replace(stream, whole_passes=whole, extra=extra))
+
+
+def _select(available: DocumentRuns, part: Part) -> DocumentRuns:
+    keep = part.spec.keep
+    if part.spec.rest_of is not None:
+        keep = part.plan.draws[part.source.name, part.spec.rest_of]
+        return available.minus(_random_part(available, part, keep))
+    if keep.kind == "all":
+        return available
+    if keep.kind == "random":
+        return _random_part(available, part, keep)
+    if keep.by == "documents":
+        low, high = (nearest_count(quantile, available.num_documents) for quantile in (keep.low, keep.high))
+    else:
+        low, high = (available.nearest_index(quantile * available.num_tokens) for quantile in (keep.low, keep.high))
+    return available.between(low, high)
+
+
+def _random_part(available: DocumentRuns, part: Part, keep: Keep) -> DocumentRuns:
+    if part.even:
+        return even_sample(available, keep.high, keep.by, part.draw_key)
+    draw = Draw(available, part.draw_key)
+    if keep.by == "tokens":
+        return draw.tokens(nearest_count(keep.high, available.num_tokens))
+    return draw.documents(nearest_count(keep.high, available.num_documents))
+
+
+def _some(part: Part, selected: DocumentRuns, count: int, fraction: Fraction) -> DocumentRuns:
+    """A part of a selection that is shown once more: `count` documents."""
+    key = derive_key(part.key, "repeat")
+    return even_sample(selected, fraction, "documents", key) if part.even else Draw(selected, key).documents(count)
+
+
+def _of_at_least(part: Part, selected: DocumentRuns, tokens: int) -> DocumentRuns:
+    """The smallest part of a selection, shown once more, with this many tokens."""
+    key = derive_key(part.key, "repeat")
+    if part.even:
+        sample = even_sample(selected, Fraction(tokens, selected.num_tokens), "tokens", key)
+    else:
+        sample = Draw(selected, key).tokens(tokens)
+    while sample.num_tokens < tokens:  # rounded down to a document: take the next one too
+        count = sample.num_documents + 1
+        sample = _some(part, selected, count, Fraction(count, selected.num_documents))
+    return sample
+
+
+def _with_bands(part: Part, stream: Stream) -> Stream:
+    """The bands in which a ranked repetition comes: as its spacing says, but none too short to keep copies apart."""
+    if not stream.ascending or part.even or part.spec.repeat_order == "passes" or stream.num_passes == 1:
+        return replace(stream, num_bands=1)
+    asked = -(-part.spec.spacing.denominator // part.spec.spacing.numerator)
+    windows = stream.selected.num_tokens // stream.seq_length
+    return replace(stream, num_bands=max(1, min(asked, stream.selected.num_documents // 2, windows // _FEWEST_OF_BAND)))

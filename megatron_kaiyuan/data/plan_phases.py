@@ -1,0 +1,139 @@
+"""A phase of the plan file and what it takes of each source, checked field by field."""
+
+from fractions import Fraction
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_kaiyuan.data.plan_fields import (
+    REST_OF,
+    DrawName,
+    Rate,
+    Repetition,
+    Selection,
+    Share,
+    Tokens,
+    Weight,
+)
+from megatron_kaiyuan.data.selection import Keep
+
+__all__ = ["LearningRateSpec", "PhaseSourceSpec", "PhaseSpec", "Strict"]
+
+_SPACING = Fraction(1, 20)
+
+
+class Strict(BaseModel):
+    """A part of a plan that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class PhaseSourceSpec(Strict):
+    """What a phase takes from a source."""
+
+    keep: Selection = Keep("all")
+    """The selection, such as `top 30%`."""
+    repeat: Repetition = Fraction(1)
+    """Passes over the selection: 2.5 = twice all of it, and once a random half."""
+    max_repeat: Repetition | None = None
+    """How many passes a token budget larger than the streams may stretch `repeat` to."""
+    weight: Weight | None = None
+    """Share of the phase's tokens, relative to the other weights; None: the natural size of the stream."""
+    sorted: bool = True
+    """In a curriculum: ascending quality (True) or random order (False)."""
+    draw: DrawName | None = None
+    """`NAME`: a random part that is the same wherever the name stands; `rest of NAME`: all documents but those."""
+    repeat_order: Literal["ranked", "passes"] = "ranked"
+    """How an ascending part repeats: band by band in one ascent, or one ascent a pass."""
+    repeat_spacing: Share | None = None
+    """Size of the bands of `ranked`, a share of the selection; None: 5 %."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: object) -> object:
+        return {"keep": value} if isinstance(value, str) else ({} if value is None else value)
+
+    @property
+    def rest_of(self) -> str | None:
+        """The draw whose other documents these are."""
+        return self.draw.removeprefix(REST_OF) if self.draw is not None and self.draw.startswith(REST_OF) else None
+
+    @property
+    def drawn_as(self) -> str | None:
+        """The name of the draw, whichever of its two parts is meant."""
+        return self.rest_of or self.draw
+
+    @property
+    def spacing(self) -> Fraction:
+        """Bands of a ranked repetition, as a share of the selection."""
+        return _SPACING if self.repeat_spacing is None else self.repeat_spacing
+
+    @model_validator(mode="after")
+    def _draw_is_random(self) -> "PhaseSourceSpec":
+        if self.rest_of is not None and self.keep.kind != "all":
+            raise ValueError(f"draw {self.draw} names its documents already; leave out keep {self.keep}")
+        if self.draw is not None and self.rest_of is None and self.keep.kind != "random":
+            raise ValueError(
+                f"draw {self.draw} names a random part, and keep is {self.keep}; write keep: random 30%, or leave "
+                "out draw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spacing_is_of_a_ranked_repetition(self) -> "PhaseSourceSpec":
+        if self.repeat_spacing is not None and (self.repeat_order == "passes" or self.repeat_spacing == 0):
+            raise ValueError(
+                "repeat_spacing is the share of the selection, above 0, that repeat_order: ranked shows K times before "
+                f"it goes on; leave it out {'with repeat_order: passes' if self.repeat_spacing else 'for 5%'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _limit_is_no_less(self) -> "PhaseSourceSpec":
+        if self.max_repeat is not None and self.max_repeat < self.repeat:
+            raise ValueError(
+                f"max_repeat {float(self.max_repeat):.4g} is below repeat {float(self.repeat):.4g}; lower repeat, "
+                "which is how often the source is shown, or raise max_repeat, to which a larger budget may stretch it"
+            )
+        return self
+
+
+class LearningRateSpec(Strict):
+    """The learning rate over a phase."""
+
+    start: Rate
+    end: Rate
+    shape: Literal["constant", "linear", "cosine", "sqrt", "warmup"] = "constant"
+    jump: bool = False
+    """Whether the rate may begin elsewhere than where the phase before ended; without the word that is a mistake."""
+
+    @model_validator(mode="after")
+    def _constant_is_constant(self) -> "LearningRateSpec":
+        if self.shape == "constant" and self.start != self.end:
+            raise ValueError(
+                f"shape constant with start {self.start} and end {self.end}; make them equal or name a shape"
+            )
+        return self
+
+
+class PhaseSpec(Strict):
+    """One stretch of training with a fixed mix and order."""
+
+    name: str = Field(min_length=1)
+    order: Literal["shuffled", "curriculum"]
+    tokens: Tokens | None = None
+    """Predicted tokens of the phase; None: all that the selections amount to."""
+    lr: LearningRateSpec | None = None
+    sources: dict[str, PhaseSourceSpec] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _weights_go_together(self) -> "PhaseSpec":
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            other = next(name for name in self.sources if name not in weighted)
+            raise ValueError(
+                f"{weighted[0]} has a weight and {other} has none; give every source of the phase a weight, or none"
+            )
+        if weighted and self.tokens is None:
+            raise ValueError("weights need a token budget; add tokens: to the phase")
+        return self

@@ -1,0 +1,65 @@
+"""The plans of docs/plan.md are read from there, and the numbers that stand beside them are those of the dry run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.reporting.plan_table import format_tokens, times_shown
+
+TEXT = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
+EXAMPLE = BLOCKS[0]
+
+
+def told_of(content):
+    return Plan.from_spec(content, simulate=True).describe()
+
+
+def with_phases(phases, **more):
+    """The sources of the worked example with other phases."""
+    return EXAMPLE | {"validation": {}, "phases": phases} | more
+
+
+def documented(text):
+    """Whether this stands in the document, wherever its lines break."""
+    return re.search(r"\s+".join(map(re.escape, text.split())), TEXT) is not None
+
+
+def test_the_worked_example_shows_what_the_document_says():
+    told = told_of(EXAMPLE)
+    for phase, row in zip(told["phases"], ("1,199,663 1.2B 2,399.3", "590,000 590M 1,180.0"), strict=True):
+        steps = f"{phase['samples'] / 500:,.1f}"
+        assert f"{phase['samples']:,} {format_tokens(phase['tokens'])} {steps}" == row
+        assert documented(f"{phase['name']} {phase['order']} {row}")
+    for name, row in told["phases"][1]["sources"].items():
+        columns = (
+            f"{row['documents']:,} {format_tokens(row['unique_tokens'])} x{row['repeat']:g} "
+            f"{format_tokens(row['tokens'])} {row['epochs']:.2f} {row['share']:.1%} {times_shown(row)}"
+        )
+        assert documented(f"{name} {row['keep']} {row['order']} {columns}"), columns
+    epochs = [f"{band['epochs']:.2f}" for band in told["sources"]["web"]["bands"]]
+    assert epochs == ["1.00"] * 7 + ["2.48", "2.48", "2.47"]
+
+
+def test_the_refused_budget_is_refused_in_the_words_of_the_document():
+    too_large = with_phases([EXAMPLE["phases"][0], EXAMPLE["phases"][1] | {"tokens": "700M"}])
+    with pytest.raises(PlanError) as caught:
+        told_of(too_large | {"validation": EXAMPLE["validation"]})
+    assert documented(f"error: {caught.value}")
+
+
+def test_a_named_draw_is_what_its_example_says():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "explore")
+    plan = Plan.from_spec(with_phases(phases), simulate=True)
+    explore, confirm, main = (phase.streams["web"].selected for phase in plan.phases)
+    assert (explore.num_documents, main.num_documents) == (200_000, 800_000)
+    assert explore.common_with(confirm).num_documents == 200_000
+    assert explore.common_with(main).num_documents == 0
+    for phase in phases[:2]:
+        phase["sources"]["web"] = "random 20%"
+    apart = [phase.streams["web"].selected for phase in Plan.from_spec(with_phases(phases[:2]), simulate=True).phases]
+    assert abs(apart[0].common_with(apart[1]).num_documents - 40_000) < 5 * 130 * 8, "64 neighbours a block: 8 times"
