@@ -11,6 +11,7 @@ from megatron_kaiyuan.data.interleave import prefix_bound
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
+from megatron_kaiyuan.data.quality import QUALITY_COLUMNS, quality_over_run
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.documents.runs import DocumentRuns
 
@@ -115,6 +116,7 @@ def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> di
         for number, name in enumerate(phase.streams)
         if name == source.name
     )
+    described = [] if source.spec.score is None else _describe_bands(plan, source, bands)
     return {
         "documents": source.source.num_documents,
         "tokens": source.source.num_tokens,
@@ -125,7 +127,8 @@ def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> di
         "held_out_elsewhere_documents": len(source.held_out_elsewhere),
         "tokens_seen": seen,
         "epochs": seen / source.source.num_tokens,
-        "bands": [] if source.spec.score is None else _describe_bands(plan, source, bands),
+        "bands": described,
+        "quality": quality_over_run(plan.phases, source, described, QUALITY_COLUMNS) if described else [],
     }
 
 

@@ -186,6 +186,16 @@ class Stream:
         ]
         return min(found), max(found)
 
+    def middle_position(self, window: int) -> int:
+        """Position, in the documents' order, of the document in the middle of a window."""
+        before = self.seq_length // 2
+        for documents, token, count in self._pass_pieces(window):
+            for order_token, size in documents.pieces(token, count):
+                if before < size:
+                    return documents.order.locate(order_token + before)
+                before -= size
+        raise AssertionError(f"window {window} has no middle")
+
     def _pass_pieces(self, window: int) -> list[tuple[DocumentRuns, int, int]]:
         """A window's tokens pass by pass: documents of the pass, first token within the pass, count."""
         token = self.first_token + window * self.seq_length

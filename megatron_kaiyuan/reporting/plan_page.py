@@ -11,12 +11,9 @@ from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
-from megatron_kaiyuan.reporting.quality_strip import quality_over_run
 from megatron_kaiyuan.reporting.run_curves import colour_of
 
 __all__ = ["write_plan_page"]
-
-_QUALITY_COLUMNS = 240
 
 
 def write_plan_page(description: dict[str, Any], path: Path) -> None:
@@ -127,11 +124,12 @@ def _mix_figure(description: dict[str, Any]) -> go.Figure:
 
 def _add_quality(figure: go.Figure, description: dict[str, Any], scored: list[str], row: int) -> None:
     """A strip for each scored source: dark where the run shows its best documents."""
-    width = description["tokens"] / _QUALITY_COLUMNS
+    strips = [description["sources"][name]["quality"] for name in scored]
+    width = description["tokens"] / len(strips[0])
     figure.add_heatmap(
-        x=[width * (column + 0.5) for column in range(_QUALITY_COLUMNS)],
+        x=[width * (column + 0.5) for column in range(len(strips[0]))],
         y=scored,
-        z=[quality_over_run(description, name, _QUALITY_COLUMNS) for name in scored],
+        z=strips,
         colorscale="Greens",
         zmin=0,
         zmax=1,

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_kaiyuan.data import Plan, open_source
+from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
 from megatron_kaiyuan.documents.rank_index import build_rank_index, index_path, save_rank_index
 from megatron_kaiyuan.errors import ResumeError
 from tests.unit_tests.data.tiny import all_samples, numbered_documents, phase_of, plan_of, write_source
@@ -203,3 +203,43 @@ def test_the_fingerprint_changes_when_the_order_changes(spec, name):
 def test_the_fingerprint_is_sixteen_hex_digits(spec):
     assert len(Plan.from_spec(spec).fingerprint) == 16
     int(Plan.from_spec(spec).fingerprint, 16)
+
+
+def test_a_run_begun_under_version_1_goes_on_under_it_where_the_plan_names_none(spec):
+    spec = changed(spec, phases__0__sources__web__keep="random 50%", phases__1__sources__code__repeat=2.5)
+    begun, new = (Plan.from_spec(spec | {"version": version}) for version in (1, 2))
+    record = json.loads(json.dumps(begun.order_record()))
+    plan = Plan.from_spec(spec)
+    assert plan.fingerprint == new.fingerprint != begun.fingerprint
+    again = plan.as_begun(record)
+    again.check_resume(record, 100)
+    assert (again.fingerprint, again.spec.order_version) == (begun.fingerprint, 1)
+    order = CurriculumDataset(again)
+    shown = [tuple(order[sample]["tokens"].tolist()) for sample in range(len(order))]
+    assert shown == all_samples(spec | {"version": 1}) != all_samples(spec)
+    told = "\n".join(again.otherwise_in_newest())
+    assert "phases.0 (warm).sources.web: random 50% is drawn independently" in told
+    assert "phases.0 (warm).sources.code: the part of a pass in repeat 2.5 is drawn independently" in told
+    assert "phases.1 (ramp).sources.code: copies rise in one ascent" in told
+    assert plan.otherwise_in_newest() == []
+    assert plan.as_begun(new.order_record()) is plan
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_written_version_is_never_another_and_one_that_differs_is_refused_with_the_line_to_write(spec, written):
+    plans = {version: Plan.from_spec(spec | {"version": version}) for version in (1, 2)}
+    record = plans[3 - written].order_record()
+    plan = plans[written].as_begun(record)
+    assert plan is plans[written]
+    with pytest.raises(ResumeError, match=f"under version {3 - written} .* Write version: {3 - written} to go on"):
+        plan.check_resume(record, 1)
+    plan.check_resume(record, 0)
+
+
+def test_what_version_1_does_not_have_is_refused_in_a_run_that_it_began(spec):
+    record = Plan.from_spec(spec | {"version": 1}).order_record()
+    amended = changed(spec, phases__2__sources__web={"keep": "random 50%", "draw": "dev"})
+    with pytest.raises(ResumeError, match=r"phases\.2 \(tail\)\.sources\.web\.draw: not in version 1"):
+        Plan.from_spec(amended).as_begun(record)
+    with pytest.raises(ValueError, match=r"phases\.2 \(tail\)\.sources\.web\.draw: not in version 1"):
+        Plan.from_spec(amended | {"version": 1})

@@ -43,6 +43,12 @@ WRONG_FIELDS = [
     ("seed", -1, "greater than or equal to 0"),
     ("phases", [], "at least 1 item"),
     ("phases.0.order", "sorted", "'shuffled' or 'curriculum' (given: 'sorted')"),
+    ("version", 3, "Input should be 1 or 2 (given: 3)"),
+    ("phases.0.sources.web.draw", " ", "names no draw; write draw: NAME"),
+    ("phases.0.sources.web.draw", "rest of ", "names no draw; write draw: NAME"),
+    ("phases.0.sources.web.repeat_order", "sorted", "'ranked' or 'passes'"),
+    ("phases.0.sources.web.repeat_spacing", "0%", "repeat_spacing is the share of the selection, above 0"),
+    ("phases.0.sources.web.repeat_spacing", "5", "did you mean 5%?"),
     ("phases.0.tokens", "12 parsecs", "write 120B, 1.5T, 300M or 120_000_000"),
     ("phases.0.tokens", "1.0005k", "not a whole number of tokens"),
     ("phases.0.tokens", "_", "tokens"),
@@ -287,3 +293,27 @@ def test_a_phase_of_too_many_samples_to_be_ordered_exactly_is_refused(spec):
     parts = {"web": {"repeat": 1_000_000}, "code": "all"}
     with pytest.raises(PlanError, match=r"phase 'main': .* tokens .*lower repeat"):
         Plan.from_spec(with_field(spec, "phases.0.sources", parts) | {"seq_length": 1 << 40}, simulate=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"draw": "dev"}, "draw dev names a random part, and keep is all; write keep: random 30%"),
+        ({"keep": "random 5%", "draw": "rest of dev"}, "draw rest of dev names its documents already; leave out keep"),
+        ({"draw": "rest of dev"}, r"sources.web.draw: no part of web has draw: dev; .*\(draws of web: none\)"),
+        ({"repeat_order": "passes"}, "sources.web.repeat_order: only for a scored source in a curriculum"),
+        ({"repeat_spacing": "1%"}, "sources.web.repeat_spacing: only for a scored source in a curriculum"),
+        ({"repeat_order": "passes", "repeat_spacing": "1%"}, "leave it out with repeat_order: passes"),
+    ],
+)
+def test_draws_and_repetitions_that_do_nothing_are_refused(spec, part, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_spec(with_field(spec, "phases.0.sources.web", part))
+
+
+def test_the_rest_of_a_draw_of_two_sizes_is_refused(spec):
+    sizes = [phase_of("shuffled", {"web": {"keep": f"random {n}%", "draw": "dev"}}, f"p{n}") for n in (20, 50)]
+    rest = phase_of("shuffled", {"web": {"draw": "rest of dev"}}, "rest")
+    with pytest.raises(PlanError, match=r"phases.2 \(rest\).*kept as random 20% and as random 50%, so its rest is not"):
+        Plan.from_spec(spec | {"phases": [*sizes, rest]})
+    Plan.from_spec(spec | {"phases": [sizes[0], rest]})

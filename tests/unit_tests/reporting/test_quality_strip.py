@@ -7,7 +7,6 @@ import pytest
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan
 from megatron_kaiyuan.reporting.plan_page import write_plan_page
-from megatron_kaiyuan.reporting.quality_strip import quality_over_run
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
 
 RISING = {"start": 1e-3, "end": 1e-3}
@@ -30,24 +29,31 @@ def plan(tmp_path: Path) -> Plan:
     )
 
 
-def test_the_strip_is_the_quality_of_the_samples_at_each_place(plan: Plan) -> None:
-    told = plan.describe(10)
-    columns = 70
-    strip = quality_over_run(told, "s", columns)
+@pytest.mark.parametrize("repeat_order", ["ranked", "passes"])
+def test_the_strip_is_the_quality_of_the_samples_at_each_place(plan: Plan, repeat_order: str) -> None:
+    phases = plan.spec.phases
+    again = phases[1].model_copy(
+        update={"sources": {"s": phases[1].sources["s"].model_copy(update={"repeat_order": repeat_order})}}
+    )
+    plan = Plan.from_spec(plan.spec.model_copy(update={"phases": [phases[0], again]}))
+    strip = plan.describe()["sources"]["s"]["quality"]
     order = CurriculumDataset(plan)
-    shown = np.array([np.mean(order.provenance(sample).quantile) for sample in range(len(order))])
-    first = told["phases"][1]["first_sample"]
+    shown = [order.provenance(sample).quantile for sample in range(len(order))]
+    first = plan.phases[1].first_sample
     for column, value in enumerate(strip):
-        sample = int(len(order) * (column + 0.5) / columns)
+        sample = len(order) * (2 * column + 1) // (2 * len(strip))
         if sample < first:
             assert value == pytest.approx(0.5, abs=0.01)  # all of it, in random order
-        else:  # a band is a tenth wide; windows cross its edge by one document
+        else:  # that of the document in the middle of the window
+            lowest, highest = shown[sample] or (0.0, 0.0)
             assert value is not None
-            assert abs(value - shown[sample]) < 0.05 + 0.02, (column, value, shown[sample])
+            assert lowest <= value < highest, (column, value, shown[sample])
+    rises = np.diff([value for value in strip[-40:] if value is not None])
+    assert (np.count_nonzero(rises < -0.1) == 0) == (repeat_order == "ranked"), "one ascent, or one a pass"
 
 
 def test_a_source_that_is_not_shown_leaves_a_gap(plan: Plan) -> None:
-    assert quality_over_run(plan.describe(5), "t", 7) == [None] * 7
+    assert set(plan.describe(5)["sources"]["t"]["quality"]) == {None}
 
 
 def test_the_page_shows_rate_strips_and_warning(plan: Plan, tmp_path: Path) -> None:
