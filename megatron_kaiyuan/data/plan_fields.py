@@ -19,6 +19,7 @@ __all__ = [
     "Selection",
     "Shards",
     "Share",
+    "Spacing",
     "Tokens",
     "Weight",
     "Weighting",
@@ -76,6 +77,12 @@ def _positive(value: Fraction) -> Fraction:
     return value
 
 
+def _some(value: Fraction) -> Fraction:
+    if value == 0:
+        raise ValueError("a share of 0 is no part of the selection; give one above 0, such as 5%")
+    return value
+
+
 def _check_weights(value: str) -> str:
     if not _WEIGHTS.fullmatch(value) or (value.startswith("ema:") and float(value[4:]) == 0):
         raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 < ALPHA <= 1")
@@ -127,6 +134,7 @@ Repetition = Annotated[Ratio, AfterValidator(_few_passes)]
 Weight = Ratio
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[Fraction, BeforeValidator(_parse_share)]
+Spacing = Annotated[Share, AfterValidator(_some)]
 Selection = Annotated[Keep, BeforeValidator(_parse_selection)]
 Weighting = Annotated[str, AfterValidator(_check_weights)]
 Shards = Annotated[str | list[str], BeforeValidator(_parse_shards)]

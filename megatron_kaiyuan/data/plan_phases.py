@@ -11,7 +11,7 @@ from megatron_kaiyuan.data.plan_fields import (
     Rate,
     Repetition,
     Selection,
-    Share,
+    Spacing,
     Tokens,
     Weight,
 )
@@ -45,7 +45,7 @@ class PhaseSourceSpec(Strict):
     """`NAME`: a random part that is the same wherever the name stands; `rest of NAME`: all documents but those."""
     repeat_order: Literal["ranked", "passes"] = "ranked"
     """How an ascending part repeats: band by band in one ascent, or one ascent a pass."""
-    repeat_spacing: Share | None = None
+    repeat_spacing: Spacing | None = None
     """Size of the bands of `ranked`, a share of the selection; None: 5 %."""
 
     @model_validator(mode="before")
@@ -81,11 +81,8 @@ class PhaseSourceSpec(Strict):
 
     @model_validator(mode="after")
     def _spacing_is_of_a_ranked_repetition(self) -> "PhaseSourceSpec":
-        if self.repeat_spacing is not None and (self.repeat_order == "passes" or self.repeat_spacing == 0):
-            raise ValueError(
-                "repeat_spacing is the share of the selection, above 0, that repeat_order: ranked shows K times before "
-                f"it goes on; leave it out {'with repeat_order: passes' if self.repeat_spacing else 'for 5%'}"
-            )
+        if self.repeat_spacing is not None and self.repeat_order == "passes":
+            raise ValueError("repeat_spacing is of repeat_order: ranked; leave it out with repeat_order: passes")
         return self
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ WRONG_FIELDS = [
     ("phases.0.sources.web.draw", " ", "names no draw; write draw: NAME"),
     ("phases.0.sources.web.draw", "rest of ", "names no draw; write draw: NAME"),
     ("phases.0.sources.web.repeat_order", "sorted", "'ranked' or 'passes'"),
-    ("phases.0.sources.web.repeat_spacing", "0%", "repeat_spacing is the share of the selection, above 0"),
+    ("phases.0.sources.web.repeat_spacing", "0%", "a share of 0 is no part of the selection"),
     ("phases.0.sources.web.repeat_spacing", "5", "did you mean 5%?"),
     ("phases.0.tokens", "12 parsecs", "write 120B, 1.5T, 300M or 120_000_000"),
     ("phases.0.tokens", "1.0005k", "not a whole number of tokens"),
