@@ -7,11 +7,15 @@ import argparse
 import os
 import re
 import time
+from collections.abc import Mapping, Sequence
 
-from megatron_kaiyuan.errors import ConfigError, TokenizerError
+from megatron_kaiyuan.errors import ConfigError, PreprocessError, TokenizerError
+from megatron_kaiyuan.host.terminal import counted, visible
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess
 from megatron_kaiyuan.preprocess.config import SHARD_BYTES
+from megatron_kaiyuan.preprocess.dry_run import DryRun, dry_run
 from megatron_kaiyuan.preprocess.progress import ConsoleReporter
+from megatron_kaiyuan.shards.manifest import SpecialTokenRecord, special_token_facts
 from megatron_kaiyuan.shards.tokenizer import TOKENIZER_TYPES
 
 _MOST_SHARDS_LISTED = 8
@@ -32,7 +36,7 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="F",
-        help="files, globs or directories: JSONL (plain, .gz, .zst) or Parquet; - is standard input (JSONL)",
+        help="files, globs or directories: JSONL (plain, .gz, .zst, .bz2, .xz, .lz4) or Parquet; - is standard input",
     )
     output = data.add_mutually_exclusive_group(required=True)
     output.add_argument(
@@ -89,6 +93,12 @@ def _add_tokenizer_flags(tokenizer: argparse._ArgumentGroup) -> None:
         help="HuggingFaceTokenizer: leave out what its post-processor adds, such as <s>",
     )
     tokenizer.add_argument(
+        "--split-special-tokens",
+        action="store_true",
+        help="encode a special token in a text, such as <|endoftext|>, as its characters (default: as its id, as "
+        "Megatron does; manifests count them)",
+    )
+    tokenizer.add_argument(
         "--tiktoken-pattern", choices=["v1", "v2"], default="v2", help="TikTokenizer: how text is split (default: v2)"
     )
     tokenizer.add_argument(
@@ -131,6 +141,11 @@ def _add_run_flags(run: argparse._ArgumentGroup) -> None:
         help="faulty rows: stop at the first (default), or skip and count them",
     )
     run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: read and tokenize all, and count every reason for which rows give no document",
+    )
+    run.add_argument(
         "--max-document-tokens", type=int, metavar="N", help="longer documents are faulty rows (default: no limit)"
     )
     run.add_argument(
@@ -161,6 +176,7 @@ def config_from_arguments(arguments: argparse.Namespace) -> PreprocessConfig:
             vocab_size=arguments.vocab_size,
             eod_token=arguments.eod_token,
             include_special_tokens=not arguments.tokenizer_hf_no_include_special_tokens,
+            split_special_tokens=arguments.split_special_tokens,
             tiktoken_pattern=arguments.tiktoken_pattern,
             tiktoken_num_special_tokens=arguments.tiktoken_num_special_tokens,
         ),
@@ -180,19 +196,45 @@ def print_summary(summary: RunSummary, seconds: float) -> None:
     """What was written and what was left out."""
     if len(summary.manifests) <= _MOST_SHARDS_LISTED:
         for prefix, manifest in summary.manifests.items():
-            print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype})")
+            documents = counted(manifest.documents, "document")
+            print(visible(f"{prefix}: {documents}, {counted(manifest.tokens, 'token')} ({manifest.dtype})"))
             for key, score in manifest.scores.items():
-                print(f"  {key}: min {score.min:.6g}, mean {score.mean:.6g}, max {score.max:.6g}")
-    documents = sum(manifest.documents for manifest in summary.manifests.values())
-    tokens = sum(manifest.tokens for manifest in summary.manifests.values())
-    print(f"{len(summary.manifests):,} shards: {documents:,} documents, {tokens:,} tokens")
-    for reason, count in summary.skipped.items():
-        example = f"; first: {summary.examples[reason]}" if reason in summary.examples else ""
-        print(f"skipped {count:,} of {summary.rows:,} rows: {reason}{example}")
+                print(visible(f"  {key}: min {score.min:.6g}, mean {score.mean:.6g}, max {score.max:.6g}"))
+    found = summary.manifests.values()
+    documents = counted(sum(manifest.documents for manifest in found), "document")
+    tokens = counted(sum(manifest.tokens for manifest in found), "token")
+    print(f"{counted(len(found), 'shard')}: {documents}, {tokens}")
+    print_special_tokens([manifest.special_tokens for manifest in found if manifest.special_tokens])
+    print_skipped(summary.skipped, summary.rows, summary.examples)
     if summary.shards_of_others:
-        print(f"left to other tasks: {summary.shards_of_others:,} shards")
-    kept = f"; {summary.shards_kept:,} were complete already" if summary.shards_kept else ""
+        print(f"left to other tasks: {counted(summary.shards_of_others, 'shard')}")
+    kept = f"; {summary.shards_kept:,} complete already" if summary.shards_kept else ""
     print(f"built {summary.shards_built:,} in {seconds:.1f} s{kept}")
+
+
+def print_special_tokens(records: Sequence[SpecialTokenRecord]) -> None:
+    """What special tokens stood inside texts; nothing where none did."""
+    told = special_token_facts(records)
+    if told:
+        kept = any(record.occurrences for record in records)
+        remedy = "; kept as ids, as Megatron does: --split-special-tokens encodes them as text" if kept else ""
+        print(visible(f"special tokens: {told}{remedy}"))
+
+
+def print_skipped(skipped: Mapping[str, int], rows: int, examples: Mapping[str, str]) -> None:
+    """Rows that gave no document, and the first of each reason."""
+    for reason, count in skipped.items():
+        example = f"; first: {examples[reason]}" if reason in examples else ""
+        print(visible(f"skipped {count:,} of {counted(rows, 'row')}: {reason}{example}"))
+
+
+def print_dry_run(told: DryRun, seconds: float) -> None:
+    """What a run would write and leave out."""
+    for key, tokens in told.tokens.items():
+        print(visible(f"{key}: {counted(told.documents, 'document')}, {counted(tokens, 'token')}"))
+    print_special_tokens(list(told.special_tokens.values()))
+    print_skipped(told.skipped, told.rows, told.examples)
+    print(f"dry run: {counted(told.shards, 'shard')} to build, nothing written, {seconds:.1f} s")
 
 
 def parse_size(text: str) -> int:
@@ -214,5 +256,13 @@ def main() -> None:
         parser.error(str(error))
     began = time.monotonic()
     with ConsoleReporter(arguments.log_interval) as reporter:
-        summary = preprocess(config, reporter)
-    print_summary(summary, time.monotonic() - began)
+        done = dry_run(config, reporter) if arguments.dry_run else preprocess(config, reporter)
+    if isinstance(done, RunSummary):
+        print_summary(done, time.monotonic() - began)
+        return
+    print_dry_run(done, time.monotonic() - began)
+    if done.faulty_rows and config.on_error == "stop":
+        raise PreprocessError(
+            f"{counted(done.faulty_rows, 'faulty row')}, listed above by reason; mend them, or give --on-error skip to "
+            "leave such rows out"
+        )

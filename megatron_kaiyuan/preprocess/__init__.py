@@ -2,6 +2,7 @@
 
 from megatron_kaiyuan.preprocess.build_folder import missing_shards
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
+from megatron_kaiyuan.preprocess.dry_run import DryRun, dry_run
 from megatron_kaiyuan.preprocess.pipeline import RunSummary, preprocess
 from megatron_kaiyuan.preprocess.writer import ShardWriter, optimal_dtype
 from megatron_kaiyuan.shards.build_record import BuildRecord, load_build, shard_prefix
@@ -10,11 +11,13 @@ from megatron_kaiyuan.shards.tokenizer import TokenizerConfig, tokenizer_fingerp
 
 __all__ = [
     "BuildRecord",
+    "DryRun",
     "Manifest",
     "PreprocessConfig",
     "RunSummary",
     "ShardWriter",
     "TokenizerConfig",
+    "dry_run",
     "load_build",
     "load_manifest",
     "missing_shards",

@@ -22,7 +22,16 @@ from megatron_kaiyuan.shards.build_record import (
 )
 from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord
 
-__all__ = ["ShardTask", "changed_inputs", "check_claim", "claim_folder", "missing_shards", "plan_build", "shard_tasks"]
+__all__ = [
+    "ShardTask",
+    "changed_inputs",
+    "check_claim",
+    "claim_folder",
+    "missing_shards",
+    "plan_build",
+    "refuse_other_content",
+    "shard_tasks",
+]
 
 
 def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *, overwrite: bool) -> int:
@@ -45,13 +54,19 @@ def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *
     builds = record.builds(folder)
     if overwrite:
         _remove_surplus(folder, builds)
-    elif found is None:
-        _refuse_foreign(folder, record, builds)
     else:
-        _refuse_other_build(folder, found, record)
+        refuse_other_content(folder, found, record)
     gone = sum(retire(prefix, partial(_is_of, build)) for prefix, build in builds.items())
     write_text_atomically(folder / BUILD_FILE, record.model_dump_json(indent=1) + "\n")
     return gone
+
+
+def refuse_other_content(folder: Path, found: BuildRecord | None, record: BuildRecord) -> None:
+    """Raise ConfigError where the folder holds another build, or shards that no build lists; changes nothing."""
+    if found is None:
+        _refuse_foreign(folder, record, record.builds(folder))
+    elif found != record:
+        _refuse_other_build(folder, found, record)
 
 
 def check_claim(folder: Path, record: BuildRecord, finished: Mapping[str, Manifest]) -> None:

@@ -1,18 +1,24 @@
-"""Gzip and zstd streams that give every byte that was decoded before the damage, and only then raise.
+"""Compressed streams that give every byte that was decoded before the damage, and only then raise.
 
 The readers of Python and Arrow drop what they have decoded since the last call when they meet damage: a whole block of
-rows. Both are therefore fed here in pieces that can be told apart: zlib from a copy of its state, zstd frame header by
-frame header and block by block.
+rows. They are therefore fed here in pieces that can be told apart: zlib from a copy of its state, zstd frame header by
+frame header and block by block. The decoders of bzip2 and xz cannot be copied: up to `_SMALL_PIECE` bytes are lost.
 """
 
+import bz2
+import lzma
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import pyarrow as pa
 
-__all__ = ["DamagedStreamError", "Readable", "open_gzip", "open_zstd"]
+from megatron_kaiyuan.preprocess.formats import Kind
+
+__all__ = ["DamagedStreamError", "Readable", "open_stream"]
 
 _PIECE = 1 << 17
+_SMALL_PIECE = 1 << 10
 _GZIP = 31  # zlib's window bits: a gzip header, and its checksum is verified
 _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
@@ -61,22 +67,61 @@ class _Decoded:
         return bytes(memoryview(buffer)[:count])
 
 
-def open_gzip(raw: Readable) -> Readable:
-    """Read a gzip file of one or more members; zero bytes after a member are padding."""
-    return _Decoded(_Gunzip(raw))
+def open_stream(kind: Kind, raw: Readable) -> Readable:
+    """Read a compressed file of one or more members, frames or streams; a plain one as it is.
+
+    Zero bytes after a member of gzip, bzip2 or xz are padding.
+    """
+    decoder = _DECODERS.get(kind)
+    return raw if decoder is None else _Decoded(decoder(raw))
 
 
-def open_zstd(raw: Readable) -> Readable:
-    """Read a zstd file of one or more frames."""
-    return _Decoded(_Unzstd(raw))
+class _Arrow:
+    """Zstd and LZ4, whose decoders Arrow has."""
 
-
-class _Unzstd:
-    def __init__(self, raw: Readable) -> None:
-        self._stream = pa.CompressedInputStream(_ZstdPieces(raw), "zstd")
+    def __init__(self, raw: "_Pieces", codec: str) -> None:
+        self._stream = pa.CompressedInputStream(raw, codec)
 
     def fill(self, buffer: memoryview) -> int:
         return int(self._stream.readinto(buffer))  # Arrow writes to the buffer as it decodes, so an error takes nothing
+
+
+class _Blocks:
+    """Bzip2 and xz, whose decoders Python has."""
+
+    def __init__(self, raw: Readable, start: "Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]") -> None:
+        self._raw = raw
+        self._start = start
+        self._decoder = start()
+        self._begun = False
+        """The decoder has seen a byte."""
+
+    def fill(self, buffer: memoryview) -> int:
+        at = 0
+        while at < len(buffer):
+            data = b""
+            if self._decoder.eof:
+                data = self._decoder.unused_data.lstrip(b"\0")
+                self._decoder, self._begun = self._start(), False
+            if not data and self._decoder.needs_input:
+                data = self._raw.read(_PIECE)
+                if not self._begun:
+                    data = data.lstrip(b"\0") if at or data[:1] == b"\0" else data
+                if not data:
+                    if self._begun:
+                        raise EOFError("it ends before its end marker")
+                    break
+            self._begun = True
+            piece = self._decode(data, min(len(buffer) - at, _SMALL_PIECE))
+            buffer[at : at + len(piece)] = piece
+            at += len(piece)
+        return at
+
+    def _decode(self, data: bytes, room: int) -> bytes:
+        try:
+            return self._decoder.decompress(data, room)
+        except lzma.LZMAError as error:
+            raise OSError(str(error)) from error
 
 
 class _Gunzip:
@@ -135,6 +180,31 @@ def _before_damage(state: "zlib._Decompress", data: bytes, room: int) -> bytes:
     return decoded
 
 
+class _Pieces(Protocol):
+    """What Arrow reads from."""
+
+    closed: bool
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class _RawPieces:
+    """A file as it is; it stays open."""
+
+    def __init__(self, raw: Readable) -> None:
+        self.closed = False
+        self._raw = raw
+
+    def read(self, size: int, /) -> bytes:
+        return self._raw.read(min(size, _PIECE))
+
+    def close(self) -> None:
+        """Called by Arrow; whoever opened the file closes it."""
+        self.closed = True
+
+
 class _ZstdPieces:
     """A zstd file as Arrow reads it, in pieces that end where a frame header, a block or a checksum ends.
 
@@ -189,3 +259,12 @@ class _ZstdPieces:
         else:
             self._lost = True  # the end, or no frame
         return head
+
+
+_DECODERS: dict[Kind, Callable[[Readable], _Decoder]] = {
+    "gzip": _Gunzip,
+    "zstd": lambda raw: _Arrow(_ZstdPieces(raw), "zstd"),
+    "lz4": lambda raw: _Arrow(_RawPieces(raw), "lz4"),
+    "bzip2": lambda raw: _Blocks(raw, bz2.BZ2Decompressor),
+    "xz": lambda raw: _Blocks(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+}

@@ -64,7 +64,7 @@ class DocumentTable:
         }
         for number, key in enumerate(self._score_keys):
             assert scores is not None
-            columns[f"score.{key}"] = pa.array(np.ascontiguousarray(scores[:, number], dtype=np.float32))
+            columns[f"score.{key}"] = pa.array(np.ascontiguousarray(scores[:, number], dtype=np.float64))
         if "id" in self._schema.names:
             columns["id"] = pa.nulls(count, pa.string()) if ids is None else pa.array(ids, pa.string())
         self._pending.append(pa.table(columns, schema=self._schema))
@@ -97,5 +97,5 @@ class DocumentTable:
 
 def _schema(score_keys: Sequence[str], *, with_ids: bool) -> pa.Schema:
     fields = [("file", pa.string()), ("row", pa.int64()), ("offset", pa.int64()), ("tokens", pa.int32())]
-    fields += [(f"score.{key}", pa.float32()) for key in score_keys]
+    fields += [(f"score.{key}", pa.float64()) for key in score_keys]
     return pa.schema([*fields, *([("id", pa.string())] if with_ids else [])])

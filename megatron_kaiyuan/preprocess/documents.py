@@ -1,7 +1,4 @@
-"""From a block to documents: texts, scores and, for each row that yields none, the reason.
-
-Every reason is listed in `Reason`; docs/shards.md says what each means and what to do about it.
-"""
+"""From a block to documents: texts, scores and, for each row that yields none, the reason."""
 
 import functools
 import importlib
@@ -9,60 +6,30 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.preprocess.fields import (
+    LARGEST_SCORE,
+    MISSING,
+    FieldKeys,
+    OtherType,
+    Reason,
+    RowError,
+    id_of,
+    score_of,
+    text_of,
+)
+from megatron_kaiyuan.preprocess.formats import encoding_problem
 from megatron_kaiyuan.preprocess.readers import MAX_LINE_BYTES, ArrowRows, Block, LongLine, Unreadable, lines_of
 
-__all__ = ["DocumentBatch", "Fault", "FieldKeys", "Reason", "RowError", "parse_block"]
+__all__ = ["DocumentBatch", "Fault", "parse_block"]
 
-_MISSING = object()
-_LARGEST_SCORE = float(np.finfo(np.float32).max)
 _STRETCH = 64  # rows that are not tried as plain ones after one that was not
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class Reason(StrEnum):
-    """Why a row gave no document; the names are the keys of `skipped` in the manifest."""
-
-    BLANK_LINE = "blank_line"
-    UNREADABLE_FILE = "unreadable_file"
-    LINE_TOO_LONG = "line_too_long"
-    INVALID_UTF8 = "invalid_utf8"
-    BROKEN_JSON = "broken_json"
-    MISSING_KEY = "missing_key"
-    NOT_TEXT = "not_text"
-    MISSING_ID = "missing_id"
-    MISSING_SCORE = "missing_score"
-    NON_NUMERIC_SCORE = "non_numeric_score"
-    NAN_SCORE = "nan_score"
-    NOT_TOKENIZABLE = "not_tokenizable"
-    EMPTY_DOCUMENT = "empty_document"
-    TOO_LONG = "too_long"
-
-    @property
-    def is_error(self) -> bool:
-        """A blank line holds no document, so nothing is lost with it; everything else follows `--on-error`."""
-        return self is not Reason.BLANK_LINE
-
-
-@dataclass(frozen=True, slots=True)
-class FieldKeys:
-    """Which fields of a row are read; a dot descends (`metadata.quality`), unless a field has that very name."""
-
-    text: tuple[str, ...]
-    scores: tuple[str, ...] = ()
-    id: str | None = None
-    """Field that names a document; None: documents have no names."""
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        """Every field that is read."""
-        return (*self.text, *self.scores, *([self.id] if self.id is not None else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +42,6 @@ class Fault:
     detail: str
     byte: int | None = None
     """Where its line begins in the file, of plain JSONL."""
-
-
-class RowError(Exception):
-    """Raised while one row is read; always caught and turned into a `Fault`."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(slots=True)
@@ -103,9 +61,9 @@ class DocumentBatch:
     offsets: NDArray[np.int64] | None = None
     """Byte of each row in its file, int64 `[rows]`; None where rows have no byte of their own (compressed, Parquet)."""
 
-    def score_matrix(self, score_keys: int) -> NDArray[np.float32]:
-        """float32 `[documents, score keys]`."""
-        return np.array(self.scores, dtype=np.float32).reshape(len(self.texts), score_keys)
+    def score_matrix(self, score_keys: int) -> NDArray[np.float64]:
+        """float64 `[documents, score keys]`."""
+        return np.array(self.scores, dtype=np.float64).reshape(len(self.texts), score_keys)
 
 
 def parse_block(block: Block, keys: FieldKeys) -> DocumentBatch:
@@ -194,7 +152,7 @@ def _read_plain_rows(
             if type(text) is not str:
                 return number
         for value in values:
-            if type(value) is not float or not -_LARGEST_SCORE <= value <= _LARGEST_SCORE:
+            if type(value) is not float or not -LARGEST_SCORE <= value <= LARGEST_SCORE:
                 return number
         numbers.append(number)
         texts.append(found)
@@ -218,9 +176,10 @@ def _read_rows[Row](
     for number, row in enumerate(rows, start=first):
         try:
             record = parse(row)
-            texts = tuple([_text(record, key, checked) for key in keys.text])
-            scores = tuple([_score(record, key) for key in keys.scores])
-            name = None if keys.id is None else _id(record, keys.id)
+            valid = checked and type(record) is dict
+            texts = tuple([text_of(record, key, valid) for key in keys.text])
+            scores = tuple([score_of(record, key) for key in keys.scores])
+            name = None if keys.id is None else id_of(record, keys.id)
         except RowError as error:
             batch.faults.append(Fault(number, error.reason, error.detail))
             continue
@@ -261,14 +220,33 @@ def _parse_line(line: bytes | memoryview) -> Mapping[str, Any]:
     try:
         text = line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError(Reason.INVALID_UTF8, f"byte {error.start} of the line: {error.reason}") from None
+        raise RowError(Reason.INVALID_UTF8, _not_utf8(line, error)) from None
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(Reason.BROKEN_JSON, f"not JSON: {error}") from None
+        raise RowError(Reason.BROKEN_JSON, f"not JSON: {error}{_json_hint(line)}") from None
     if not isinstance(record, dict):
         raise _not_an_object(record)
     return record
+
+
+def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    told = f"byte {error.start} of the line: not UTF-8 ({error.reason})"
+    if other := encoding_problem(line):
+        return f"{told}; {other}"
+    return f"{told}; if the file is Latin-1 or Windows-1252, convert it with iconv -f WINDOWS-1252 -t UTF-8"
+
+
+def _json_hint(line: bytes) -> str:
+    """What a line is that looks like another format."""
+    if other := encoding_problem(line):
+        return f"; {other}"
+    if b"\0" in line:
+        return "; the line has zero bytes: the file is binary, or damaged"
+    start = line.removeprefix(_BYTE_ORDER_MARK).strip()
+    if start.startswith(b"["):
+        return "; is the file one JSON array? Convert it with jq -c '.[]'"
+    return "; is this JSON over several lines? Convert it with jq -c ." if start == b"{" else ""
 
 
 class _Unchecked(dict[str, Any]):
@@ -276,13 +254,15 @@ class _Unchecked(dict[str, Any]):
 
 
 def _not_an_object(record: object) -> RowError:
-    return RowError(Reason.BROKEN_JSON, f"a JSON {type(record).__name__} instead of an object with named fields")
+    what = {list: "array", str: "text", bool: "truth value", type(None): "null"}.get(type(record), "number")
+    hint = "; is the file one JSON array? Convert it with jq -c '.[]'" if isinstance(record, list) else ""
+    return RowError(Reason.BROKEN_JSON, f"a JSON {what} instead of an object with named fields{hint}")
 
 
 def _arrow_rows(payload: ArrowRows) -> list[Mapping[str, Any]]:
     """Rows as mappings; text stays bytes, for one cell of invalid UTF-8 would otherwise spoil the whole batch."""
     table = pa.ipc.open_stream(payload.data).read_all()
-    absent = dict.fromkeys(payload.columns, _MISSING)
+    absent = dict.fromkeys(payload.columns, MISSING)
     columns = {name: _cells(table.column(name).combine_chunks()) for name in table.column_names}
     if not columns:
         return [absent] * table.num_rows
@@ -291,89 +271,21 @@ def _arrow_rows(payload: ArrowRows) -> list[Mapping[str, Any]]:
 
 
 def _cells(column: pa.Array) -> list[Any]:
-    return list(column.cast(_with_bytes(column.type)).to_pylist())
+    try:
+        return list(column.cast(_with_bytes(column.type)).to_pylist(maps_as_pydicts="lossy"))
+    except (pa.ArrowException, ValueError, OverflowError):  # such as nanoseconds, which Python's times do not have
+        return [OtherType(str(column.type))] * len(column)
 
 
 def _with_bytes(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _with_bytes(kind.value_type)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.large_binary()
+    if pa.types.is_map(kind):
+        return pa.map_(kind.key_type, _with_bytes(kind.item_type))
     if pa.types.is_struct(kind):
         return pa.struct(
             [kind.field(index).with_type(_with_bytes(kind.field(index).type)) for index in range(len(kind))]
         )
     return kind
-
-
-def _field(record: Mapping[str, Any], key: str) -> Any:
-    if key in record:
-        return record[key]
-    value: Any = record
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
-        value = value[part]
-    return value
-
-
-def _text(record: Mapping[str, Any], key: str, checked: bool) -> str:  # noqa: FBT001
-    value = _field(record, key)
-    if type(value) is str:
-        if not (checked and type(record) is dict):
-            _check_surrogates(value, key)
-        return value
-    if value is _MISSING:
-        raise RowError(Reason.MISSING_KEY, f"no field {key!r}; the fields here are {sorted(record)[:20]}")
-    if isinstance(value, bytes):
-        return _decoded(value, key)
-    raise RowError(Reason.NOT_TEXT, f"field {key!r} holds {_shown(value)} instead of text")
-
-
-def _check_surrogates(value: str, key: str) -> None:
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            detail = f"field {key!r} has half of a surrogate pair at character {error.start}"
-            raise RowError(Reason.INVALID_UTF8, detail) from None
-
-
-def _decoded(value: bytes, key: str) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(Reason.INVALID_UTF8, f"byte {error.start} of field {key!r}: {error.reason}") from None
-
-
-def _id(record: Mapping[str, Any], key: str) -> str:
-    value = _field(record, key)
-    if isinstance(value, bytes):
-        value = _decoded(value, key)
-    if value is _MISSING or value is None or isinstance(value, bool) or not isinstance(value, str | int):
-        found = "nothing" if value is _MISSING or value is None else _shown(value)
-        raise RowError(Reason.MISSING_ID, f"id {key!r} is {found}; an id is a text or a whole number")
-    _check_surrogates(name := str(value), key)
-    return name
-
-
-def _score(record: Mapping[str, Any], key: str) -> float:
-    value = _field(record, key)
-    if type(value) is float and -_LARGEST_SCORE <= value <= _LARGEST_SCORE:
-        return value
-    if value is _MISSING or value is None:
-        raise RowError(Reason.MISSING_SCORE, f"no score {key!r}; the fields here are {sorted(record)[:20]}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(Reason.NON_NUMERIC_SCORE, f"score {key!r} is {_shown(value)} instead of a number")
-    try:
-        score = float(value)
-    except OverflowError:
-        score = np.inf
-    if not abs(score) <= _LARGEST_SCORE:
-        raise RowError(Reason.NAN_SCORE, f"score {key!r} is {score}, which is not a finite float32 number")
-    return score
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"

@@ -29,6 +29,7 @@ from megatron_kaiyuan.shards.tokenizer import (
     TokenizerConfig,
     load_reference_tokenizer,
     model_file,
+    split_around,
 )
 
 __all__ = [
@@ -77,13 +78,16 @@ def choose_backend(config: TokenizerConfig, sample: Sequence[str]) -> Choice:
     if config.type != "HuggingFaceTokenizer":
         # gigatoken also reads SentencePiece models, but takes "</s>" in a text for the token; sentencepiece does not
         return Choice(fast=False, reason=f"{config.type} has no faster implementation with the same ids")
+    if config.split_special_tokens:
+        return Choice(fast=False, reason="gigatoken has no --split-special-tokens")
     if importlib.util.find_spec("gigatoken") is None:
         return Choice(fast=False, reason="gigatoken is not installed")
     texts = [*sample, *difficult_texts()]
     try:
         difference = _first_difference(load_reference_tokenizer(config), _load_gigatoken(config), texts)
     except Exception as error:  # whatever it raises, it cannot do this tokenizer; the reference can
-        return Choice(fast=False, reason=f"gigatoken cannot be used: {error}")
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        return Choice(fast=False, reason=f"gigatoken cannot be used: {first_line}")
     if difference is not None:
         return Choice(fast=False, reason=f"gigatoken gives other ids for {difference!r}", differs=True)
     return Choice(
@@ -119,7 +123,10 @@ class _Gigatoken:
         self._reference = load_reference_tokenizer(config)
         self.vocab_size = self._reference.vocab_size
         self.eod_id = self._reference.eod_id
-        self._prefix, self._suffix = _added_around(self._reference, self._tokenizer.encode("a").tolist())
+        self.special = self._reference.special
+        # of another tokenizer neither is right; the comparison on the sample will say where it differs
+        full = self._reference.encode(["a"]).tokens.tolist()
+        self._prefix, self._suffix = split_around(self._tokenizer.encode("a").tolist(), full)
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         if not texts:
@@ -150,15 +157,6 @@ class _Gigatoken:
         got = [*self._prefix, *self._tokenizer.encode(excerpt).tolist(), *self._suffix]
         if expected != got:
             raise TokenizersDiffer(f"gigatoken gives other ids than the reference for {excerpt[:60]!r}")
-
-
-def _added_around(reference: DocumentTokenizer, bare: list[int]) -> tuple[list[int], list[int]]:
-    """What the reference puts before and after the ids of a text (such as <s> and </s>)."""
-    full = reference.encode(["a"]).tokens.tolist()
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    return [], []  # cannot be the same tokenizer; the comparison on the sample will say where it differs
 
 
 def difficult_texts() -> list[str]:

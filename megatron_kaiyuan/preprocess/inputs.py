@@ -1,7 +1,6 @@
 """From `--input` arguments to input files; and from files to the parts of each shard."""
 
 import functools
-import glob as globbing
 import hashlib
 import os
 import stat
@@ -10,21 +9,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import ConfigError, PreprocessError
+from megatron_kaiyuan.preprocess.formats import Kind, recognise
+from megatron_kaiyuan.preprocess.input_search import (
+    DOCUMENT_SUFFIXES,
+    HIDDEN,
+    OTHER_SUFFIX,
+    SEARCHED_ALREADY,
+    Search,
+    search,
+)
 
 __all__ = [
     "STDIN",
     "InputFile",
-    "Kind",
     "Part",
     "PartNumbers",
     "cut_into_shards",
+    "describe_left_out",
     "expand_inputs",
+    "find_inputs",
     "first_row",
     "keep_cut",
     "part_bytes",
@@ -32,21 +40,17 @@ __all__ = [
 ]
 
 STDIN = "-"
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-PARQUET_MAGIC = b"PAR1"
-_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_COMPRESSED = (".gz", ".zst")
 _PROBE_BYTES = 4096
 _OPENING_THREADS = 16
-Kind = Literal["plain", "gzip", "zstd", "parquet", "stdin", "unreadable"]
 PartNumbers = tuple[int, int, int | None]
 """A part as `build.json` has it: number of the input, start, stop."""
+_MOST_NAMED = 8
+"""Entries that are named of each reason for leaving them out, at the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One input file, its format found from its first bytes rather than its name."""
+    """One input file; its first bytes tell the format, not its name."""
 
     name: str
     bytes: int
@@ -71,75 +75,117 @@ class Part:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """Files named by paths, globs and directories, in the order given and sorted by name within a glob or directory.
+    """Return the files of `find_inputs` alone."""
+    return find_inputs(patterns)[0]
 
-    Directories are searched recursively for .jsonl, .json and .ndjson, each also with .gz or .zst, and .parquet; a file
-    named outright may have any name; `-` is standard input.
+
+def find_inputs(patterns: Sequence[str]) -> tuple[list[InputFile], Search]:
+    """Return the files named by paths, globs and folders, and what the search for them left out.
+
+    Files come in the order of the patterns, sorted by name within a glob or folder. A folder is searched recursively,
+    links followed, for .jsonl, .json and .ndjson, each also compressed, and .parquet; a file named outright may have
+    any name; `-` is standard input.
 
     Raises:
-        PreprocessError: a pattern matches nothing, a file is named twice or is a pipe, or standard input is one of
-            several.
+        PreprocessError: a pattern matches nothing, a file is named twice, is a pipe or has a name that is not UTF-8,
+            or standard input is one of several.
     """
     if STDIN in patterns:
         if len(patterns) > 1:
             raise PreprocessError(f"--input {' '.join(patterns)}: standard input (-) is read alone; name files instead")
-        return [InputFile(name=STDIN, bytes=0, kind="stdin")]
-    names = [name for pattern in patterns for name in _expand(pattern)]
-    seen: dict[str, str] = {}
-    for name in names:
-        resolved = os.path.realpath(name)  # of a link to itself too
-        if resolved in seen:
-            raise PreprocessError(
-                f"--input: {name} is named twice (also as {seen[resolved]}); name each file once, repetition belongs "
-                "in the plan"
-            )
-        seen[resolved] = name
-    if len(names) == 1:
-        return [_inspect(names[0])]
-    with ThreadPoolExecutor(_OPENING_THREADS) as pool:  # a network file system answers each question slowly
-        return list(pool.map(_inspect, names))
+        return [InputFile(name=STDIN, bytes=0, kind="stdin")], Search()
+    found = Search()
+    for pattern in patterns:
+        found.add(_search(pattern))
+    for name in found.files:
+        _check_name(name)
+    with ThreadPoolExecutor(min(_OPENING_THREADS, len(found.files) or 1)) as pool:  # a network file system is slow
+        _leave_out_same_files(found, list(pool.map(_identity, found.files)))
+        files = list(pool.map(_inspect, found.files))
+    files += [InputFile(name, 0, "unreadable", problem) for name, problem in found.unreadable.items()]
+    return files, found
 
 
-def refuse_output_among_inputs(patterns: Sequence[str], output: Path) -> None:
-    """A directory that is searched for input must not hold the output: the next start would read it as documents.
+def refuse_output_among_inputs(found: Search, output: Path) -> None:
+    """Refuse to write into a folder that is searched for input: the next start would read the output as documents.
 
     Raises:
-        ConfigError: `output`, the folder that is written to, lies in a directory of `patterns`.
+        ConfigError: `output`, the folder that is written to, lies in a folder that was searched.
     """
-    for pattern in patterns:
-        if pattern != STDIN and Path(pattern).is_dir() and output.resolve().is_relative_to(Path(pattern).resolve()):
+    real = output.resolve()
+    for folder in found.folders:
+        if real.is_relative_to(folder):
             raise ConfigError(
-                f"--input {pattern} is searched for documents, and the output goes to {output}, inside it: the next "
-                "start would read manifests and tables as input; write to a folder outside, or name the input by a glob"
+                f"--input: the folder {folder} is searched for documents, and the output goes to {output}, inside it: "
+                "the next start would read manifests and tables as input; write to a folder outside, or name the input "
+                "by a glob"
             )
 
 
-def _expand(pattern: str) -> list[str]:
-    if Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).rglob("*") if _is_document_file(path)]
-        what = "a directory without .jsonl, .json, .ndjson (.gz, .zst) or .parquet files"
-    elif Path(pattern).exists():
-        return [pattern]
-    elif globbing.has_magic(pattern):
-        root = Path(pattern).anchor
-        matches = Path(root).glob(pattern.removeprefix(root))
-        # a link to nothing is a fault, a pipe is refused: neither is passed over
-        found = [str(path) for path in matches if not path.is_dir() and not path.name.startswith(".")]
+def _search(pattern: str) -> Search:
+    found = search(pattern)
+    if found.files or found.unreadable:
+        return found
+    what = "no such file"
+    if found.folders:
+        what = f"a folder without {', '.join(DOCUMENT_SUFFIXES)} (also .gz, .zst, .bz2, .xz, .lz4) or .parquet files"
+    elif any(character in pattern for character in "*?["):
         what = "a glob that matches no file"
-    else:
-        found, what = [], "no such file"
-    if not found:
-        raise PreprocessError(f"--input {pattern}: {what} (looked in {Path.cwd()}); check the path")
-    return sorted(found)
+    raise PreprocessError(
+        f"--input {pattern}: {what}{describe_left_out(found)} (looked in {Path.cwd()}); check the path"
+    )
 
 
-def _is_document_file(path: Path) -> bool:
-    name = path.name
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    if name.startswith(".") or not (name.endswith(_SUFFIXES) or path.name.endswith(".parquet")):
-        return False
-    return not path.is_dir()
+def describe_left_out(found: Search) -> str:
+    """Return a clause that counts and names what a search left out; empty where it left out nothing."""
+    reasons = {OTHER_SUFFIX: "with another suffix", HIDDEN: "hidden", SEARCHED_ALREADY: "searched already"}
+    told = []
+    for reason, names in found.left_out.items():
+        more = ", ..." if len(names) > _MOST_NAMED else ""
+        told.append(f"{len(names):,} {reasons[reason]} ({', '.join(names[:_MOST_NAMED])}{more})")
+    return f", left out: {'; '.join(told)}" if told else ""
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no manifest can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise PreprocessError(
+            f"--input {os.fsencode(name)!r}: the name is not UTF-8, so no manifest can record it; rename the file"
+        ) from None
+
+
+def _identity(name: str) -> tuple[int, int] | str:
+    """What tells a file from all others, whatever links lead to it."""
+    try:
+        status = os.stat(name)  # noqa: PTH116
+    except OSError:  # a link to nothing, or to itself
+        return os.path.realpath(name)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(name)
+
+
+def _leave_out_same_files(found: Search, identities: Sequence[tuple[int, int] | str]) -> None:
+    """Read a file once that a search meets again behind a linked folder, and refuse one that is named twice.
+
+    Raises:
+        PreprocessError: a file is named twice, or lies twice in the folders themselves.
+    """
+    named = list(zip(found.files, identities, strict=True))
+    seen: dict[tuple[int, int] | str, str] = {}
+    for name, identity in named:
+        if name in found.behind_links:
+            continue
+        if identity in seen:
+            raise PreprocessError(
+                f"--input: {name} is named twice (also as {seen[identity]}, by its path or by a link); name each file "
+                "once, repetition belongs in the plan"
+            )
+        seen[identity] = name
+    again = {name for name, identity in named if name in found.behind_links and seen.setdefault(identity, name) != name}
+    for name in sorted(again):
+        found.leave_out(SEARCHED_ALREADY, name)
+    found.files = [name for name in found.files if name not in again]
 
 
 def _refuse_pipe(name: str) -> None:
@@ -157,20 +203,12 @@ def _inspect(name: str) -> InputFile:
             head = stream.read(_PROBE_BYTES)
             size = stream.seek(0, 2)
             stream.seek(max(size - _PROBE_BYTES, 0))
-            probe = hashlib.sha256(head + stream.read(_PROBE_BYTES)).hexdigest()[:16]
+            tail = stream.read(_PROBE_BYTES)
     except OSError as error:
         return InputFile(name=name, bytes=0, kind="unreadable", problem=error.strerror or str(error))
-    kind: Kind = "plain"
-    if head.startswith(GZIP_MAGIC):
-        kind = "gzip"
-    elif head.startswith(ZSTD_MAGIC):
-        kind = "zstd"
-    elif head.startswith(PARQUET_MAGIC):
-        kind = "parquet"
-    elif name.endswith((".parquet", *_COMPRESSED)):
-        problem = f"its first bytes {head[:4]!r} belie its suffix"
-        return InputFile(name=name, bytes=size, kind="unreadable", problem=problem, probe=probe)
-    return InputFile(name=name, bytes=size, kind=kind, probe=probe)
+    kind, problem = recognise(name, head, tail)
+    probe = hashlib.sha256(head + tail).hexdigest()[:16]
+    return InputFile(name=name, bytes=size, kind=kind, problem=problem, probe=probe)
 
 
 @functools.cache

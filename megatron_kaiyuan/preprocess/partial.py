@@ -101,7 +101,7 @@ class HashedFile:
 class Spool:
     """A column of numbers on disk: appended block by block, read back in chunks of a fixed size."""
 
-    def __init__(self, path: Path, dtype: type[np.int32] | type[np.float32]) -> None:
+    def __init__(self, path: Path, dtype: type[np.int32] | type[np.float64]) -> None:
         self.count = 0
         self._partial = partial_path(path)
         self._dtype = np.dtype(dtype)

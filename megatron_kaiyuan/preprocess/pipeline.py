@@ -23,7 +23,7 @@ from megatron_kaiyuan.preprocess.build_folder import (
     shard_tasks,
 )
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
-from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
+from megatron_kaiyuan.preprocess.documents import parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import (
     FastShards,
     TokenizersDiffer,
@@ -31,11 +31,14 @@ from megatron_kaiyuan.preprocess.fast_tokenize import (
     gigatoken_name,
     named,
 )
+from megatron_kaiyuan.preprocess.fields import FieldKeys
+from megatron_kaiyuan.preprocess.input_search import Search
 from megatron_kaiyuan.preprocess.inputs import (
     STDIN,
     InputFile,
     Part,
-    expand_inputs,
+    describe_left_out,
+    find_inputs,
     part_bytes,
     refuse_output_among_inputs,
 )
@@ -45,7 +48,7 @@ from megatron_kaiyuan.preprocess.shard_build import BuildJob, Progress, ShardOut
 from megatron_kaiyuan.preprocess.workers import Job, pool_context, start_pool, warm_up, worker_died
 from megatron_kaiyuan.preprocess.writer import optimal_dtype
 from megatron_kaiyuan.shards.build_record import BuildRecord, load_build
-from megatron_kaiyuan.shards.manifest import Manifest, TokenizerRecord, load_manifest
+from megatron_kaiyuan.shards.manifest import LeftOutRecord, Manifest, TokenizerRecord, load_manifest
 from megatron_kaiyuan.shards.tokenizer import DocumentTokenizer, load_reference_tokenizer, tokenizer_fingerprint
 
 __all__ = ["Progress", "Reporter", "RunSummary", "preprocess"]
@@ -54,6 +57,8 @@ _SAMPLE_FILES = 4
 _SAMPLE_DOCUMENTS = 64
 _SAMPLE_CHARACTERS = 4000
 _SECONDS_BETWEEN_UPDATES = 0.2
+_MOST_RECORDED = 20
+"""Entries that manifests name of each reason for leaving them out."""
 
 
 class Reporter(Protocol):
@@ -111,6 +116,36 @@ class RunSummary:
             self.skipped[reason] = self.skipped.get(reason, 0) + count
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run knows before its first shard."""
+
+    inputs: list[InputFile]
+    search: Search
+    """How they were found."""
+    tokenizer: DocumentTokenizer
+    described: TokenizerRecord
+
+
+def prepare(config: PreprocessConfig, reporter: Reporter) -> Start:
+    """Find the input and open the tokenizer; changes nothing on disk.
+
+    Raises:
+        ConfigError, TokenizerError, PreprocessError: as `preprocess`.
+    """
+    inputs, search = find_inputs(config.inputs)
+    refuse_output_among_inputs(search, Path(config.output_dir or Path(config.output_prefix or "").parent))
+    if told := describe_left_out(search):
+        reporter.note(f"--input: {told.removeprefix(', ')}; docs/shards.md says what is read")
+    tokenizer = _checked_tokenizer(config)
+    if config.append_eod and tokenizer.special.ends_itself:
+        reporter.note(
+            f"warning: the tokenizer's post-processor ends each text with id {tokenizer.eod_id} itself; --append-eod "
+            "adds a second one: leave it out, or give --tokenizer-hf-no-include-special-tokens"
+        )
+    return Start(inputs, search, tokenizer, _describe(config, tokenizer))
+
+
 def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
     """Build the shards, or those of them that this task has to build and that are not there yet.
 
@@ -119,20 +154,17 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
         TokenizerError: no such tokenizer, or no end-of-document token where one is asked for.
         PreprocessError: input that cannot be read, a faulty row under `on_error="stop"`, no document left, a full disk.
     """
-    refuse_output_among_inputs(config.inputs, Path(config.output_dir or Path(config.output_prefix or "").parent))
-    inputs = expand_inputs(config.inputs)
-    tokenizer = _checked_tokenizer(config)
-    described = _describe(config, tokenizer)
-    record = _claimed(config, inputs, described, reporter)
-    fast_shards = FastShards(_folder(config), record, described)
+    start = prepare(config, reporter)
+    record = _claimed(config, start, reporter)
+    fast_shards = FastShards(output_folder(config), record, start.described)
     if fast_shards.known_difference():
         fast_shards.withdraw()  # again: whoever found it may have been killed before the end
-    tasks = shard_tasks(config, record, inputs)
+    tasks = shard_tasks(config, record, start.inputs)
     mine = [task for task in tasks if task.number % config.num_tasks == config.task_id]
     summary = RunSummary(shards_of_others=len(tasks) - len(mine))
-    todo = list(_unfinished(mine, config, summary))
+    todo = list(unfinished(mine, config, summary))
     if config.output_dir is None and not config.overwrite:
-        _refuse_other_output(config, todo)
+        refuse_other_output(config, todo)
     if todo:
         if config.workers > 1:
             warm_up()
@@ -141,15 +173,14 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
         if fast is None:  # finished shards were taken away, so there is more to do
             return preprocess(config, reporter)
         reporter.start(sum(part_bytes(part) for part in parts))
-        build = _build_job(config, tokenizer, described, fast=fast)
-        for outcome in _checked(
-            _build_all(todo, build, config.workers, _Totals(reporter)), config, record, fast_shards
-        ):
+        build = _build_job(config, start, fast=fast)
+        for outcome in _checked(_build_all(todo, build, config.workers, Totals(reporter)), config, record, fast_shards):
             summary.add(outcome)
     return summary
 
 
-def _folder(config: PreprocessConfig) -> Path | None:
+def output_folder(config: PreprocessConfig) -> Path | None:
+    """Return the folder of shards; None for a single one."""
     return None if config.output_dir is None else Path(config.output_dir)
 
 
@@ -168,15 +199,13 @@ def _checked(
         raise fast_shards.stopped_by(difference) from difference
 
 
-def _claimed(
-    config: PreprocessConfig, inputs: Sequence[InputFile], described: TokenizerRecord, reporter: Reporter
-) -> BuildRecord:
+def _claimed(config: PreprocessConfig, start: Start, reporter: Reporter) -> BuildRecord:
     """The record of this build; its folder is claimed for it."""
-    if config.output_dir is None:
-        return plan_build(config, inputs, described)
-    folder = Path(config.output_dir)
+    folder = output_folder(config)
+    if folder is None:
+        return plan_build(config, start.inputs, start.described)
     found = load_build(folder)
-    record = plan_build(config, inputs, described, found)
+    record = plan_build(config, start.inputs, start.described, found)
     gone = claim_folder(folder, found, record, overwrite=config.overwrite)
     if found is not None and not config.overwrite and (changed := changed_inputs(found, record)):
         more = f" and {len(changed) - 1} others" if len(changed) > 1 else ""
@@ -194,7 +223,7 @@ def _describe(config: PreprocessConfig, tokenizer: DocumentTokenizer) -> Tokeniz
     )
 
 
-def _unfinished(tasks: Sequence[ShardTask], config: PreprocessConfig, summary: RunSummary) -> Iterator[ShardTask]:
+def unfinished(tasks: Sequence[ShardTask], config: PreprocessConfig, summary: RunSummary) -> Iterator[ShardTask]:
     """Shards that are still to be built; what was read from a pipe cannot be known to be the same again."""
     for task in tasks:
         if STDIN not in config.inputs and all(is_complete(prefix, task.build) for prefix in task.prefixes):
@@ -203,7 +232,7 @@ def _unfinished(tasks: Sequence[ShardTask], config: PreprocessConfig, summary: R
             yield task
 
 
-def _refuse_other_output(config: PreprocessConfig, todo: Sequence[ShardTask]) -> None:
+def refuse_other_output(config: PreprocessConfig, todo: Sequence[ShardTask]) -> None:
     """Refuse before any work what would be refused at the end of it; `claim_folder` does so for a folder."""
     for task in todo:
         for prefix in task.prefixes:
@@ -235,7 +264,7 @@ def _choose_fast(
     if known := fast_shards.known_difference():
         reporter.note(f"tokenizer: reference; {known}, as an earlier start found")
         return False
-    choice = choose_backend(config.tokenizer, _sample_texts(parts, _field_keys(config), config.block_bytes))
+    choice = choose_backend(config.tokenizer, sample_texts(parts, field_keys(config), config.block_bytes))
     reporter.note(f"tokenizer: {'gigatoken' if choice.fast else 'reference'}; {choice.reason}")
     if choice.differs and (gone := fast_shards.condemn(choice.reason)):
         reporter.note(f"{named(gone)} taken away, because gigatoken had made them in an earlier start")
@@ -243,33 +272,41 @@ def _choose_fast(
     return choice.fast
 
 
-def _build_job(
-    config: PreprocessConfig, tokenizer: DocumentTokenizer, described: TokenizerRecord, *, fast: bool
-) -> BuildJob:
-    job = Job(
-        keys=_field_keys(config),
+def block_job(config: PreprocessConfig, tokenizer: DocumentTokenizer, *, fast: bool) -> Job:
+    """Return what workers do with each block."""
+    return Job(
+        keys=field_keys(config),
         tokenizer=config.tokenizer,
         fast=fast,
         append_eod=config.append_eod,
         max_tokens=config.max_document_tokens,
         dtype=optimal_dtype(tokenizer.vocab_size).name,
     )
+
+
+def _build_job(config: PreprocessConfig, start: Start, *, fast: bool) -> BuildJob:
+    left_out = {
+        reason: LeftOutRecord(count=len(names), names=sorted(names)[:_MOST_RECORDED])
+        for reason, names in sorted(start.search.left_out.items())
+    }
     return BuildJob(
-        job=job,
-        tokenizer=described,
+        job=block_job(config, start.tokenizer, fast=fast),
+        tokenizer=start.described,
         tokenized_by=gigatoken_name() if fast else None,
         on_error=config.on_error,
         overwrite=config.overwrite or config.output_dir is not None,
         block_bytes=config.block_bytes,
         empty_allowed=config.output_dir is not None,
+        left_out=left_out,
     )
 
 
-def _field_keys(config: PreprocessConfig) -> FieldKeys:
+def field_keys(config: PreprocessConfig) -> FieldKeys:
+    """Return the fields that are read."""
     return FieldKeys(config.json_keys, config.score_keys, config.id_key)
 
 
-def _sample_texts(parts: Sequence[Part], keys: FieldKeys, block_bytes: int) -> list[str]:
+def sample_texts(parts: Sequence[Part], keys: FieldKeys, block_bytes: int) -> list[str]:
     """Starts of documents from the first block of up to `_SAMPLE_FILES` parts that lie far apart in the list."""
     chosen = parts[:: max(len(parts) // _SAMPLE_FILES, 1)][:_SAMPLE_FILES]
     share = _SAMPLE_DOCUMENTS // len(chosen)
@@ -283,7 +320,7 @@ def _sample_texts(parts: Sequence[Part], keys: FieldKeys, block_bytes: int) -> l
     return texts
 
 
-class _Totals:
+class Totals:
     """Adds up what the shards report."""
 
     def __init__(self, reporter: Reporter) -> None:
@@ -291,15 +328,17 @@ class _Totals:
         self._done = Progress(0, 0, 0)
 
     def add(self, more: Progress) -> None:
+        """Count what one shard has done since its last report."""
         done = self._done
         self.set(done.documents + more.documents, done.tokens + more.tokens, done.input_bytes + more.input_bytes)
 
     def set(self, documents: int, tokens: int, input_bytes: int) -> None:
+        """Set the totals."""
         self._done = Progress(documents, tokens, input_bytes)
         self._reporter.update(self._done)
 
 
-def _build_all(tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: _Totals) -> Iterator[ShardOutcome]:
+def _build_all(tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: Totals) -> Iterator[ShardOutcome]:
     if workers == 1 or len(tasks) < workers:
         for task in tasks:
             yield build_shard(task, build, workers, totals.add)
@@ -308,7 +347,7 @@ def _build_all(tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals
 
 
 def _build_side_by_side(
-    tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: _Totals
+    tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: Totals
 ) -> Iterator[ShardOutcome]:
     """A whole shard in each process; after a failure no further shard is begun, and those that run are finished."""
     counters = pool_context().Array("q", 3)

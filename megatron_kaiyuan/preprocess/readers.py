@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import PreprocessError
-from megatron_kaiyuan.preprocess.decompress import DamagedStreamError, Readable, open_gzip, open_zstd
-from megatron_kaiyuan.preprocess.inputs import GZIP_MAGIC, PARQUET_MAGIC, ZSTD_MAGIC, InputFile, Part, part_bytes
+from megatron_kaiyuan.preprocess.decompress import DamagedStreamError, Readable, open_stream
+from megatron_kaiyuan.preprocess.formats import kind_of
+from megatron_kaiyuan.preprocess.inputs import InputFile, Part, part_bytes
 
 __all__ = [
     "BLOCK_BYTES",
@@ -37,6 +38,7 @@ BLOCK_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
 """A longer line is a faulty row; it is passed over without being held in memory."""
 _PARQUET_ROWS = 1024
+_MAGIC_BYTES = 8
 _PARQUET_BUFFER = 1 << 20
 """Bytes of a column that are read at once."""
 
@@ -120,8 +122,7 @@ def _compressed_blocks(source: int, file: InputFile, block_bytes: int) -> Iterat
     done = 0
     try:
         with Path(file.name).open("rb") as raw:
-            stream = open_gzip(raw) if file.kind == "gzip" else open_zstd(raw)
-            for payload in _whole_lines(stream, block_bytes):
+            for payload in _whole_lines(open_stream(file.kind, raw), block_bytes):
                 reached = raw.tell()
                 yield Block(source, reached - done, payload)
                 done = reached
@@ -130,18 +131,13 @@ def _compressed_blocks(source: int, file: InputFile, block_bytes: int) -> Iterat
 
 
 def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
-    """Standard input, whose format is told by its first bytes too."""
+    """Standard input; its first bytes tell its format too."""
     raw = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer))
-    head = raw.peek(4)[:4]
-    if head == PARQUET_MAGIC:
+    kind = kind_of(raw.peek(_MAGIC_BYTES))
+    if kind == "parquet":
         raise PreprocessError("--input -: standard input holds Parquet, which is read from its end; name the file")
-    stream: Readable = raw
-    if head.startswith(GZIP_MAGIC):
-        stream = open_gzip(raw)
-    elif head == ZSTD_MAGIC:
-        stream = open_zstd(raw)
     try:
-        for payload in _whole_lines(stream, block_bytes):
+        for payload in _whole_lines(open_stream(kind, raw), block_bytes):
             yield Block(source, len(payload.data) if isinstance(payload, Lines) else MAX_LINE_BYTES, payload)
     except (OSError, DamagedStreamError) as error:
         yield Block(source, 0, Unreadable(str(error)))
@@ -199,7 +195,7 @@ def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: i
             groups = list(range(parquet.num_row_groups))[part.start : part.stop]
             total = max(sum(parquet.metadata.row_group(group).num_rows for group in groups), 1)
             columns = tuple(parquet.schema_arrow.names)
-            wanted = [key for key in keys if key.split(".")[0] in columns or key in columns]
+            wanted = list(dict.fromkeys(name for key in keys if (name := _column_of(parquet.schema_arrow, key))))
             size_of_batch = _rows_of_block(parquet.metadata, groups, wanted, block_bytes)
             batches = parquet.iter_batches(
                 batch_size=size_of_batch, row_groups=groups, columns=wanted, use_threads=False
@@ -211,6 +207,21 @@ def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: i
                 done = reached
     except (pa.ArrowException, OSError) as error:
         yield Block(source, size - done, Unreadable(f"not a whole Parquet file: {error}"))
+
+
+def _column_of(schema: pa.Schema, key: str) -> str:
+    """The column, or the part of a struct, that holds a key; the last part of its way that exists; empty for none."""
+    if key in schema.names:
+        return key
+    first, *rest = key.split(".")
+    if first not in schema.names:
+        return ""
+    way, kind = [first], schema.field(first).type
+    for part in rest:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            break
+        way, kind = [*way, part], kind.field(part).type
+    return ".".join(way)
 
 
 def _rows_of_block(metadata: pq.FileMetaData, groups: Sequence[int], wanted: Sequence[str], block_bytes: int) -> int:

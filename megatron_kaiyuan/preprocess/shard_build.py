@@ -10,14 +10,23 @@ import numpy as np
 from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.build_folder import ShardTask
 from megatron_kaiyuan.preprocess.document_table import Origins
-from megatron_kaiyuan.preprocess.documents import Fault, Reason
+from megatron_kaiyuan.preprocess.documents import Fault
+from megatron_kaiyuan.preprocess.fields import Reason
 from megatron_kaiyuan.preprocess.inputs import Part, first_row, part_bytes
 from megatron_kaiyuan.preprocess.readers import read_blocks
 from megatron_kaiyuan.preprocess.workers import BlockResult, Job, ordered_results
 from megatron_kaiyuan.preprocess.writer import ShardWriter
-from megatron_kaiyuan.shards.manifest import InputRecord, Manifest, TokenizerRecord, created_by
+from megatron_kaiyuan.shards.manifest import (
+    InputRecord,
+    LeftOutRecord,
+    Manifest,
+    SpecialTokenRecord,
+    TokenizerRecord,
+    created_by,
+)
+from megatron_kaiyuan.shards.special_tokens import SpecialCounts
 
-__all__ = ["BuildJob", "Progress", "ShardOutcome", "Tally", "build_shard"]
+__all__ = ["BuildJob", "Progress", "ShardOutcome", "Tally", "build_shard", "special_record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,8 @@ class BuildJob:
     block_bytes: int
     empty_allowed: bool
     """Whether a shard without documents is written; one of many may be, the only one not."""
+    left_out: dict[str, LeftOutRecord]
+    """Entries of the searched folders that are no part of the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +69,9 @@ class ShardOutcome:
 class Tally:
     """Counts rows per part and faults per reason; under `stop` the first fault ends the run."""
 
-    def __init__(self, parts: Sequence[Part], on_error: Literal["stop", "skip"]) -> None:
+    def __init__(self, parts: Sequence[Part], on_error: Literal["stop", "skip"], text_keys: int) -> None:
+        self.special = [SpecialCounts() for _ in range(text_keys)]
+        """Special tokens inside the texts, for each text key."""
         self.skipped: dict[str, int] = {}
         self.examples: dict[str, str] = {}
         self._parts = parts
@@ -88,12 +101,15 @@ class Tally:
             place = self._place(result.source, fault)
             if self._stop and fault.reason.is_error:
                 raise PreprocessError(
-                    f"{place}: {fault.detail}; mend it, or give --on-error skip to leave such rows out"
+                    f"{place}: {fault.detail}; mend it, or give --on-error skip to leave such rows out (--dry-run "
+                    "counts all of them first)"
                 )
             self.examples.setdefault(fault.reason.value, f"{place}: {fault.detail}")
         for reason, count in result.skipped.items():
             self.skipped[reason.value] = self.skipped.get(reason.value, 0) + count
         self._rows[result.source] += result.rows
+        for counts, more in zip(self.special, result.special, strict=True):
+            counts.add(more)
 
     def _place(self, source: int, fault: Fault) -> str:
         file, first = self._parts[source].file.name, self._first_rows[source]
@@ -136,7 +152,7 @@ def build_shard(task: ShardTask, build: BuildJob, workers: int, report: Callable
 def _write_shard(
     task: ShardTask, build: BuildJob, results: Iterable[BlockResult], report: Callable[[Progress], None]
 ) -> ShardOutcome:
-    tally = Tally(task.parts, build.on_error)
+    tally = Tally(task.parts, build.on_error, len(build.job.keys.text))
     left = sum(part_bytes(part) for part in task.parts)
     with ExitStack() as stack:
         writers = [stack.enter_context(_open_writer(prefix, build, task.build)) for prefix in task.prefixes]
@@ -153,6 +169,15 @@ def _write_shard(
             raise PreprocessError(f"--input: no document in {tally.rows} rows; {tally.explain()}")
         manifests = dict(_finish(build, task.build, writers, tally))
     return ShardOutcome(manifests, tally.rows, tally.skipped, tally.examples)
+
+
+def special_record(counts: SpecialCounts) -> SpecialTokenRecord:
+    """Return what a manifest says of the special tokens inside the texts."""
+    return SpecialTokenRecord(
+        occurrences=dict(sorted(counts.occurrences.items())),
+        documents_with_eod=counts.with_eod,
+        documents_ending_twice=counts.ending_twice,
+    )
 
 
 def _open_writer(prefix: str, build: BuildJob, fingerprint: str) -> ShardWriter:
@@ -172,7 +197,9 @@ def _finish(
 ) -> Iterator[tuple[str, Manifest]]:
     """Put every text key on disk in full before the first of them gets its final name."""
     composed = [writer.compose() for writer in writers]
-    for key, writer, (files, scores) in zip(build.job.keys.text, writers, composed, strict=True):
+    for key, writer, (files, scores), special in zip(
+        build.job.keys.text, writers, composed, tally.special, strict=True
+    ):
         manifest = Manifest(
             documents=writer.documents,
             tokens=writer.tokens,
@@ -184,6 +211,8 @@ def _finish(
             tokenizer=build.tokenizer,
             inputs=tally.input_records(),
             skipped=dict(sorted(tally.skipped.items())),
+            left_out=build.left_out,
+            special_tokens=special_record(special),
             json_key=key,
             created_by=created_by(),
             build=fingerprint,

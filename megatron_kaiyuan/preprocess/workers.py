@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import PreprocessError, TokenizerError
-from megatron_kaiyuan.preprocess.documents import DocumentBatch, Fault, FieldKeys, Reason, parse_block
+from megatron_kaiyuan.preprocess.documents import DocumentBatch, Fault, parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import load_tokenizer
+from megatron_kaiyuan.preprocess.fields import FieldKeys, Reason
 from megatron_kaiyuan.preprocess.readers import Block
+from megatron_kaiyuan.shards.special_tokens import SpecialCounts
 from megatron_kaiyuan.shards.tokenizer import TokenBatch, TokenizerConfig
 
 __all__ = [
@@ -62,7 +64,9 @@ class BlockResult:
     rows: int
     outputs: tuple[TokenBatch, ...]
     """One per text key, of the shard's dtype."""
-    scores: NDArray[np.float32]
+    special: tuple[SpecialCounts, ...]
+    """Special tokens inside the texts, one per text key."""
+    scores: NDArray[np.float64]
     row_numbers: NDArray[np.int64]
     """Row of each document in the block."""
     offsets: NDArray[np.int64] | None
@@ -150,7 +154,10 @@ def process_block(block: Block, job: Job) -> BlockResult:
     encoded = [tokenizer.encode([texts[column] for texts in batch.texts]) for column in range(len(job.keys.text))]
     kept = _kept_documents(batch, encoded, job)
     eod_id = tokenizer.eod_id if job.append_eod else None
-    outputs = tuple(_selected(tokens, kept, eod_id, np.dtype(job.dtype)) for tokens in encoded)
+    kept_ids = [_selected(tokens, kept, eod_id, np.dtype(job.dtype)) for tokens in encoded]
+    special = [
+        SpecialCounts.of(ids.tokens, ids.lengths, tokenizer.special, appended=eod_id is not None) for ids in kept_ids
+    ]
     first: dict[Reason, Fault] = {}
     for fault in sorted(batch.faults, key=lambda fault: fault.row):
         byte = None if batch.offsets is None else int(batch.offsets[fault.row])
@@ -159,7 +166,8 @@ def process_block(block: Block, job: Job) -> BlockResult:
         source=block.source,
         input_bytes=block.input_bytes,
         rows=batch.rows,
-        outputs=outputs,
+        outputs=tuple(ids if eod_id is None else _ended(ids, eod_id) for ids in kept_ids),
+        special=tuple(special),
         scores=batch.score_matrix(len(job.keys.scores))[kept],
         row_numbers=(numbers := np.array(batch.row_numbers, dtype=np.int64)[kept]),
         offsets=None if batch.offsets is None else batch.offsets[numbers],
@@ -202,8 +210,10 @@ def _selected(
             f"token id {highest} does not fit {dtype}, the type Megatron chooses for this vocabulary size; the "
             "vocabulary has gaps: renumber it"
         )
-    tokens = tokens.astype(dtype)
-    if eod_id is not None:
-        tokens = np.insert(tokens, np.cumsum(lengths), dtype.type(eod_id))
-        lengths = lengths + 1
-    return TokenBatch(tokens, lengths)
+    return TokenBatch(tokens.astype(dtype), lengths)
+
+
+def _ended(batch: TokenBatch, eod_id: int) -> TokenBatch:
+    """The documents with the end-of-document id behind each."""
+    tokens = np.insert(batch.tokens, np.cumsum(batch.lengths), batch.tokens.dtype.type(eod_id))
+    return TokenBatch(tokens, batch.lengths + 1)

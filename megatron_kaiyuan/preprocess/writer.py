@@ -86,7 +86,7 @@ class ShardWriter:
             self._prepare(replaced, overwrite)
             self._bin = self._begin(HashedFile(Path(f"{prefix}.bin"), locked=True))
             self._lengths = self._begin(Spool(Path(f"{prefix}.lengths"), np.int32))
-            self._scores = {key: self._begin(Spool(Path(f"{prefix}.scores.{key}"), np.float32)) for key in score_keys}
+            self._scores = {key: self._begin(Spool(Path(f"{prefix}.scores.{key}"), np.float64)) for key in score_keys}
             table = self._begin(HashedFile(Path(f"{prefix}.documents.parquet")))
             self._table = self._begin(DocumentTable(table, score_keys, with_ids=with_ids))
         except OSError as error:
@@ -185,15 +185,19 @@ class ShardWriter:
         return index.sync()
 
     def _compose_scores(self, key: str, spool: Spool) -> tuple[FileRecord, ScoreSummary]:
+        """Write float32, or float64 where float32 would round a whole number: distinct ones must not become ties."""
+        rounded = any(_rounds_whole_numbers(scores) for scores in spool.chunks())
+        dtype = np.dtype(np.float64 if rounded else np.float32)
         sidecar = self._begin(HashedFile(Path(f"{self.prefix}.scores.{key}.npy")))
         self._composed.append(sidecar)
-        header = {"descr": "<f4", "fortran_order": False, "shape": (spool.count,)}
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (spool.count,)}
         np.lib.format.write_array_header_1_0(sidecar, header)
         low, high, total = np.inf, -np.inf, 0.0
         for scores in spool.chunks():
-            sidecar.write(scores.tobytes())
-            low, high = min(low, float(scores.min())), max(high, float(scores.max()))
-            total += float(scores.astype(np.float64).sum())
+            stored = scores.astype(dtype)
+            sidecar.write(stored.tobytes())
+            low, high = min(low, float(stored.min())), max(high, float(stored.max()))
+            total += float(stored.astype(np.float64).sum())
         return sidecar.sync(), ScoreSummary(min=low, max=high, mean=total / max(spool.count, 1))
 
     def __enter__(self) -> Self:
@@ -203,3 +207,8 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._begun.close()
+
+
+def _rounds_whole_numbers(scores: NDArray[np.number]) -> bool:
+    """Whether float32 would change a whole number among these float64 scores."""
+    return bool(((scores.astype(np.float32) != scores) & (scores == np.rint(scores))).any())

@@ -4,6 +4,8 @@ The manifest carries no time and no machine name, so the same input and the same
 """
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -11,20 +13,26 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from megatron_kaiyuan import __version__
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.files import read_regular
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = [
     "FileRecord",
     "InputRecord",
+    "LeftOutRecord",
     "Manifest",
     "ScoreSummary",
+    "SpecialTokenRecord",
     "TokenizerRecord",
     "created_by",
     "load_manifest",
     "manifest_path",
+    "special_token_facts",
     "verify_manifest",
 ]
 
 _HASH_BYTES = 1 << 22
+_MOST_TOKENS = 8
 
 
 class _Record(BaseModel):
@@ -74,6 +82,46 @@ class InputRecord(_Record):
     """None: to the end. Else the part: the lines that begin at a byte in `[start, stop)`, or Parquet row groups."""
 
 
+class LeftOutRecord(_Record):
+    """Entries of a searched folder that were not read, for one reason."""
+
+    count: NonNegativeInt
+    names: list[str]
+    """The first of them."""
+
+
+class SpecialTokenRecord(_Record):
+    """Special tokens inside the texts; what the tokenizer puts around each text and appended ids are not counted."""
+
+    occurrences: dict[str, NonNegativeInt]
+    """By token."""
+    documents_with_eod: NonNegativeInt
+    """Documents that hold the end-of-document id inside."""
+    documents_ending_twice: NonNegativeInt
+    """Documents that end with two end-of-document ids."""
+
+
+def special_token_facts(records: Iterable[SpecialTokenRecord]) -> str:
+    """Return in words how often special tokens stood inside texts; empty where they did not."""
+    occurrences: Counter[str] = Counter()
+    inside = twice = 0
+    for record in records:
+        occurrences.update(record.occurrences)
+        inside += record.documents_with_eod
+        twice += record.documents_ending_twice
+    told = []
+    if inside:
+        verb = "holds" if inside == 1 else "hold"
+        told.append(f"{counted(inside, 'document')} {verb} the end-of-document id inside")
+    if twice:
+        told.append(f"{counted(twice, 'document')} ending with two end-of-document ids")
+    if occurrences:
+        most = occurrences.most_common(_MOST_TOKENS)
+        more = f", and {len(occurrences) - _MOST_TOKENS:,} others" if len(occurrences) > _MOST_TOKENS else ""
+        told.append(f"in texts {', '.join(f'{token} {count:,} x' for token, count in most)}{more}")
+    return "; ".join(told)
+
+
 class Manifest(_Record):
     """Content of `P.manifest.json`."""
 
@@ -90,6 +138,10 @@ class Manifest(_Record):
     tokenizer: TokenizerRecord
     inputs: list[InputRecord]
     skipped: dict[str, int] = Field(description="rows left out, per reason")
+    left_out: dict[str, LeftOutRecord] = Field(default_factory=dict)
+    """Entries of the searched folders that are no part of the input, per reason."""
+    special_tokens: SpecialTokenRecord | None = None
+    """None: not counted, by an earlier version."""
     json_key: str
     created_by: str
     build: str | None = None
@@ -120,7 +172,7 @@ def load_manifest(prefix: str) -> Manifest:
     """
     path = manifest_path(prefix)
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_regular(path))
     except FileNotFoundError:
         raise ShardError(
             f"{path}: no such manifest (looked in {Path.cwd()}); a shard without one is incomplete or was made by "

@@ -8,7 +8,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import TokenizerError
+from megatron_kaiyuan.host.files import read_regular
+from megatron_kaiyuan.shards.special_tokens import SpecialIds
 
 __all__ = [
     "TOKENIZER_TYPES",
@@ -30,6 +32,7 @@ __all__ = [
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "TikTokenizer", "NullTokenizer")
 _KNOWN_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>")
+_MOST_MISSING = 8
 _MOST_SHOWN = 40
 """Characters of a document in a message about it."""
 _TIKTOKEN_VOCABULARY = 1 << 17
@@ -64,6 +67,8 @@ class TokenizerConfig:
     """Token that ends a document; None: what the tokenizer declares, else a well-known name in its vocabulary."""
     include_special_tokens: bool = True
     """HuggingFaceTokenizer: add what its post-processor adds (such as a leading <s>), as Megatron does by default."""
+    split_special_tokens: bool = False
+    """Encode a special token that stands in a text, such as `<|endoftext|>`, as the characters it is written with."""
     tiktoken_pattern: Literal["v1", "v2"] = "v2"
     tiktoken_num_special_tokens: int = 1000
     """TikTokenizer: ids below this number are reserved for special tokens."""
@@ -72,6 +77,8 @@ class TokenizerConfig:
         if self.type not in TOKENIZER_TYPES:
             raise TokenizerError(f"--tokenizer-type {self.type}: not known; choose one of {', '.join(TOKENIZER_TYPES)}")
         if self.type == "NullTokenizer":
+            if self.split_special_tokens:
+                raise TokenizerError("--split-special-tokens: the text of a NullTokenizer is ids; leave the flag out")
             if self.vocab_size is None or self.vocab_size < 1:
                 raise TokenizerError(f"--vocab-size {self.vocab_size}: NullTokenizer needs a positive --vocab-size")
         elif self.model is None:
@@ -98,6 +105,8 @@ class DocumentTokenizer(Protocol):
     vocab_size: int
     """Entries, added tokens included, as Megatron counts them for the type of the ids on disk."""
     eod_id: int | None
+    special: SpecialIds
+    """Its special tokens, the end-of-document id among them."""
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         """Ids of each text, without an end-of-document id."""
@@ -114,10 +123,12 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
     """
     options: dict[str, object] = {}
     if config.type == "HuggingFaceTokenizer" and not config.include_special_tokens:
-        options = {"include_special_tokens": False}
+        options["include_special_tokens"] = False
     if config.type == "TikTokenizer":
         vocab_size = config.vocab_size or _TIKTOKEN_VOCABULARY
-        options = {"layout": [config.tiktoken_pattern, config.tiktoken_num_special_tokens, vocab_size]}
+        options["layout"] = [config.tiktoken_pattern, config.tiktoken_num_special_tokens, vocab_size]
+    if config.split_special_tokens and config.type not in SENTENCEPIECE_TYPES:  # which splits them in any case
+        options["split_special_tokens"] = True
     content = b"NullTokenizer %d" % (config.vocab_size or 0) if config.type == "NullTokenizer" else _read_model(config)
     suffix = json.dumps(options, sort_keys=True).encode() if options else b""
     return hashlib.sha256(content + suffix).hexdigest()
@@ -138,7 +149,7 @@ def model_file(config: TokenizerConfig) -> Path:
 
 def _read_model(config: TokenizerConfig) -> bytes:
     try:
-        return model_file(config).read_bytes()
+        return read_regular(model_file(config))
     except OSError as error:
         raise TokenizerError(
             f"--tokenizer-model {config.model}: {error.strerror} (looked in {Path.cwd()}); give the path of the "
@@ -190,6 +201,7 @@ class _NullTokenizer:
             if not config.eod_token.isdecimal() or int(config.eod_token) >= self.vocab_size:
                 raise TokenizerError(f"--eod-token {config.eod_token}: not an id below {self.vocab_size}")
             self.eod_id = int(config.eod_token)
+        self.special = SpecialIds({self.eod_id: str(self.eod_id)}, self.eod_id)
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         rows: list[list[int]] = []
@@ -220,10 +232,25 @@ class _HuggingFace:
         self._tokenizer = Tokenizer.from_str(content.decode("utf-8"))
         self._tokenizer.no_truncation()  # some files carry the limits of a model; a document is never cut
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = config.split_special_tokens
         self._special = config.include_special_tokens
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        _refuse_gaps(config, self._tokenizer.get_vocab(with_added_tokens=True).values())
         declared = _declared_by_transformers(model_file(config).parent, self._tokenizer.token_to_id)
         self.eod_id = _find_eod(config, declared, self._tokenizer.token_to_id)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        names = {number: token.content for number, token in added if token.special}
+        self.special = SpecialIds(self._with_eod(names), self.eod_id, *self._around())
+
+    def _with_eod(self, names: dict[int, str]) -> dict[int, str]:
+        return names if self.eod_id is None else {self.eod_id: self._tokenizer.id_to_token(self.eod_id) or "", **names}
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        if not self._special:
+            return [], []
+        bare, full = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return split_around(bare, full)
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         # one text a call: a longer batch would start as many threads as the machine has cores in every worker
@@ -240,6 +267,8 @@ class _SentencePiece:
         eos = int(self._processor.eos_id())
         declared = self._processor.id_to_piece(eos) if eos >= 0 else None
         self.eod_id = _find_eod(config, declared, self._piece_to_id)
+        names = {} if self.eod_id is None else {self.eod_id: str(self._processor.id_to_piece(self.eod_id))}
+        self.special = SpecialIds(names, self.eod_id)
 
     def _piece_to_id(self, piece: str) -> int | None:
         number = int(self._processor.piece_to_id(piece))
@@ -271,8 +300,12 @@ class _TikToken:
             special_tokens=specials,
         )
         self.eod_id = _find_eod(config, "</s>", specials.get)
+        self.special = SpecialIds({number: name for name, number in specials.items()}, self.eod_id)
+        self._split = config.split_special_tokens
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
+        if self._split:
+            return _joined([self._encoding.encode_ordinary(text) for text in texts])
         return _joined([self._encoding.encode(text, allowed_special="all") for text in texts])
 
 
@@ -289,6 +322,29 @@ def _tiktoken_ranks(model: str | None, content: bytes, count: int, offset: int) 
             f"special tokens needs {count}; give --vocab-size {len(entries) + offset}"
         )
     return {base64.b64decode(entry["token_bytes"]): entry["rank"] + offset for entry in entries[:count]}
+
+
+def _refuse_gaps(config: TokenizerConfig, ids: Iterable[int]) -> None:
+    """Refuse ids beyond the number of entries: Megatron sizes the vocabulary, and the embedding, by that number."""
+    present = set(ids)
+    largest = max(present, default=-1)
+    if largest < len(present):
+        return
+    missing = sorted(set(range(largest + 1)) - present)
+    named = ", ".join(map(str, missing[:_MOST_MISSING])) + (", ..." if len(missing) > _MOST_MISSING else "")
+    raise TokenizerError(
+        f"--tokenizer-model {config.model}: the vocabulary has gaps: {len(present)} entries with ids up to {largest}, "
+        f"no entry for {len(missing)} of them ({named}); Megatron makes {len(present)} rows. Renumber it, or add an "
+        'entry such as "<unused>" with a name of its own for each missing id to model.vocab in tokenizer.json'
+    )
+
+
+def split_around(bare: Sequence[int], full: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return what stands before and after `bare` in `full`; nothing where it does not stand there."""
+    for start in range(len(full) - len(bare) + 1):
+        if list(full[start : start + len(bare)]) == list(bare):
+            return list(full[:start]), list(full[start + len(bare) :])
+    return [], []
 
 
 def _declared_by_transformers(folder: Path, token_to_id: Callable[[str], int | None]) -> str | None:

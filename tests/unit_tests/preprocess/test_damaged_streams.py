@@ -14,7 +14,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
+from megatron_kaiyuan.preprocess.documents import parse_block
+from megatron_kaiyuan.preprocess.fields import FieldKeys
 from megatron_kaiyuan.preprocess.inputs import InputFile, Part
 from megatron_kaiyuan.preprocess.readers import BLOCK_BYTES, read_blocks
 from tests.unit_tests.preprocess.corpus import build, number_rows, read_shard_by_hand

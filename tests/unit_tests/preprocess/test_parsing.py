@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.preprocess import documents
-from megatron_kaiyuan.preprocess.documents import DocumentBatch, FieldKeys, parse_block
+from megatron_kaiyuan.preprocess.documents import DocumentBatch, parse_block
+from megatron_kaiyuan.preprocess.fields import FieldKeys
 from megatron_kaiyuan.preprocess.readers import Block, Lines
 
 pytest.importorskip("orjson")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess import readers
-from megatron_kaiyuan.preprocess.documents import FieldKeys, parse_block
+from megatron_kaiyuan.preprocess.documents import parse_block
+from megatron_kaiyuan.preprocess.fields import FieldKeys
 from megatron_kaiyuan.preprocess.inputs import Part, expand_inputs
 from megatron_kaiyuan.preprocess.readers import ByteRange, Lines, lines_of, read_blocks
 
@@ -113,7 +114,7 @@ def test_format_is_told_by_content_not_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("nothing.jsonl", "no such file"), ("*.jsonl", "matches no file"), (".", "directory without")],
+    [("nothing.jsonl", "no such file"), ("*.jsonl", "matches no file"), (".", "folder without")],
 )
 def test_inputs_that_match_nothing_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str

@@ -35,6 +35,7 @@ class WrongAboutWords:
 
     def __init__(self, config: TokenizerConfig) -> None:
         self._reference = load_reference_tokenizer(config)
+        self.special = self._reference.special
 
     def encode(self, texts: list[str]) -> TokenBatch:
         if any(SEEN in text for text in texts):
@@ -50,7 +51,7 @@ class WrongAboutWords:
 def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenizerConfig:
     config = TokenizerConfig(type="HuggingFaceTokenizer", model=str(save_bpe(tmp_path / "bpe")))
     monkeypatch.setattr(fast_tokenize, "_load_gigatoken", WrongAboutWords)
-    monkeypatch.setattr(pipeline, "_sample_texts", lambda *_: ["the"])  # the sample has neither word
+    monkeypatch.setattr(pipeline, "sample_texts", lambda *_: ["the"])  # the sample has neither word
     return config
 
 
@@ -127,7 +128,7 @@ def test_a_difference_at_the_next_start_is_mended_in_that_run(
     out = tmp_path / "out"
     write_jsonl(path, [{"text": f"the {UNSEEN} fox"}] * 24)
     build(path, out, tokenizer, num_tasks=2, task_id=0)
-    monkeypatch.setattr(pipeline, "_sample_texts", lambda *_: [UNSEEN])
+    monkeypatch.setattr(pipeline, "sample_texts", lambda *_: [UNSEEN])
     summary, notes = build(path, out, tokenizer, num_tasks=1)
     assert summary.shards_kept == 0
     assert any("taken away, because gigatoken had made them" in note for note in notes)

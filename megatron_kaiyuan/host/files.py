@@ -1,0 +1,33 @@
+"""Opening files that others wrote: a pipe under the name of a file must not make the reader wait for ever."""
+
+import errno
+import os
+import stat
+from io import FileIO
+from pathlib import Path
+
+__all__ = ["open_regular", "read_regular"]
+
+
+def open_regular(path: str | os.PathLike[str]) -> FileIO:
+    """Open a file for reading, unbuffered.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError: as `open`.
+        IsADirectoryError: a folder.
+        OSError: a pipe, a socket or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer blocks otherwise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return FileIO(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "a pipe or a device, not a file", os.fspath(path))
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Read a whole file; errors as `open_regular`."""
+    with open_regular(Path(path)) as stream:
+        return stream.readall()
