@@ -36,7 +36,7 @@ EXTRAS = {
     "te": ["transformer-engine[core_cu13,pytorch]>=2.12"],
     "liger": ["liger-kernel>=0.6"],
     "model": ["transformer-engine[core_cu13,pytorch]>=2.12", "liger-kernel>=0.6"],
-    "hf": ["safetensors>=0.4", "transformers>=5"],  # to run what tools/convert_checkpoint.py exports
+    "hf": ["safetensors>=0.4", "transformers>=5.2"],  # to run what tools/convert_checkpoint.py exports
     "wandb": ["wandb"],
     "eval": ["lm-eval>=0.4.13"],  # tasks of tools/quantile_benchmark.py evaluate
     "preprocess": ["gigatoken>=0.10", "orjson>=3.10", "tiktoken>=0.9", "zstandard>=0.23"],

@@ -5,18 +5,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
-__all__ = ["OPTIONS_WITHOUT_EFFECT", "Architecture", "architecture_from_arguments", "architecture_from_config"]
+__all__ = ["OPTIONS_WITHOUT_EFFECT", "Architecture", "architecture_from_arguments"]
 
 OPTIONS_WITHOUT_EFFECT = frozenset(
     {
         "post_norm_gain_init",
         "post_norm_depth_scaled",
-        "branch_scale_bits",
         "raise_branch_scale_below",
         "recompute_swiglu",
         "z_loss",
@@ -88,14 +85,18 @@ class Architecture:
     """c of `c * tanh(logits / c)`; 0 = off."""
     add_qkv_bias: bool
     tied_embeddings: bool
+    branch_scale_bits: int = 0
+    """K: branches are computed at 2^-K of their scale, which their output norm takes back; needs sandwich norm."""
 
     def __post_init__(self) -> None:
         sizes = {name: value for name, value in asdict(self).items() if type(value) is int}
-        wrong = [f"{name} is {value}" for name, value in sizes.items() if value < 1]
+        wrong = [f"{name} is {value}" for name, value in sizes.items() if value < (name != "branch_scale_bits")]
         if self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups:
             wrong.append(f"{self.num_attention_heads} heads do not divide among {self.num_query_groups} groups")
         if not 0 <= self.logit_softcap < float("inf"):
             wrong.append(f"logit_softcap is {self.logit_softcap}")
+        if self.branch_scale_bits and not self.sandwich_norm:
+            wrong.append(f"branch_scale_bits is {self.branch_scale_bits} without sandwich norm")
         if wrong:
             raise ConvertError(f"no such model: {'; '.join(wrong)}")
 
@@ -107,46 +108,11 @@ class Architecture:
     def to_arguments(self) -> dict[str, object]:
         """The same as Megatron's arguments."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("sandwich_norm", "logit_softcap"):
+        for name in ("sandwich_norm", "logit_softcap", "branch_scale_bits"):
             values[_OPTION_PREFIX + name] = values.pop(name)
         values["untie_embeddings_and_output_weights"] = not values.pop("tied_embeddings")
         values["group_query_attention"] = self.num_query_groups != self.num_attention_heads
         return values | {name: allowed[0] for name, allowed, _ in _REQUIRED}
-
-    def to_config(self, dtype: torch.dtype) -> dict[str, object]:
-        """The same as a `config.json` of transformers.
-
-        Args:
-            dtype: Of the weights.
-        """
-        return {
-            "architectures": ["KaiyuanForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "configuration_kaiyuan.KaiyuanConfig",
-                "AutoModel": "modeling_kaiyuan.KaiyuanModel",
-                "AutoModelForCausalLM": "modeling_kaiyuan.KaiyuanForCausalLM",
-            },
-            "model_type": "kaiyuan",
-            "dtype": str(dtype).removeprefix("torch."),
-            "vocab_size": self.padded_vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_query_groups,
-            "head_dim": self.kv_channels,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.layernorm_epsilon,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base},
-            "initializer_range": self.init_method_std,
-            "attention_bias": self.add_qkv_bias,
-            "qk_norm": self.qk_layernorm,
-            "sandwich_norm": self.sandwich_norm,
-            "final_logit_softcapping": self.logit_softcap or None,
-            "tie_word_embeddings": self.tied_embeddings,
-            "use_cache": True,
-        }
 
 
 def architecture_from_arguments(arguments: argparse.Namespace) -> Architecture:
@@ -176,6 +142,7 @@ def architecture_from_arguments(arguments: argparse.Namespace) -> Architecture:
         logit_softcap=float(options.get("logit_softcap", 0.0)),
         add_qkv_bias=given.get("add_qkv_bias", False),
         tied_embeddings=not given["untie_embeddings_and_output_weights"],
+        branch_scale_bits=int(options.get("branch_scale_bits", 0)),
     )
 
 
@@ -199,54 +166,9 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
 
     known = {field.name: field.default for field in fields(KaiyuanModelOptions)}
     found = {name: given[_OPTION_PREFIX + name] for name in known if _OPTION_PREFIX + name in given}
-    converted = {"sandwich_norm", "logit_softcap"} | OPTIONS_WITHOUT_EFFECT
+    converted = {"sandwich_norm", "logit_softcap", "branch_scale_bits"} | OPTIONS_WITHOUT_EFFECT
     strange = [name for name, value in found.items() if name not in converted and value != known[name]]
     if strange:
         flags = ", ".join(f"--{_OPTION_PREFIX}{name}".replace("_", "-") for name in strange)
         raise ConvertError(f"{flags}: KaiyuanForCausalLM does not have it yet; export a model trained without it")
     return found
-
-
-def architecture_from_config(config: Mapping[str, Any], origin: str) -> Architecture:
-    """What a model in Hugging Face's layout computes, by its `config.json`.
-
-    Args:
-        config: The parsed file; keys that are missing have no default here.
-        origin: Its path, for errors.
-
-    Raises:
-        ConvertError: another architecture, a missing key, or a value that has no counterpart.
-    """
-    if config.get("model_type") != "kaiyuan":
-        raise ConvertError(
-            f"{origin}: model_type is {config.get('model_type')!r}; only models of type 'kaiyuan', as the export "
-            "writes them, can be imported"
-        )
-    rope = config.get("rope_parameters") or {}
-    for key, value, wanted in (
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("rope_type", rope.get("rope_type", "default"), "default"),
-    ):
-        if value != wanted:
-            raise ConvertError(f"{origin}: {key} is {value!r}; the training code has only {wanted!r}")
-    try:
-        return Architecture(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=config["num_attention_heads"],
-            num_query_groups=config["num_key_value_heads"],
-            kv_channels=config["head_dim"],
-            padded_vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
-            rotary_base=float(rope["rope_theta"]),
-            layernorm_epsilon=config["rms_norm_eps"],
-            init_method_std=config["initializer_range"],
-            qk_layernorm=config["qk_norm"],
-            sandwich_norm=config["sandwich_norm"],
-            logit_softcap=float(config["final_logit_softcapping"] or 0.0),
-            add_qkv_bias=config["attention_bias"],
-            tied_embeddings=config["tie_word_embeddings"],
-        )
-    except KeyError as error:
-        raise ConvertError(f"{origin}: has no {error}; it was not written by the export") from error

@@ -2,7 +2,16 @@
 
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
+
+_OLDEST = (5, 2)
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
+    raise ImportError(
+        f"the Kaiyuan model needs transformers 5.2 or later, found {transformers.__version__}; "
+        "pip install 'transformers>=5.2'"
+    )
 
 __all__ = ["KaiyuanConfig"]
 
@@ -20,6 +29,11 @@ class KaiyuanConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # trans
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     def __init__(
@@ -40,6 +54,7 @@ class KaiyuanConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # trans
         qk_norm: bool = True,  # noqa: FBT001
         sandwich_norm: bool = True,  # noqa: FBT001
         final_logit_softcapping: float | None = 30.0,
+        branch_scale_bits: int = 0,
         tie_word_embeddings: bool = False,  # noqa: FBT001
         use_cache: bool = True,  # noqa: FBT001
         **kwargs: Any,
@@ -63,6 +78,8 @@ class KaiyuanConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # trans
             qk_norm: RMSNorm on each head's queries and keys, before the rotation.
             sandwich_norm: RMSNorm on the outputs of attention and MLP, inside the residual branch.
             final_logit_softcapping: c of `c * tanh(logits / c)`; None = off.
+            branch_scale_bits: K; attention and MLP are computed at 2^-K of their scale, so that their products stay
+                within FP16. Their output norm takes the factor back, so the function is the same for every K.
             tie_word_embeddings: Whether the output matrix is the embedding.
             use_cache: Whether generation keeps keys and values.
             **kwargs: As in every configuration of transformers.
@@ -83,17 +100,32 @@ class KaiyuanConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # trans
         self.qk_norm = qk_norm
         self.sandwich_norm = sandwich_norm
         self.final_logit_softcapping = final_logit_softcapping
+        self.branch_scale_bits = branch_scale_bits
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
-        self._refuse_unknown()
+        self.refuse_unknown()
 
-    def _refuse_unknown(self) -> None:
-        """The model would compute something else than these ask for."""
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; the Kaiyuan model knows only 'silu'")
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(f"rope_type is {rope_type!r}; the Kaiyuan model knows only 'default'")
+    def refuse_unknown(self) -> None:
+        """Refuse values that the model does not compute, also those that were set after `__init__`.
+
+        Raises:
+            ValueError: names the value and what the model has.
+        """
+        rope = self.rope_parameters
+        only = {
+            "hidden_act": (self.hidden_act, "silu"),
+            "rope_type": (rope.get("rope_type", "default"), "default"),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+            "sliding_window": (getattr(self, "sliding_window", None), None),
+            "attn_logit_softcapping": (getattr(self, "attn_logit_softcapping", None), None),
+        }
+        for name, (value, known) in only.items():
+            if value != known:
+                raise ValueError(f"{name} is {value!r}; the Kaiyuan model knows only {known!r}")
         cap = self.final_logit_softcapping
         if cap is not None and not cap > 0:
             raise ValueError(f"final_logit_softcapping is {cap}; give a positive number, or null for no cap")
+        if self.branch_scale_bits and not self.sandwich_norm:
+            raise ValueError(
+                f"branch_scale_bits is {self.branch_scale_bits}; it needs sandwich_norm, which takes it back"
+            )

@@ -23,7 +23,8 @@ from megatron_kaiyuan.checkpoints.reading import (
     output_conflict,
 )
 from megatron_kaiyuan.errors import ConvertError
-from megatron_kaiyuan.export.architecture import Architecture, architecture_from_config
+from megatron_kaiyuan.export.architecture import Architecture
+from megatron_kaiyuan.export.layouts import architecture_from_config
 from megatron_kaiyuan.export.tensor_files import TensorFolder
 from megatron_kaiyuan.export.to_hugging_face import CONVERSION_NAME
 from megatron_kaiyuan.export.weight_names import Weight, joined, parts_of, weights_of

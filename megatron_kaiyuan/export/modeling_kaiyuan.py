@@ -1,8 +1,12 @@
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="no-untyped-call,untyped-decorator"
 """The Kaiyuan language model for Hugging Face transformers. Copied beside the weights at export.
 
 `x += norm_post(f(norm_pre(x)))` for attention and SwiGLU, RMSNorm on queries and keys, and `c * tanh(logits / c)` on
 the output; each is switched by the configuration. The same function as the training code computes, to rounding.
+
+FP16 ends at 65 504, and the products before the output norms grow in training. With `branch_scale_bits` K they are
+computed at 2^-K of their size: the factor enters on the values of attention and inside SwiGLU, in FP32 before its
+rounding, and the output norms take it back exactly, RMSNorm(2^-K y; 4^-K eps) = RMSNorm(y; eps).
 
 Shapes: b = batch, s = sequence, h = hidden, n = query heads, g = key/value heads, d = head size.
 """
@@ -18,6 +22,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_kaiyuan import KaiyuanConfig
 
@@ -58,6 +64,7 @@ class KaiyuanAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
+        self.branch_scale = 2.0**-config.branch_scale_bits
         self.is_causal = True
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query, bias=config.attention_bias)
@@ -79,7 +86,7 @@ class KaiyuanAttention(nn.Module):
         heads = (*x.shape[:-1], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *angles)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *angles)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
+        value = self.v_proj(x).view(heads).transpose(1, 2) * self.branch_scale
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
@@ -96,10 +103,13 @@ class KaiyuanMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.branch_scale = 2.0**-config.branch_scale_bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, s, h] to [b, s, h]."""
-        return cast(Tensor, self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)))
+        """[b, s, h] to [b, s, h]; the activation is rounded once, as in training."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        gate, up = self.gate_proj(x).to(precise), self.up_proj(x).to(precise)
+        return cast(Tensor, self.down_proj((nn.functional.silu(gate) * up * self.branch_scale).to(x.dtype)))
 
 
 class KaiyuanDecoderLayer(GradientCheckpointingLayer):
@@ -109,7 +119,8 @@ class KaiyuanDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
 
         def output_norm() -> nn.Module:
-            return nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sandwich_norm else nn.Identity()
+            epsilon = config.rms_norm_eps * 4.0**-config.branch_scale_bits
+            return nn.RMSNorm(config.hidden_size, epsilon) if config.sandwich_norm else nn.Identity()
 
         self.self_attn = KaiyuanAttention(config, layer_idx)
         self.mlp = KaiyuanMLP(config)
@@ -120,17 +131,19 @@ class KaiyuanDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[b, s, h] to [b, s, h], and the attention weights where the implementation tells them."""
-        branch, weights = self.self_attn(self.input_layernorm(x), angles, attention_mask, past_key_values, **kwargs)
+    ) -> Tensor:
+        """[b, s, h] to [b, s, h]."""
+        normed, x = self.input_layernorm(hidden_states), hidden_states
+        branch, _ = self.self_attn(
+            normed, angles=angles, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
         x = x + self.post_self_attn_layernorm(branch)
-        x = x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
-        return x, weights
+        return cast(Tensor, x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))))
 
 
 class KaiyuanPreTrainedModel(PreTrainedModel):
@@ -145,6 +158,7 @@ class KaiyuanPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": KaiyuanDecoderLayer, "attentions": KaiyuanAttention}  # noqa: RUF012
 
 
 class KaiyuanModel(KaiyuanPreTrainedModel):
@@ -152,12 +166,15 @@ class KaiyuanModel(KaiyuanPreTrainedModel):
 
     def __init__(self, config: KaiyuanConfig) -> None:
         super().__init__(config)
+        config.refuse_unknown()  # again: overrides of from_pretrained are set after the configuration was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(KaiyuanDecoderLayer(config, number) for number in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -166,15 +183,12 @@ class KaiyuanModel(KaiyuanPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,  # noqa: FBT001 (the names and kinds of transformers)
-        output_hidden_states: bool | None = None,  # noqa: FBT001
-        output_attentions: bool | None = None,  # noqa: FBT001
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states, [b, s, h], of int64 ids [b, s] or embeddings [b, s, h]; see transformers for the rest."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -188,22 +202,11 @@ class KaiyuanModel(KaiyuanPreTrainedModel):
             position_ids=position_ids,
         )
         angles = self._angles(position_ids, x)
-        states: list[Tensor] = []
-        attentions: list[Tensor | None] = []
         for layer in self.layers:
-            if output_hidden_states:
-                states.append(x)
-            x, weights = layer(x, angles, mask, past_key_values, **kwargs)
-            if output_attentions:
-                attentions.append(weights)
-        x = self.norm(x)
-        if output_hidden_states:
-            states.append(x)  # as elsewhere in transformers, the last one is what the output layer sees
+            # The stream alone is positional: checkpointing of gradients drops a cache only where it is a keyword.
+            x = layer(x, attention_mask=mask, angles=angles, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=cast(Any, tuple(attentions)) if output_attentions else None,
+            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
         )
 
     def _angles(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,6 +231,7 @@ class KaiyuanForCausalLM(KaiyuanPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,

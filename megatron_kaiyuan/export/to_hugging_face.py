@@ -7,7 +7,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,12 +17,14 @@ from megatron_kaiyuan.checkpoints.parts import read_rows, row_groups
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.export.architecture import Architecture, architecture_from_arguments
+from megatron_kaiyuan.export.check import Largest, check_folder
+from megatron_kaiyuan.export.layouts import Layout, LayoutName, choose_layout
 from megatron_kaiyuan.export.tensor_files import Form, TensorWriter
 from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, open_tokenizer
 from megatron_kaiyuan.export.weight_names import Weight, parts_of, weights_of
 from megatron_kaiyuan.host.atomic import publish_folder, write_text_atomically
 
-__all__ = ["CONVERSION_NAME", "DEFAULT_FILE_BYTES", "export_checkpoint"]
+__all__ = ["CONVERSION_NAME", "DEFAULT_FILE_BYTES", "Exported", "export_checkpoint"]
 
 CONVERSION_NAME = "conversion.json"
 """File of an exported model that says which checkpoint it is."""
@@ -30,41 +34,63 @@ _AVERAGE_NAME = "average.json"
 _CODE = ("configuration_kaiyuan.py", "modeling_kaiyuan.py")
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
+
+    layout: Layout
+    dtype: torch.dtype
+    largest: Largest | None
+    """Largest activation of the check; None without one."""
+
+
 def export_checkpoint(
     checkpoint: Checkpoint,
     output: Path,
     *,
     tokenizer: Path | None = None,
+    layout: LayoutName | Literal["auto"] = "auto",
+    dtype: torch.dtype | None = None,
+    check: bool = False,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     progress: Callable[[int], None] = lambda _bytes: None,
-) -> Architecture:
-    """Write a model folder: safetensors, config, generation config, the model's code and, if given, its tokenizer.
+) -> Exported:
+    """Write a model folder: safetensors, config, generation config, its tokenizer and, for our own layout, its code.
 
-    Weights keep their stored dtype and bits. The folder appears whole or not at all.
+    Weights keep their stored dtype and bits, unless `dtype` or the layout asks for others. The folder appears whole or
+    not at all.
 
     Args:
         checkpoint: Of training, or an average of several.
         output: Must not exist.
         tokenizer: Folder with `tokenizer.json`.
+        layout: `auto` takes the stock layout that computes the model exactly, or else our own.
+        dtype: Of the exported weights; None: as stored.
+        check: Load the result and run a text through it; needs the memory of the whole model.
         max_file_bytes: Largest safetensors file.
         progress: Called with the bytes that each step wrote.
 
     Raises:
-        ConvertError: the model has no counterpart, the output exists, or the tokenizer does not fit.
+        ConvertError: the model has no counterpart or not in that layout, a weight leaves the range of `dtype`, the
+            output exists, the tokenizer does not fit, or the check finds a value that is not finite.
     """
     if output.exists():
         raise ConvertError(f"--output {output} exists; remove it or name another folder")
     architecture = architecture_from_arguments(checkpoint.arguments)
     weights = list(weights_of(architecture))
     _check_tensors(checkpoint, architecture, weights)
+    stored = checkpoint.tensors["embedding.word_embeddings.weight"][1]
+    chosen = choose_layout(architecture, layout, dtype or stored)
     fitting = None if tokenizer is None else open_tokenizer(tokenizer, architecture.padded_vocab_size)
     with _appearing_whole(output) as folder:
-        forms = _exported_forms(checkpoint, architecture, weights)
+        forms = _exported_forms(checkpoint, chosen, weights, dtype)
         with TensorWriter(folder, forms, max_file_bytes) as writer:
             for weight in weights:
-                _export_weight(checkpoint, architecture, weight, writer, progress)
-        _write_descriptions(folder, checkpoint, architecture, fitting)
-    return architecture
+                _export_weight(checkpoint, chosen, weight, writer, progress, dtype)
+        _write_descriptions(folder, checkpoint, chosen, fitting, dtype or stored)
+        num_ids = architecture.padded_vocab_size if fitting is None else fitting.num_ids
+        largest = check_folder(folder, chosen, dtype or stored, tokenizer, num_ids) if check else None
+    return Exported(chosen, dtype or stored, largest)
 
 
 @contextmanager
@@ -108,30 +134,40 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, weights: 
             raise ConvertError(f"{checkpoint.folder}: {name} is {stored[name]}, its arguments say {shape}")
 
 
-def _exported_forms(checkpoint: Checkpoint, architecture: Architecture, weights: list[Weight]) -> dict[str, Form]:
+def _exported_forms(
+    checkpoint: Checkpoint, layout: Layout, weights: list[Weight], dtype: torch.dtype | None
+) -> dict[str, Form]:
     """Shape and dtype of every exported tensor, layer by layer, so that a file holds whole layers."""
+    architecture = layout.architecture
     first = [weight for weight in weights if not weight.stacked][:1]
     last = [weight for weight in weights if not weight.stacked][1:]
     layered = [(weight, layer) for layer in range(architecture.num_layers) for weight in weights if weight.stacked]
     forms: dict[str, Form] = {}
     for weight, layer in [(weight, 0) for weight in first] + layered + [(weight, 0) for weight in last]:
-        dtype = checkpoint.tensors[_stored_names(checkpoint, architecture, weight)[0]][1]
-        parts = parts_of(weight, torch.empty(weight.shape, dtype=dtype, device="meta"), architecture)
+        written = dtype or checkpoint.tensors[_stored_names(checkpoint, architecture, weight)[0]][1]
+        parts = parts_of(weight, torch.empty(weight.shape, device="meta"), architecture)
         for name, part in zip(weight.part_names(layer), parts, strict=True):
-            forms[name] = (tuple(part.shape), dtype)
+            forms[layout.stored_name(name)] = (tuple(part.shape), written)
     return forms
 
 
 def _export_weight(
     checkpoint: Checkpoint,
-    architecture: Architecture,
+    layout: Layout,
     weight: Weight,
     writer: TensorWriter,
     progress: Callable[[int], None],
+    dtype: torch.dtype | None,
 ) -> None:
+    architecture = layout.architecture
     for layer, tensor in _layers_of(checkpoint, architecture, weight):
         for name, part in zip(weight.part_names(layer), parts_of(weight, tensor, architecture), strict=True):
-            writer.write(name, part)
+            written = layout.stored(name, part, dtype or part.dtype)
+            if part.isfinite().all() and not written.isfinite().all():
+                raise ConvertError(
+                    f"--dtype {dtype}: {name} reaches {part.abs().max():.4g}, beyond its range; give --dtype bfloat16"
+                )
+            writer.write(layout.stored_name(name), written)
         progress(tensor.nbytes)
 
 
@@ -149,24 +185,24 @@ def _layers_of(
 
 
 def _write_descriptions(
-    folder: Path, checkpoint: Checkpoint, architecture: Architecture, tokenizer: ExportedTokenizer | None
+    folder: Path, checkpoint: Checkpoint, layout: Layout, tokenizer: ExportedTokenizer | None, dtype: torch.dtype
 ) -> None:
-    arguments = checkpoint.arguments
+    arguments, vocabulary = checkpoint.arguments, layout.architecture.padded_vocab_size
     special = {} if tokenizer is None else tokenizer.special_ids
-    dtype = checkpoint.tensors["embedding.word_embeddings.weight"][1]
-    _write_json(folder / "config.json", {**architecture.to_config(dtype), **special})
-    generation = {} if tokenizer is None else tokenizer.generation_config(architecture.padded_vocab_size)
+    _write_json(folder / "config.json", {**layout.config(dtype), **special})
+    generation = {} if tokenizer is None else tokenizer.generation_config(vocabulary)
     _write_json(folder / "generation_config.json", generation)
     average = checkpoint.folder / _AVERAGE_NAME
     conversion = {
         "format": _FORMAT,
+        "layout": layout.name,
         "iteration": checkpoint.iteration,
         "consumed_train_samples": int(getattr(arguments, "consumed_train_samples", 0)),
         "seed": getattr(arguments, "seed", None),
         "average": json.loads(average.read_text()) if average.is_file() else None,
     }
     _write_json(folder / CONVERSION_NAME, conversion)
-    for name in _CODE:
+    for name in _CODE if layout.has_code else ():
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     if tokenizer is not None:
         tokenizer.copy_to(folder)

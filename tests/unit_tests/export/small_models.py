@@ -25,6 +25,9 @@ class SmallModel:
     shape: Shape = field(default_factory=Shape)
     tied: bool = False
     branch_scale_bits: int = 0
+    qkv_bias: bool = False
+    gain_of_products: float = 1.0
+    """Factor on the matrices before the output norms, which leaves the function as it is."""
 
     @property
     def architecture(self) -> Architecture:
@@ -44,17 +47,35 @@ class SmallModel:
             qk_layernorm=features.qk_norm,
             sandwich_norm=features.sandwich,
             logit_softcap=features.softcap,
-            add_qkv_bias=False,
+            add_qkv_bias=self.qkv_bias,
             tied_embeddings=self.tied,
+            branch_scale_bits=self.branch_scale_bits,
         )
 
     def weights(self) -> dict[str, Tensor]:
         """FP64 under the names of Megatron's modules, exact in FP16; logits reach far beyond the cap."""
         weights = random_weights(self.shape, self.features)
         weights["output_layer.weight"] *= LARGE
+        for name, value in weights.items():
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                value *= self.gain_of_products
+        if self.qkv_bias:
+            weights |= _biases(weights)
         if self.tied:
             weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
         return weights
+
+
+def _biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One for each matrix of queries, keys and values, as large as its outputs, exact in FP16."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name.replace(".weight", ".bias"): torch.randn(len(value), generator=generator, dtype=torch.float64)
+        .half()
+        .double()
+        for name, value in weights.items()
+        if name.endswith("linear_qkv.weight")
+    }
 
 
 KAIYUAN = SmallModel("kaiyuan", Features(sandwich=True, qk_norm=True, softcap=30.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
+from megatron_kaiyuan.export.from_hugging_face import import_model
 from megatron_kaiyuan.export.modeling_kaiyuan import KaiyuanForCausalLM
 from megatron_kaiyuan.export.tensor_files import TensorFolder
 from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
@@ -37,7 +38,7 @@ def logits_of_megatron(_rank: int, checkpoints: list[Path], tokens: NDArray[np.i
 def exported(model: SmallModel, folder: Path, dtype: torch.dtype) -> tuple[Path, Any]:
     """The model as a checkpoint, and what transformers makes of its export."""
     checkpoint = save_model(model, folder / "run", dtype)
-    export_checkpoint(checkpoint, folder / "hf")
+    export_checkpoint(checkpoint, folder / "hf", layout="kaiyuan")
     return folder / "run", load_exported(folder / "hf")
 
 
@@ -105,14 +106,14 @@ def test_the_logits_are_those_of_megatron(
     )
 
 
-def test_scaled_branches_leave_no_trace_in_the_export(models: dict[str, tuple[Path, Any]]) -> None:
-    """The test above shows that Megatron, which does scale, computes what the export does."""
-    assert open_checkpoint(models[SCALED.name][0]).arguments.kaiyuan_branch_scale_bits == 8
+def test_a_round_trip_of_scaled_branches_keeps_the_scale(models: dict[str, tuple[Path, Any]]) -> None:
     usual, scaled = (models[model.name][0].parent / "hf" for model in (KAIYUAN, SCALED))
     names = sorted(path.name for path in usual.iterdir())
     assert names == sorted(path.name for path in scaled.iterdir())
     different = {name for name in names if (usual / name).read_bytes() != (scaled / name).read_bytes()}
-    assert different <= {"conversion.json"}  # where the checkpoint was
+    assert different <= {"conversion.json", "config.json"}  # the weights are the same
+    import_model(scaled, scaled.parent / "back")
+    assert open_checkpoint(scaled.parent / "back").arguments.kaiyuan_branch_scale_bits == 8
 
 
 def test_a_model_without_the_cap_would_be_seen_though_its_best_tokens_are_the_same(

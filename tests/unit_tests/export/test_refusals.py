@@ -59,7 +59,7 @@ def test_a_model_that_computes_something_else_is_refused(
 def test_every_option_of_the_variant_is_exported_or_known_to_have_no_effect() -> None:
     """A new option must be added to one side or the other."""
     names = {field.name for field in fields(KaiyuanModelOptions)}
-    assert names == {"sandwich_norm", "logit_softcap"} | OPTIONS_WITHOUT_EFFECT
+    assert names == {"sandwich_norm", "logit_softcap", "branch_scale_bits"} | OPTIONS_WITHOUT_EFFECT
 
 
 def test_an_option_that_the_export_does_not_know_is_refused_when_it_is_on(
@@ -136,7 +136,7 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (change_config(model_type="llama"), "model_type is 'llama'; only models of type 'kaiyuan'"),
+        (change_config(model_type="gpt2"), "model_type is 'gpt2'; models of type kaiyuan, llama"),
         (change_config(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (change_config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
         (change_config(rope_parameters={}), "has no 'rope_theta'"),

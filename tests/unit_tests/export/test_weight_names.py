@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from megatron_kaiyuan.export.architecture import Architecture
 from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
+from megatron_kaiyuan.export.layouts import Layout
 from megatron_kaiyuan.export.modeling_kaiyuan import KaiyuanForCausalLM
 from megatron_kaiyuan.export.weight_names import joined, parts_of, weights_of
 from tests.unit_tests.export.small_models import VARIANTS, SmallModel
@@ -65,7 +66,7 @@ def test_rows_of_query_key_and_value_are_where_megatron_puts_them(architecture: 
 def test_names_and_shapes_are_those_that_transformers_asks_for(model: SmallModel) -> None:
     architecture = model.architecture
     with torch.device("meta"):
-        wanted = KaiyuanForCausalLM(KaiyuanConfig(**architecture.to_config(torch.float32))).state_dict()
+        wanted = KaiyuanForCausalLM(KaiyuanConfig(**Layout("kaiyuan", architecture).config(torch.float32))).state_dict()
     if model.tied:
         del wanted["lm_head.weight"]
     found = {}
