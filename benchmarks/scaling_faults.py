@@ -16,7 +16,7 @@ import psutil
 from benchmarks.scaling_jobs import LEARNING_RATE, Budget, Job, Layout, Shape, end_family, launch, run_job, tail
 from megatron_kaiyuan.checkpoints.reading import TRACKER_NAME
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.training.metrics_file import read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 
 __all__ = [
     "Elastic",

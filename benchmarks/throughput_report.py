@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.scaling_jobs import reason_in
 from benchmarks.throughput_rows import PEAK_FLOPS, Size
-from megatron_kaiyuan.training.metrics_file import read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 
 __all__ = ["OUT_OF_MEMORY", "is_unfinished", "monitor_cost", "print_profile", "print_table", "read_row"]
 

@@ -50,7 +50,7 @@ def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 
 def _add_monitor_options(group: argparse._ArgumentGroup) -> None:
-    """Flags of `megatron_kaiyuan.training.monitor`."""
+    """Flags of `megatron_kaiyuan.monitoring.monitor`."""
     group.add_argument(
         "--kaiyuan-metrics",
         metavar="FILE",

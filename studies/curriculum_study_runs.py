@@ -19,8 +19,8 @@ import yaml
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 from megatron_kaiyuan.quantile.reference_model import ReferenceModel
-from megatron_kaiyuan.training.metrics_file import read_metrics
 from studies.curriculum_study_data import DOMAINS, ROOT, StudyData
 
 __all__ = ["ARMS", "SIZES", "Arm", "Clock", "Probe", "Run", "Study", "conduct", "finished", "measure_rate", "plan_of"]

@@ -36,7 +36,7 @@ from benchmarks.throughput_rows import NATIVE_LOSS, UNFUSED
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.cli import run_tool
-from megatron_kaiyuan.training.metrics_file import read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 from studies.fp16_stability_report import RunRecord, draw, print_over_seeds, print_table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]

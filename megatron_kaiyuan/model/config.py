@@ -56,7 +56,7 @@ class KaiyuanModelOptions:
     the same, and FP16 holds products 2^K times as large (`model/layers.py`). Needs `sandwich_norm`."""
     raise_branch_scale_below: float = 0.0
     """H: raise K, up to `MAX_BRANCH_SCALE_BITS`, when the run monitor finds the headroom of attention's or the MLP's
-    products below H (`training/branch_scale.py`); 0 = never. `branch_scale_bits` is then where K starts."""
+    products below H (`monitoring/branch_scale.py`); 0 = never. `branch_scale_bits` is then where K starts."""
     recompute_swiglu: bool = False
     """Do not keep silu(gate) * up for the backward pass of `linear_fc2`, but compute it again there: bit for bit equal
     training with f values a token and layer less (`kernels/swiglu.py`)."""

@@ -11,10 +11,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from megatron_kaiyuan.data import NUM_BANDS, band_name
+from megatron_kaiyuan.monitoring.metrics_file import average_path, held_out_path, read_metrics
 from megatron_kaiyuan.reporting.run_curves import colour_of
 from megatron_kaiyuan.reporting.run_expected import PhaseMark
 from megatron_kaiyuan.reporting.run_metrics import Run
-from megatron_kaiyuan.training.metrics_file import average_path, held_out_path, read_metrics
 
 __all__ = ["held_out_figure", "last_held_out", "read_averages", "read_evaluations", "spell_average"]
 

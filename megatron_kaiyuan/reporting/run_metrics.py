@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_kaiyuan.data import NUM_BANDS
 from megatron_kaiyuan.errors import MetricsError
-from megatron_kaiyuan.training.metrics_file import read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 
 __all__ = ["FP16_MAX", "Line", "Run", "SourceLine", "read_run", "read_runs"]
 

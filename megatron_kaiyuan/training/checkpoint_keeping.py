@@ -19,8 +19,8 @@ from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.atomic import rename_durably
 from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.monitoring.metrics_file import average_path, metrics_path, read_metrics
 from megatron_kaiyuan.training import compat
-from megatron_kaiyuan.training.metrics_file import average_path, metrics_path, read_metrics
 
 __all__ = [
     "AVERAGING",

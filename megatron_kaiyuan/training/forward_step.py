@@ -18,9 +18,9 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_kaiyuan.model.document_attention import document_boundaries
-from megatron_kaiyuan.training.diagnosis import why_loss_is_not_finite
-from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
-from megatron_kaiyuan.training.monitor import RunMonitor
+from megatron_kaiyuan.monitoring.diagnosis import why_loss_is_not_finite
+from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
+from megatron_kaiyuan.monitoring.monitor import RunMonitor
 
 __all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 

@@ -21,10 +21,10 @@ from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
+from megatron_kaiyuan.monitoring.branch_scale import continue_branch_scale
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import check_average_arguments
 from megatron_kaiyuan.training.blend import check_data_arguments
-from megatron_kaiyuan.training.branch_scale import continue_branch_scale
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
     keep_checkpoints,
@@ -33,7 +33,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     say_what_cannot_be_averaged,
 )
 from megatron_kaiyuan.training.forward_step import ForwardStep
-from megatron_kaiyuan.training.monitoring import build_held_out, build_monitor
+from megatron_kaiyuan.training.observation import build_held_out, build_monitor
 from megatron_kaiyuan.training.parsing import configuration, parse, validate
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plan_arguments import (

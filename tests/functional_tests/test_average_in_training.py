@@ -12,7 +12,7 @@ import torch
 
 from megatron_kaiyuan.checkpoints.averaging import average_checkpoints, choose_checkpoints
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, open_checkpoint, saved_iterations
-from megatron_kaiyuan.training.metrics_file import average_path, read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import average_path, read_metrics
 from tests.functional_tests.training_run import BATCH, REPOSITORY, Finished, saved_tensors, train_well, write_corpus
 
 MEMBERS = [3, 4, 5, 6]

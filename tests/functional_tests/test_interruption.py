@@ -13,7 +13,7 @@ import pytest
 
 from megatron_kaiyuan.checkpoints.reading import saved_iterations
 from megatron_kaiyuan.data import HeldOutDataset
-from megatron_kaiyuan.training.metrics_file import average_path, held_out_path, read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import average_path, held_out_path, read_metrics
 from megatron_kaiyuan.training.provider import spread_evenly
 from tests.functional_tests.kill_and_resume import (
     different_tensors,

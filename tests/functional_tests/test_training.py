@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_kaiyuan.data import NUM_BANDS, CurriculumDataset, HeldOutDataset, Plan
-from megatron_kaiyuan.training.metrics_file import held_out_path, read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import held_out_path, read_metrics
 from megatron_kaiyuan.training.provider import spread_evenly
 from tests.functional_tests.training_run import BATCH, STEPS, Finished, saved_tensors, train, train_well, write_corpus
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_kaiyuan.arguments import add_kaiyuan_arguments, check_save_arguments
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.metrics_file import read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 from tests.functional_tests.training_run import train_well, write_corpus
 
 pytestmark = pytest.mark.skipif(

@@ -75,7 +75,7 @@ SANDWICH = f"{EXPERTS} --moe-shared-expert-intermediate-size 24 --kaiyuan-sandwi
 def observe(rank: int) -> dict[str, Any]:
     """A layer with output norms whose attention adds nothing; the meter's readings; names of the weights."""
     from megatron_kaiyuan.model.numerics import ActivationMeter
-    from megatron_kaiyuan.training.diagnosis import depth, global_name
+    from megatron_kaiyuan.monitoring.diagnosis import depth, global_name
 
     tiny.initialize_parallel(1, 1)
     layers = {flags: _layer_without_attention(f"{SANDWICH} {flags}") for flags in (FEATURES_OFF, FUSED)}
@@ -152,7 +152,7 @@ def test_the_meter_tells_the_largest_value_among_a_layers_experts(observations: 
 def names_of_gradients(_rank: int) -> list[str]:
     from megatron.core import parallel_state
 
-    from megatron_kaiyuan.training.diagnosis import global_name
+    from megatron_kaiyuan.monitoring.diagnosis import global_name
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     model = command_lines.build_stage(f"{EXPERTS} --expert-model-parallel-size 2")

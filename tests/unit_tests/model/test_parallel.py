@@ -96,7 +96,7 @@ def load_checkpoint(_rank: int, cases: list[Case], folder: str) -> dict[str, Any
     """This rank's weights after loading: value, dimension of the split, tensor-parallel rank."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_kaiyuan.training.diagnosis import global_name
+    from megatron_kaiyuan.monitoring.diagnosis import global_name
 
     loaded = {}
     for case in cases:

@@ -188,7 +188,7 @@ def load_weights(model: Any, weights: dict[str, Tensor]) -> None:
     """Copy this rank's parts of the full weights into the model, all of them and nothing else."""
     from megatron.core import parallel_state
 
-    from megatron_kaiyuan.training.diagnosis import global_name
+    from megatron_kaiyuan.monitoring.diagnosis import global_name
 
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -204,8 +204,8 @@ def train_step(case: Case) -> Outcome:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from megatron_kaiyuan.monitoring.diagnosis import global_name
     from megatron_kaiyuan.training.compat import fuse_weight_gradients_without_apex
-    from megatron_kaiyuan.training.diagnosis import global_name
 
     fuse_weight_gradients_without_apex()
     model = build_stage(case)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import MetricsError
 from megatron_kaiyuan.model.numerics import FP16_MAX as FP16_MAX_OF_THE_METER
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics, read_metrics
 from megatron_kaiyuan.reporting.run_metrics import FP16_MAX, read_run, read_runs
 from megatron_kaiyuan.reporting.run_summary import format_duration, format_times, summarize
-from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
 from tests.unit_tests.reporting.run_files import SEQ_LENGTH, entry, write_run
 
 

@@ -17,6 +17,7 @@ from megatron_kaiyuan.checkpoints.averaging import (
 )
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, saved_iterations
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics, average_path
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
     CheckpointKeeper,
@@ -25,7 +26,6 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     say_how_to_average,
     say_what_cannot_be_averaged,
 )
-from megatron_kaiyuan.training.metrics_file import append_metrics, average_path
 from tests.unit_tests.checkpoints.test_averaging import save
 
 

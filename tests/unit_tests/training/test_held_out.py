@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.training.held_out_losses import NUM_BANDS, HeldOutLosses
-from megatron_kaiyuan.training.held_out_report import HeldOutReport
-from megatron_kaiyuan.training.metrics_file import held_out_path
+from megatron_kaiyuan.monitoring.held_out_losses import NUM_BANDS, HeldOutLosses
+from megatron_kaiyuan.monitoring.held_out_report import HeldOutReport
+from megatron_kaiyuan.monitoring.metrics_file import held_out_path
 
 SOURCES = ("a", "b", "c")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_kaiyuan.data import band_name
-from megatron_kaiyuan.training.held_out_losses import HeldOutLosses, HeldOutSums
-from megatron_kaiyuan.training.metrics_file import append_metrics
+from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses, HeldOutSums
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics
 
 __all__ = ["HeldOutReport"]
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.errors import TrainingStopped
-from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
-from megatron_kaiyuan.training.source_counters import NUM_BANDS, SourceCounters
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics, read_metrics
+from megatron_kaiyuan.monitoring.source_counters import NUM_BANDS, SourceCounters
 from tests.helpers import run_distributed
 
 SOURCES = ("a", "b", "c")
@@ -110,7 +110,7 @@ def test_a_line_torn_at_any_place_spoils_neither_its_neighbours_nor_what_follows
 
 
 def step(iteration: int, *, skipped: bool = True, loss_scale: float = 8.0, loss: float | None = None) -> Any:
-    from megatron_kaiyuan.training.monitor import StepReport  # not above: it imports Megatron
+    from megatron_kaiyuan.monitoring.monitor import StepReport  # not above: it imports Megatron
 
     return StepReport(
         iteration=iteration,
@@ -151,7 +151,7 @@ def watch_overflows(_rank: int) -> dict[str, Any]:
 
 def watch(weights: dict[str, float]) -> dict[str, Any]:
     """A run that skips every step."""
-    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+    from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor
 
     model, compute = overflowing_model(weights)
     model.decoder.layers[1].mlp.linear_fc1.weight.main_grad.fill_(math.inf)
@@ -175,7 +175,7 @@ def watch(weights: dict[str, float]) -> dict[str, Any]:
 
 def explain_skips() -> list[str]:
     """What is said of a skipped step: gradients all infinite, by loss; then one finite, with the loss unknown."""
-    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+    from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor
 
     said: list[str] = []
     monitor = RunMonitor(MonitorOptions(log_interval=100, seq_length=8), SourceCounters(()), None, said.append)
@@ -221,7 +221,7 @@ def test_gradients_are_blamed_only_where_the_forward_pass_was_finite(overflows: 
 
 def stopped_at(skipped: str, *, limit: int, scale: float = 1.0, minimum: float = 1.0) -> str:
     """Step and message of the stop of a run; `x` is a skipped step."""
-    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
+    from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor
 
     options = MonitorOptions(
         log_interval=1000, activation_interval=0, max_skipped_steps=limit, min_loss_scale=minimum, seq_length=8

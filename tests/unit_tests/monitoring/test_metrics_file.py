@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kaiyuan.errors import MetricsError
-from megatron_kaiyuan.training.metrics_file import append_metrics, check_metrics_place, read_metrics
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics, check_metrics_place, read_metrics
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_start(tmp_path: Path) -> None:

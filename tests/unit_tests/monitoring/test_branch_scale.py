@@ -26,7 +26,7 @@ def peaks(**headroom: float) -> list[ActivationPeak]:
 
 
 def scale(bits: int, raise_below: float = 8.0) -> tuple[Any, list[int]]:
-    from megatron_kaiyuan.training.branch_scale import BranchScale  # not above: it imports Megatron
+    from megatron_kaiyuan.monitoring.branch_scale import BranchScale  # not above: it imports Megatron
 
     told: list[int] = []
     return BranchScale(bits, raise_below, told.append), told
@@ -117,7 +117,7 @@ def arguments(bits: int, below: float = 8.0, *, fp16: bool = True, interval: int
 def test_a_resumed_run_begins_where_it_had_come(
     now: argparse.Namespace, saved: argparse.Namespace | None, expected: int
 ) -> None:
-    from megatron_kaiyuan.training.branch_scale import branch_scale_of, continue_branch_scale
+    from megatron_kaiyuan.monitoring.branch_scale import branch_scale_of, continue_branch_scale
 
     before = now.kaiyuan_branch_scale_bits
     said = continue_branch_scale(now, saved)
@@ -133,7 +133,7 @@ def test_a_resumed_run_begins_where_it_had_come(
 
 
 def test_without_a_meter_it_is_refused() -> None:
-    from megatron_kaiyuan.training.branch_scale import continue_branch_scale
+    from megatron_kaiyuan.monitoring.branch_scale import continue_branch_scale
 
     with pytest.raises(ConfigError, match="--kaiyuan-activation-interval 0 leaves those after skipped steps"):
         continue_branch_scale(arguments(4, interval=0), None)
@@ -142,9 +142,9 @@ def test_without_a_meter_it_is_refused() -> None:
 
 def monitored(**options: Any) -> tuple[Any, Any, list[str]]:
     """A monitor of a run that has no model, whose scale begins at 0, and what it says."""
-    from megatron_kaiyuan.training.branch_scale import BranchScale
-    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
-    from megatron_kaiyuan.training.source_counters import SourceCounters
+    from megatron_kaiyuan.monitoring.branch_scale import BranchScale
+    from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor
+    from megatron_kaiyuan.monitoring.source_counters import SourceCounters
 
     said: list[str] = []
     branches = BranchScale(options.pop("bits", 0), 8.0, lambda _bits: None)
@@ -153,11 +153,11 @@ def monitored(**options: Any) -> tuple[Any, Any, list[str]]:
 
 
 def test_what_was_skipped_before_a_rise_does_not_stop_the_run_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.unit_tests.training.test_monitor import step
+    from tests.unit_tests.monitoring.test_monitor import step
 
     monitor, branches, said = monitored(max_skipped_steps=3)
     everything = [ActivationPeak(SCALED[2], math.inf)]
-    monkeypatch.setattr("megatron_kaiyuan.training.monitor._gathered", lambda _peaks: [everything])
+    monkeypatch.setattr("megatron_kaiyuan.monitoring.monitor._gathered", lambda _peaks: [everything])
     monkeypatch.setattr(monitor, "_explain_skip", lambda _step: None)
     for iteration in (1, 2, 3):  # the reading of step 2 raises K to 4, that of step 3 to 8
         monitor.after_step(step(iteration, loss_scale=1.0))
@@ -169,7 +169,7 @@ def test_what_was_skipped_before_a_rise_does_not_stop_the_run_after_it(monkeypat
 
 
 def test_a_run_that_began_with_all_bits_is_not_advised_to_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.unit_tests.training.test_monitor import step
+    from tests.unit_tests.monitoring.test_monitor import step
 
     monitor, _, _ = monitored(max_skipped_steps=1, bits=8)
     monkeypatch.setattr(monitor, "_explain_skip", lambda _step: None)
@@ -178,14 +178,14 @@ def test_a_run_that_began_with_all_bits_is_not_advised_to_use_them(monkeypatch: 
 
 
 def test_a_line_has_the_tightest_reading_since_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tests.unit_tests.training.test_monitor import step
+    from tests.unit_tests.monitoring.test_monitor import step
 
     metrics = tmp_path / "metrics.jsonl"
     monitor, branches, _ = monitored(activation_interval=3, metrics=metrics)
     monkeypatch.setattr(monitor.counters, "take", dict)
     headrooms = iter((100.0, 2.0, 32.0))
     monkeypatch.setattr(
-        "megatron_kaiyuan.training.monitor._gathered", lambda _peaks: [peaks(linear_fc2=next(headrooms))]
+        "megatron_kaiyuan.monitoring.monitor._gathered", lambda _peaks: [peaks(linear_fc2=next(headrooms))]
     )
     for iteration in range(1, 11):
         monitor.after_step(step(iteration, skipped=False))
@@ -206,12 +206,12 @@ def rise(_rank: int) -> dict[str, Any]:
     """Entry of `run_distributed`: a model whose second layer overflows at K = 0, through the monitor."""
     import torch
 
-    from megatron_kaiyuan.training.branch_scale import BranchScale
-    from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor
-    from megatron_kaiyuan.training.source_counters import SourceCounters
+    from megatron_kaiyuan.monitoring.branch_scale import BranchScale
+    from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor
+    from megatron_kaiyuan.monitoring.source_counters import SourceCounters
     from tests.unit_tests.model import tiny
     from tests.unit_tests.model.reference import Features, Shape, random_batch
-    from tests.unit_tests.training.test_monitor import step
+    from tests.unit_tests.monitoring.test_monitor import step
 
     tiny.initialize_parallel(1, 1)
     features = Features(qk_norm=True, sandwich=True, softcap=30.0)

@@ -26,10 +26,10 @@ from megatron_kaiyuan.data import band_name
 from megatron_kaiyuan.errors import TrainingStopped
 from megatron_kaiyuan.model.config import MAX_BRANCH_SCALE_BITS
 from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
-from megatron_kaiyuan.training.branch_scale import BranchScale
-from megatron_kaiyuan.training.diagnosis import check_gradients, depth, merged
-from megatron_kaiyuan.training.metrics_file import append_metrics, read_metrics
-from megatron_kaiyuan.training.source_counters import NUM_BANDS, SourceCounters, SourceSums
+from megatron_kaiyuan.monitoring.branch_scale import BranchScale
+from megatron_kaiyuan.monitoring.diagnosis import check_gradients, depth, merged
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics, read_metrics
+from megatron_kaiyuan.monitoring.source_counters import NUM_BANDS, SourceCounters, SourceSums
 
 __all__ = ["MonitorOptions", "RunMonitor", "StepReport"]
 

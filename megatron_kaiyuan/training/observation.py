@@ -9,21 +9,21 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron.training.utils import print_rank_0, print_rank_last
 
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.training import loop_observers
-from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
-from megatron_kaiyuan.training.branch_scale import branch_scale_of
-from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper
-from megatron_kaiyuan.training.held_out_losses import HeldOutLosses
-from megatron_kaiyuan.training.held_out_report import HeldOutReport
-from megatron_kaiyuan.training.metrics_file import (
+from megatron_kaiyuan.monitoring.branch_scale import branch_scale_of
+from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
+from megatron_kaiyuan.monitoring.held_out_report import HeldOutReport
+from megatron_kaiyuan.monitoring.metrics_file import (
     average_path,
     check_metrics_place,
     held_out_path,
     metrics_path,
     read_metrics,
 )
-from megatron_kaiyuan.training.monitor import MonitorOptions, RunMonitor, StepReport
-from megatron_kaiyuan.training.source_counters import SourceCounters
+from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor, StepReport
+from megatron_kaiyuan.monitoring.source_counters import SourceCounters
+from megatron_kaiyuan.training import loop_observers
+from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
+from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper
 
 __all__ = ["build_held_out", "build_monitor"]
 
