@@ -28,6 +28,7 @@ REQUIRES = [
     "tensorboard>=2.16",
     "tokenizers>=0.21",
     "transformers>=4.48",  # megatron-core's HuggingFaceTokenizer
+    "xxhash>=3",  # checksums of checkpoints, at the speed of memory
 ]
 
 # NVIDIA Apex is not here: no package registry holds it (the `apex` that one does hold is something else). It comes

@@ -5,6 +5,7 @@ All of them are raised before any accelerator work starts. `assert` is for our o
 """
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "ConvertError",
     "KaiyuanError",
@@ -25,6 +26,10 @@ class KaiyuanError(ValueError):
 
 class ConfigError(KaiyuanError):
     """Command-line flags or model options that cannot work together."""
+
+
+class CheckpointError(KaiyuanError):
+    """A checkpoint with a file that is damaged, missing, or names something else than data."""
 
 
 class ConvertError(KaiyuanError):

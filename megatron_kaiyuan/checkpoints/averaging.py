@@ -18,20 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.checkpoints.damage import LEGACY_COMMON_STATE, verify
 from megatron_kaiyuan.checkpoints.identity import first_difference
 from megatron_kaiyuan.checkpoints.lineage import comes_from
 from megatron_kaiyuan.checkpoints.parts import LazyTensor, read_rows, row_groups, write_parts
 from megatron_kaiyuan.checkpoints.reading import (
-    LEGACY_COMMON_STATE,
     TRACKER_NAME,
     Checkpoint,
     find_checkpoints,
     iteration_folder,
     new_checkpoint_folder,
     output_conflict,
+    read_tracker,
     saved_iterations,
 )
-from megatron_kaiyuan.checkpoints.recovery import damage, open_intact_checkpoint
+from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
 from megatron_kaiyuan.data.resume import check_resume
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.host.atomic import write_text_atomically
@@ -123,7 +124,7 @@ def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[i
             asked = " ".join(map(str, iterations))
             raise ConfigError(f"--iterations {asked}: {present}; name each of these at most once")
         return _intact(directory, iterations)
-    newest = _newest(directory)
+    newest = read_tracker(directory).iteration
     current = [number for number in found if newest is None or number <= newest]
     count = len(current) if last is None else last
     if not 0 < count <= len(current):
@@ -132,19 +133,12 @@ def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[i
     return _intact(directory, current[-count:])
 
 
-def _newest(directory: Path) -> int | None:
-    """What the tracker says; None where there is none, or where it names no iteration."""
-    tracker = directory / TRACKER_NAME
-    content = tracker.read_text().strip() if tracker.is_file() else ""
-    return int(content) if content.isdigit() else None
-
-
 def _intact(directory: Path, iterations: Sequence[int]) -> list[Checkpoint]:
     chosen = find_checkpoints(directory, iterations)
     for checkpoint in chosen:
-        reason = damage(checkpoint.folder)
-        if reason is not None:
-            raise ConfigError(f"{checkpoint.folder} {reason}; remove the folder, or name --iterations without it")
+        found = verify(checkpoint.folder)
+        if found.damage is not None:
+            raise ConfigError(f"{checkpoint.folder} {found}; remove the folder, or name --iterations without it")
     return chosen
 
 
@@ -266,12 +260,14 @@ def is_average(output: Path, iterations: Sequence[int], kind: str, last: Path) -
         last: Folder of the last of them: an average older than this is one of an earlier run at the same place.
     """
     folder = iteration_folder(output, iterations[-1])
-    if not (folder / MANIFEST_NAME).is_file() or damage(folder) is not None:
+    if not (folder / MANIFEST_NAME).is_file() or verify(folder).damage is not None:
         return False
-    manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    is_this = [part["iteration"] for part in manifest["checkpoints"]] == list(iterations) and manifest[
-        "weights"
-    ] == kind
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+        averaged, weights = [part["iteration"] for part in manifest["checkpoints"]], manifest["weights"]
+    except (ValueError, LookupError, TypeError):  # damaged, and too old to have a checksum
+        return False
+    is_this = averaged == list(iterations) and weights == kind
     made, saved = (path / "metadata.json" for path in (folder, last))
     return is_this and (not saved.is_file() or made.stat().st_mtime >= saved.stat().st_mtime)
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from megatron_kaiyuan.checkpoints.reading import Checkpoint, single_process
+from megatron_kaiyuan.checkpoints.safe_loading import readable
 from megatron_kaiyuan.errors import ConvertError
 
 __all__ = ["LazyTensor", "read_rows", "row_groups", "write_parts"]
@@ -65,7 +66,7 @@ def read_rows(checkpoint: Checkpoint, name: str, first: int, end: int) -> Tensor
     shape, dtype = checkpoint.tensors[name]
     rows = torch.empty((end - first, *shape[1:]), dtype=dtype)
     planner = _RowsPlanner(name, first, rows)
-    with single_process():
+    with single_process(), readable(checkpoint.folder):
         load_checkpoint({name: rows}, storage_reader=checkpoint.reader, planner=planner, no_dist=True)
     if planner.num_read != rows.numel():
         raise ConvertError(

@@ -3,7 +3,7 @@
 A checkpoint is a folder `iter_0001000` of a save directory. Its `.metadata` names every tensor with its whole shape,
 whatever the parallel layout of the run that wrote it, and `torch.distributed.checkpoint` reads any of them whole.
 Objects that are not tensors are copied as stored bytes and never unpickled, but for the common state that holds the
-run's arguments.
+run's arguments; it and `.metadata` are opened as data, see `safe_loading`.
 """
 
 import argparse
@@ -21,24 +21,32 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.checkpoints.checksums import sum_file, write_checksums
+from megatron_kaiyuan.checkpoints.damage import COMMON_STATE, DESCRIPTION_NAME, LEGACY_COMMON_STATE, check_format
+from megatron_kaiyuan.checkpoints.safe_loading import load_object, load_stored, read_metadata, readable
+from megatron_kaiyuan.errors import CheckpointError, ConfigError
 from megatron_kaiyuan.host.atomic import publish_folder
-from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = [
-    "LEGACY_COMMON_STATE",
     "TRACKER_NAME",
     "Checkpoint",
+    "Tracker",
     "find_checkpoints",
     "iteration_folder",
     "new_checkpoint_folder",
     "open_checkpoint",
     "output_conflict",
+    "read_tracker",
     "saved_iterations",
     "single_process",
     "write_checkpoint",
@@ -47,11 +55,8 @@ __all__ = [
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 """File of a save directory that names the iteration Megatron loads."""
 
-LEGACY_COMMON_STATE = "common.pt"
-"""File with the run's arguments and counters in checkpoints of Megatron before 0.19, which keeps them in an object."""
-
-_COMMON_STATE = "common_state/shard_0_1"
-_FOLDER = re.compile(r"iter_(\d{7,})")
+_FOLDER = re.compile(r"iter_([0-9]{7,18})")
+_ITERATION = re.compile(r"[0-9]{1,18}")
 _NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state")
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
@@ -75,7 +80,13 @@ class _CachedReader(FileSystemReader):
 
     @cached_property
     def _metadata(self) -> Metadata:
-        return super().read_metadata()
+        try:
+            metadata = read_metadata(Path(self.path) / ".metadata")
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} {error}") from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
@@ -120,25 +131,32 @@ class Checkpoint:
 
     @cached_property
     def arguments(self) -> argparse.Namespace:
-        """Arguments of the run that wrote the checkpoint; unpickles them, so only for checkpoints of your own.
+        """Arguments of the run that wrote the checkpoint.
 
         Raises:
+            CheckpointError: they are damaged, or name something else than data.
             ConfigError: the checkpoint has none.
         """
-        legacy = self.folder / LEGACY_COMMON_STATE
-        raw = io.BytesIO(legacy.read_bytes()) if legacy.is_file() else self._load_raw([_COMMON_STATE])[_COMMON_STATE]
-        with quiet_megatron_import():  # unpickling imports parts of it
-            stored = torch.load(raw, map_location="cpu", weights_only=False)
-        common = stored if legacy.is_file() else stored[0]
+        common = self._common_state()
         arguments = common.get("args") if isinstance(common, dict) else None
         if not isinstance(arguments, argparse.Namespace):
             raise ConfigError(f"{self.folder}: holds no arguments of a run; it was not written by megatron.training")
         return arguments
 
+    def _common_state(self) -> Any:
+        legacy = self.folder / LEGACY_COMMON_STATE
+        try:
+            if legacy.is_file():
+                return load_object(io.BytesIO(legacy.read_bytes()), LEGACY_COMMON_STATE)
+            stored = load_stored(self._load_raw([COMMON_STATE])[COMMON_STATE], COMMON_STATE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder} {error}") from error
+        return stored[0] if isinstance(stored, list) and stored else None
+
     def load_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Load these tensors whole, on the CPU, in their stored dtype."""
         state = {name: torch.empty(self.tensors[name][0], dtype=self.tensors[name][1]) for name in names}
-        with single_process():
+        with single_process(), readable(self.folder):
             load_checkpoint(state, storage_reader=self.reader, planner=_RawLoadPlanner(False, False), no_dist=True)
         return state
 
@@ -152,7 +170,7 @@ class Checkpoint:
         if missing:
             raise ConfigError(f"{self.folder}: has no {missing[0]}; it was not written by megatron.training")
         state: dict[str, io.BytesIO] = {name: io.BytesIO() for name in names}
-        with single_process():
+        with single_process(), readable(self.folder):
             load_checkpoint(state, storage_reader=self.reader, planner=_RawLoadPlanner(False, False), no_dist=True)
         return state
 
@@ -180,6 +198,25 @@ def saved_iterations(directory: Path) -> list[int]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """What the tracker of a save directory says."""
+
+    text: str | None
+    """None: there is none."""
+
+    @property
+    def iteration(self) -> int | None:
+        """The iteration it names; None where it names none, because it is missing, damaged or `release`."""
+        return int(self.text) if self.text is not None and _ITERATION.fullmatch(self.text) else None
+
+
+def read_tracker(directory: Path) -> Tracker:
+    """Read the tracker of a save directory; bytes that are no text stay visible in what it says."""
+    path = directory / TRACKER_NAME
+    return Tracker(path.read_text(encoding="utf-8", errors="backslashreplace").strip() if path.is_file() else None)
+
+
 def output_conflict(output: Path, iteration: int, *, like: str | None = None) -> str | None:
     """Why a checkpoint may not be written into a save directory and become its latest; None if it may.
 
@@ -194,10 +231,9 @@ def output_conflict(output: Path, iteration: int, *, like: str | None = None) ->
     for other in (iteration_folder(output, number) for number in present):
         if like is None or not (other / like).is_file():
             return f"holds {other.name}, another checkpoint; name a new directory"
-    tracker = output / TRACKER_NAME
-    latest = tracker.read_text().strip() if tracker.is_file() else str(iteration)
-    if latest not in map(str, (iteration, *present)):
-        return f"{TRACKER_NAME} there names {latest!r}, another checkpoint; name a new directory"
+    tracker = read_tracker(output)
+    if tracker.text is not None and tracker.iteration not in (iteration, *present):
+        return f"{TRACKER_NAME} there names {tracker.text!r}, another checkpoint; name a new directory"
     return None
 
 
@@ -223,21 +259,10 @@ def find_checkpoints(directory: Path, iterations: Sequence[int] | None = None) -
 
 
 def _check_format(folder: Path) -> None:
-    description = folder / "metadata.json"
-    if not description.is_file() or not (folder / ".metadata").is_file():
-        raise ConfigError(
-            f"{folder}: no metadata.json or .metadata; it is not a torch_dist checkpoint (--ckpt-format torch_dist), "
-            "or its save did not end: remove the folder"
-        )
     try:
-        backend = json.loads(description.read_text()).get("sharded_backend")
-    except (OSError, ValueError, AttributeError) as error:  # torn, or a list
-        raise ConfigError(
-            f"{folder} has unreadable metadata ({description.name}: {error}); restore it from a copy, or name another "
-            "checkpoint"
-        ) from error
-    if backend != _BACKEND["sharded_backend"]:
-        raise ConfigError(f"{description}: backend {backend!r}; only torch_dist checkpoints can be read")
+        check_format(folder)
+    except CheckpointError as error:
+        raise ConfigError(f"{folder} {error}; restore it from a copy, remove it, or name another checkpoint") from error
 
 
 def write_checkpoint(
@@ -266,14 +291,16 @@ def new_checkpoint_folder(folder: Path, files: Mapping[str, bytes]) -> Iterator[
 
     Args:
         folder: `iter_*` folder; must not exist.
-        files: Small files to put beside, content by name; Megatron's description of the format is added.
+        files: Small files to put beside, content by name; Megatron's description of the format is added, and the
+            checksums of all.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     _remove_files(unfinished)
     unfinished.mkdir(parents=True)
     yield unfinished
-    for name, content in {**files, "metadata.json": json.dumps(_BACKEND).encode()}.items():
+    for name, content in {**files, DESCRIPTION_NAME: json.dumps(_BACKEND).encode()}.items():
         (unfinished / name).write_bytes(content)
+    write_checksums(unfinished, {path.name: sum_file(path) for path in unfinished.iterdir()})
     publish_folder(unfinished, folder)
 
 
@@ -291,13 +318,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ConfigError: there is none, it is not in `torch_dist` format, or its `metadata.json` is torn.
     """
-    tracker = path / TRACKER_NAME
-    folder = path
-    if tracker.is_file():
-        content = tracker.read_text().strip()
-        if not content.isdigit():
-            raise ConfigError(f"{tracker}: says {content!r}, not an iteration; name an iter_* folder")
-        folder = iteration_folder(path, int(content))
+    tracker, folder = read_tracker(path), path
+    if tracker.text is not None:
+        if tracker.iteration is None:
+            raise ConfigError(f"{path / TRACKER_NAME}: says {tracker.text!r}, not an iteration; name an iter_* folder")
+        folder = iteration_folder(path, tracker.iteration)
     match = _FOLDER.fullmatch(folder.name)
     if match is None or not folder.is_dir():
         raise ConfigError(

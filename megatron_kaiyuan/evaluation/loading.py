@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch._C._distributed_c10d import HashStore  # torch.distributed re-exports it without saying so
 
 from megatron_kaiyuan.arguments import defaults_without_optional_kernels
+from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host import cpu_platform
@@ -128,6 +129,7 @@ def read_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.folder}: has no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; "
             "it is of another model than its arguments say"
         )
+    open_checkpoints_as_data()
     state = dist_checkpointing.load(wanted, str(Path(checkpoint.folder)))
     return {name: state[name] for name in wanted}
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from megatron_kaiyuan.checkpoints.averaging import is_average
-from megatron_kaiyuan.checkpoints.reading import TRACKER_NAME, iteration_folder, saved_iterations
+from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_NAME
+from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME
+from megatron_kaiyuan.checkpoints.reading import iteration_folder, read_tracker, saved_iterations
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.atomic import rename_durably
@@ -118,7 +120,9 @@ class CheckpointKeeper:
         """
         folder = iteration_folder(self._directory, iteration)
         if self._writes and folder.is_dir():
-            for path in (folder / "metadata.json", folder / ".metadata", *folder.glob("*.distcp")):
+            for name in (DESCRIPTION_NAME, METADATA_NAME, CHECKSUMS_NAME):
+                (folder / name).unlink(missing_ok=True)
+            for path in folder.glob("*.distcp"):
                 path.unlink(missing_ok=True)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -138,14 +142,13 @@ class CheckpointKeeper:
 
     def _superfluous(self, iteration: int, keep: int) -> list[int]:
         """Older than the newest `keep` complete ones; iterations after the present one are of another attempt."""
-        tracker = self._directory / TRACKER_NAME
-        loaded = tracker.read_text().strip() if tracker.is_file() else ""
+        loaded = read_tracker(self._directory).iteration
         past = [number for number in saved_iterations(self._directory) if number <= iteration]
-        complete = [n for n in past if (iteration_folder(self._directory, n) / "metadata.json").is_file()]
+        complete = [n for n in past if (iteration_folder(self._directory, n) / DESCRIPTION_NAME).is_file()]
         if len(complete) <= keep:
             return []
         oldest = complete[-keep]
-        return [number for number in past if number < oldest and not self.protects(number) and str(number) != loaded]
+        return [number for number in past if number < oldest and not self.protects(number) and number != loaded]
 
     def _set_aside(self, iteration: int) -> Path:
         """At once and as a whole: what is left of a deletion that is interrupted is no checkpoint."""

@@ -1,6 +1,7 @@
 """The changes made to Megatron 0.19 from outside, all of them, each with its reason; everything else uses its hooks.
 
-But for those of `loop_observers.py`, which change nothing and listen.
+But for those of `loop_observers.py`, which change nothing and listen, and those to the files of checkpoints, in
+`checkpoints/megatron_files.py`.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from megatron_kaiyuan.arguments import (
 )
 from megatron_kaiyuan.checkpoints.identity import check_same_run, store_tokenizer
 from megatron_kaiyuan.checkpoints.lineage import store_start
+from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data, write_checkpoints_to_stay
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.host import cpu_platform
@@ -76,6 +77,7 @@ def run_pretraining() -> None:
     if args.exit_signal_handler:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             compat.exit_on_signal_too(number)
+    write_checkpoints_to_stay(args)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()
@@ -102,6 +104,7 @@ def run_pretraining() -> None:
 
 def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | None, Start]:
     """Arguments as Megatron validated them, the plan if there is one, arguments of the run to continue, the start."""
+    open_checkpoints_as_data()
     defaults = _platform_defaults()
     first_look = parse(defaults)
     plan = None if first_look.plan is None else Plan.load(first_look.plan)

@@ -1,0 +1,184 @@
+"""Checksums of every file of a checkpoint, written with it: `checksums.json`.
+
+XXH3 with 128 bits finds damage, by disks, networks and copies, at the speed of memory: a changed file passes with a
+chance of 2^-128. It is no signature: who may write the files may write their checksums too.
+
+Each rank sums up the files that it wrote, when and where it wrote them, so that no file travels twice, and leaves the
+result beside the file. Rank 0 collects them before `metadata.json` and the tracker say that the checkpoint is whole.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_kaiyuan.errors import CheckpointError
+from megatron_kaiyuan.host.atomic import write_text_atomically
+
+__all__ = [
+    "CHECKSUMS_ARGUMENT",
+    "CHECKSUMS_NAME",
+    "FileSum",
+    "collect_sums",
+    "find_difference",
+    "read_checksums",
+    "sum_bytes",
+    "sum_file",
+    "write_and_sum",
+    "write_checksums",
+]
+
+CHECKSUMS_NAME = "checksums.json"
+"""File of a checkpoint that says what the others hold; a checkpoint of stock Megatron has none."""
+CHECKSUMS_ARGUMENT = "kaiyuan_checksums"
+"""Argument of a run, true where its checkpoints are written with checksums: without them such a one is damaged."""
+_BUFFER = 1 << 20
+_THREADS = 4
+"""Files read at a time; reading and summing up release Python's lock."""
+
+
+class FileSum(BaseModel):
+    """What a file holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: int
+    xxh3_128: str
+
+
+class _Checksums(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal["megatron_kaiyuan.checksums/1"] = "megatron_kaiyuan.checksums/1"
+    files: dict[str, FileSum]
+
+
+def sum_bytes(content: bytes) -> FileSum:
+    """Sum up a file that holds `content`."""
+    return FileSum(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+
+
+def sum_file(path: Path, progress: Callable[[int], None] = lambda _bytes: None) -> FileSum:
+    """Read a file and sum it up.
+
+    Args:
+        path: The file.
+        progress: Called with the bytes of each step.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    total, state = 0, xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_BUFFER))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            state.update(buffer[:count])
+            total += count
+            progress(count)
+    return FileSum(bytes=total, xxh3_128=state.hexdigest())
+
+
+def write_checksums(folder: Path, sums: Mapping[str, FileSum]) -> None:
+    """Write `checksums.json` into a checkpoint.
+
+    Args:
+        folder: Of the checkpoint.
+        sums: By file name; all files that loading reads.
+    """
+    content = _Checksums(files=dict(sorted(sums.items())))
+    write_text_atomically(folder / CHECKSUMS_NAME, content.model_dump_json() + "\n")
+
+
+def read_checksums(folder: Path) -> dict[str, FileSum] | None:
+    """Read the checksums of a checkpoint by file name; None where it has none.
+
+    Raises:
+        CheckpointError: they are damaged.
+        OSError: they cannot be read.
+    """
+    path = folder / CHECKSUMS_NAME
+    try:
+        return _Checksums.model_validate_json(path.read_bytes()).files
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise CheckpointError(f"has a {CHECKSUMS_NAME} that is unreadable ({reason})") from error
+
+
+def find_difference(
+    folder: Path, sums: Mapping[str, FileSum], progress: Callable[[int], None] = lambda _bytes: None
+) -> tuple[str, str] | None:
+    """Compare files with their checksums.
+
+    Args:
+        folder: Of the checkpoint.
+        sums: The files to read, by name.
+        progress: Called with the bytes of each step, from several threads.
+
+    Returns:
+        Name of a file and what is wrong with it, beginning with "has"; None where all are as they were saved.
+    """
+    for name, expected in sums.items():  # sizes first: a short file is found at once
+        if wrong := _wrong_size(folder / name, expected):
+            return name, wrong
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        wrongs = pool.map(lambda item: _wrong_content(folder / item[0], item[1], progress), sums.items())
+        return next(((name, wrong) for name, wrong in zip(sums, wrongs, strict=True) if wrong), None)
+
+
+def _wrong_size(path: Path, expected: FileSum) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"has no {path.name}"
+    except OSError as error:
+        return f"has a {path.name} that cannot be read ({error.strerror})"
+    return None if size == expected.bytes else f"has {size:,} instead of {expected.bytes:,} bytes in {path.name}"
+
+
+def _wrong_content(path: Path, expected: FileSum, progress: Callable[[int], None]) -> str | None:
+    try:
+        found = sum_file(path, progress)
+    except OSError as error:
+        return f"has a {path.name} that cannot be read ({error.strerror})"
+    return None if found == expected else f"has other bytes in {path.name} than were saved (checksum)"
+
+
+def write_and_sum(write: Callable[..., Any], paths: Sequence[Path], *args: Any, **kwargs: Any) -> Any:
+    """Call `write`, then leave the checksum of each file it wrote beside it, for `collect_sums`.
+
+    It may run in a process of its own. A file that cannot be read is left to whoever collects.
+
+    Args:
+        write: Writes the files.
+        paths: What it writes.
+        *args: Handed on.
+        **kwargs: Handed on.
+    """
+    result = write(*args, **kwargs)
+    with contextlib.suppress(OSError):
+        for path in paths:
+            _left_beside(path).write_text(sum_file(path).model_dump_json())
+    return result
+
+
+def collect_sums(paths: Iterable[Path]) -> dict[str, FileSum]:
+    """Return the checksum of each file by its name, as left by `write_and_sum`, or else by reading it."""
+    found = {}
+    for path in paths:
+        left = _left_beside(path)
+        try:
+            found[path.name] = FileSum.model_validate_json(left.read_bytes())
+        except (OSError, ValidationError):
+            found[path.name] = sum_file(path)
+        left.unlink(missing_ok=True)
+    return found
+
+
+def _left_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sum")
