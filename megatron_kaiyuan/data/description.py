@@ -10,6 +10,7 @@ from megatron_kaiyuan.data.constraints import bounded_shares, describe_bound, do
 from megatron_kaiyuan.data.interleave import prefix_bound
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan_phases import PhaseSourceSpec
 from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.quality import QUALITY_COLUMNS, quality_over_run
 from megatron_kaiyuan.data.stream import Stream
@@ -82,7 +83,8 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
     used = int(phase.used[number])
     return {
         "draw": phase.spec.sources[name].draw,
-        "keep": str(phase.spec.sources[name].keep),
+        "from": phase.spec.sources[name].start,
+        "keep": _kept(phase.spec.sources[name]),
         "repeat": float(stream.repeat),
         "order": "ascending quality" if stream.ascending else "random",
         "documents": stream.selected.num_documents,
@@ -93,15 +95,22 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "epochs": used * stream.seq_length / stream.selected.num_tokens,
         "shown": _times_shown(version, stream, used),
         "bands": stream.num_bands if stream.ascending else None,
-        "windows_left_out": stream.num_windows - used,
+        "windows_left_out": stream.available - used,
         "tokens_left_over": stream.leftover,
         "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
     }
 
 
+def _kept(part: PhaseSourceSpec) -> str:
+    """The selection in words, as the plan gives it."""
+    if part.start == "unseen":
+        return "what is unseen"
+    return part.draw if part.draw is not None and part.rest_of else str(part.keep)
+
+
 def _times_shown(version: int, stream: Stream, used: int) -> list[dict[str, int]] | None:
-    """Tokens of the selection by how often the phase shows them; None where all passes are thinned (version 1)."""
-    total, shown = stream.selected.num_tokens, used * stream.seq_length
+    """Tokens of the selection by how often it and the phases that it goes on with show them; None: cannot be told."""
+    total, shown = stream.selected.num_tokens, (stream.seen.windows + used) * stream.seq_length
     if version == 1 and stream.ascending and stream.num_passes > 1 and used < stream.num_windows:
         return None
     times, more = divmod(shown, total)

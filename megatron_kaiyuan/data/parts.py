@@ -98,9 +98,12 @@ def build_stream(part: Part) -> Stream:
 
 def fitted_stream(part: Part, stream: Stream, used: int) -> Stream:
     """The stream with as many passes as `used` windows of it need, at least one of them where it has a whole one."""
-    if used == stream.num_windows or (used < stream.num_windows and (part.even or not stream.ascending)):
+    shown = stream.seen.windows + used
+    if shown == stream.num_windows or (shown < stream.num_windows and (part.even or not stream.ascending)):
         return stream
-    whole, missing = divmod(used * stream.seq_length + 1, stream.selected.num_tokens)
+    if stream.seen.windows and stream.ascending:
+        return stream  # one pass, of which earlier phases have shown some: the rest is thinned
+    whole, missing = divmod(shown * stream.seq_length + 1, stream.selected.num_tokens)
     if not stream.ascending:  # cut short within its last pass, which a longer budget would go on with
         return replace(stream, whole_passes=whole + (1 if missing else 0), extra=None)
     if whole == 0 and used < stream.num_windows:  # less than one pass: what there is of it is thinned evenly

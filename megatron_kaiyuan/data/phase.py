@@ -1,28 +1,19 @@
 """A phase with its sources opened: which stream each source contributes, and how the streams are merged."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.interleave import merged_block, merged_sample, prefix_counts
-from megatron_kaiyuan.data.opened import OpenedSource
-from megatron_kaiyuan.data.parts import Part, build_stream, fitted_stream
-from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSpec, PlanSpec
-from megatron_kaiyuan.data.stream import Stream, thinned
-from megatron_kaiyuan.errors import PlanError
-from megatron_kaiyuan.host.threads import side_by_side
-from megatron_kaiyuan.shards.source import sources_at_once
+from megatron_kaiyuan.data.interleave import merged_block, merged_sample
+from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSpec
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.data.unseen import thinned
 
-__all__ = ["Phase", "build_phase"]
+__all__ = ["Phase"]
 
-_MOST_SAMPLES = 1 << 45  # beyond, interleave.py would round positions too coarsely
-_MOST_TOKENS = 1 << 62
 _FEW = 16  # samples of a shuffled stream; below, plain integers are faster than arrays
 _FEW_STREAMS = 48  # likewise for the merge of one sample
 
@@ -61,6 +52,9 @@ class Phase:
         numbers, samples = merged_block(self.rates, start, stop)
         ascending, available = self._stream_facts
         windows = thinned(samples, self.used[numbers], available[numbers])  # of ascending streams; others follow
+        for number in self._lifted:
+            where = np.flatnonzero(numbers == number)
+            windows[where] = self.stream_list[number].seen.lifted(windows[where])
         shuffled = np.flatnonzero(~ascending[numbers])
         by_stream = shuffled[np.argsort(numbers[shuffled], kind="stable")]
         firsts = np.flatnonzero(np.diff(numbers[by_stream], prepend=-1))
@@ -103,77 +97,11 @@ class Phase:
 
     @cached_property
     def _stream_facts(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Whether each stream is ascending, and its windows; `[streams]` each."""
+        """Whether each stream is ascending, and the windows that it may show; `[streams]` each."""
         ascending = np.array([stream.ascending for stream in self.stream_list])
-        return ascending, np.array([stream.num_windows for stream in self.stream_list], dtype=np.int64)
+        return ascending, np.array([stream.available for stream in self.stream_list], dtype=np.int64)
 
-
-def build_phase(spec: PhaseSpec, plan: PlanSpec, sources: Mapping[str, OpenedSource], first_sample: int) -> Phase:
-    """Resolve the selections, repetitions and the token budget of a phase.
-
-    Raises:
-        PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
-    """
-    parts = [Part(plan, spec.name, spec.order, name, part, sources[name]) for name, part in spec.sources.items()]
-    most_at_once = sources_at_once(part.source.source for part in parts)
-    streams = side_by_side(build_stream, parts, most=most_at_once)
-    _refuse_too_many(spec, streams, plan.seq_length)
-    natural = np.array([stream.num_windows for stream in streams], dtype=np.int64)
-    weights = [part.weight for part in spec.sources.values()]
-    rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)
-    num_samples = int(natural.sum()) if spec.tokens is None else spec.tokens // plan.seq_length
-    if num_samples == 0:
-        raise PlanError(
-            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {plan.seq_length}; "
-            "raise it"
-        )
-    used = prefix_counts(rates, num_samples)
-    most = [_most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
-    for part, stream, count, limit in zip(parts, streams, used.tolist(), most, strict=True):
-        if count > limit:
-            _refuse_budget(spec, part.name, stream, count, _largest_budget(rates, most, num_samples))
-        if count == 0:
-            raise PlanError(
-                f"phase {spec.name!r}, source {part.name!r}: a budget of {num_samples:,} samples is too small to show "
-                "it even once; raise tokens, or leave the source out of the phase"
-            )
-    fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
-    return Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
-
-
-def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int) -> None:
-    """More samples than the merge can place exactly, or more tokens than 64 bits count."""
-    tokens = max(sum(stream.num_tokens for stream in streams), spec.tokens or 0)
-    if tokens // seq_length > _MOST_SAMPLES or tokens > _MOST_TOKENS:
-        raise PlanError(
-            f"phase {spec.name!r}: {tokens:,} tokens are {tokens // seq_length:,} samples of {seq_length:,}; a phase "
-            f"has at most {_MOST_SAMPLES:,} samples and {_MOST_TOKENS:,} tokens: lower repeat or tokens, or make "
-            "several phases of it"
-        )
-
-
-def _most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
-    """How many windows of a stream a budget may ask for."""
-    stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
-    return max(stream.num_windows, stretched // stream.seq_length)
-
-
-def _largest_budget(rates: NDArray[np.float64], most: Sequence[int], samples: int) -> int:
-    """The largest number of samples below `samples` that asks no stream for more than it may show."""
-    low, high = 0, samples
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if np.all(prefix_counts(rates, middle) <= most) else (low, middle)
-    return low
-
-
-def _refuse_budget(spec: PhaseSpec, name: str, stream: Stream, used: int, largest_budget: int) -> NoReturn:
-    needed = Fraction(used * stream.seq_length + 1, stream.selected.num_tokens)
-    allowed = spec.sources[name].max_repeat
-    limit = "" if allowed is None else f", above its max_repeat {float(allowed):g}"
-    raise PlanError(
-        f"phase {spec.name!r}: tokens {spec.tokens:,} asks source {name!r} for {used * stream.seq_length:,} tokens, "
-        f"its selection x{float(stream.repeat):g} has {stream.num_windows * stream.seq_length:,}: that is "
-        f"{float(needed):.4g} passes{limit}. Lower the phase's tokens to {largest_budget * stream.seq_length:,}, or "
-        f"set sources.{name}.max_repeat to at least {math.ceil(needed * 100) / 100:.2f}"
-    )
+    @cached_property
+    def _lifted(self) -> list[int]:
+        """Ascending streams that go on with what earlier phases left, by number; mostly none."""
+        return [number for number, stream in enumerate(self.stream_list) if stream.ascending and stream.seen.levels]

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_kaiyuan.data.build_phase import build_phase
 from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_sources
-from megatron_kaiyuan.data.phase import Phase, build_phase
+from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_rules import check_first_version, otherwise_in_second
 from megatron_kaiyuan.data.plan_schema import (
     AveragingSpec,
@@ -66,8 +67,7 @@ class Plan:
             check_tokenizers(opened, spec.tokenizer)
         phases: list[Phase] = []
         for phase in spec.phases:
-            first = phases[-1].first_sample + phases[-1].num_samples if phases else 0
-            phases.append(build_phase(phase, spec, opened, first))
+            phases.append(build_phase(phase, spec, opened, phases))
         check_domain_bounds(spec, phases)
         return cls(spec, opened, phases)
 

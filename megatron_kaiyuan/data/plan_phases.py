@@ -41,6 +41,8 @@ class PhaseSourceSpec(Strict):
     """Share of the phase's tokens, relative to the other weights; None: the natural size of the stream."""
     sorted: bool = True
     """In a curriculum: ascending quality (True) or random order (False)."""
+    start: Literal["all", "unseen"] = Field(default="all", alias="from")
+    """`unseen`: go on with the source where the phases before this one stopped."""
     draw: DrawName | None = None
     """`NAME`: a random part that is the same wherever the name stands; `rest of NAME`: all documents but those."""
     repeat_order: Literal["ranked", "passes"] = "ranked"

@@ -20,7 +20,7 @@ __all__ = ["check_resume", "order_record", "version_of_record"]
 
 _FORMATS = {1: "megatron_kaiyuan.order/1", 2: "megatron_kaiyuan.order/2"}
 """By the version of the plan."""
-_OPTIONAL = {"held_out_elsewhere"}  # only records of sources that have such documents hold it
+_OPTIONAL = {"held_out_elsewhere", "seen"}  # only records of sources that have such documents, or such a past
 
 
 def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:
@@ -73,8 +73,11 @@ def _stream_record(
 
 
 def _second_record(phase: Phase, name: str, stream: Stream) -> dict[str, Any]:
-    """What version 2 adds: named draws, and the bands in which an ascending stream repeats."""
-    return {"draw": phase.spec.sources[name].draw, "bands": stream.num_bands}
+    """What version 2 adds: named draws, bands of repetition, and what earlier phases have shown."""
+    part = phase.spec.sources[name]
+    levels = [list(level) for level in stream.seen.levels]
+    seen = {"seen": [levels, stream.seen.samples]} if part.start == "unseen" else {}
+    return {"draw": part.draw, "bands": stream.num_bands} | seen
 
 
 def version_of_record(record: Mapping[str, Any]) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.invented_lengths import InventedLengths
 from megatron_kaiyuan.data.opened import OpenedSource, leave_out_elsewhere
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
+from megatron_kaiyuan.documents.invented_lengths import InventedLengths
 from megatron_kaiyuan.documents.order import Pieces, block_size
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.errors import PlanError

@@ -13,20 +13,18 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.unseen import NOTHING, Seen, thinned
 from megatron_kaiyuan.documents.order import Pieces
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.shards.source import Segment
 
-__all__ = ["Stream", "thinned"]
+__all__ = ["Stream"]
 
-_SAFE = isqrt(2**63 - 1)
-"""3.04e9, the largest number whose square is an int64."""
 _KEPT_PASSES = 8
 """Passes whose permutation is kept; a small one is a table."""
 
@@ -60,6 +58,8 @@ class Stream:
     key: int
     num_bands: int = 1
     """Bands of an ascending selection, equal in documents, that are repeated one after another; 1: pass by pass."""
+    seen: Seen = NOTHING
+    """What earlier phases have shown of it; this one goes on with the rest."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -70,6 +70,11 @@ class Stream:
     def num_windows(self) -> int:
         """Windows of all passes."""
         return max(0, (self.num_tokens - 1) // self.seq_length)
+
+    @property
+    def available(self) -> int:
+        """Windows that no earlier phase has shown."""
+        return self.num_windows - self.seen.windows
 
     @property
     def leftover(self) -> int:
@@ -114,7 +119,10 @@ class Stream:
                 stays; a shuffled one is cut short, which leaves out a random part.
         """
         if self.ascending:
-            return thinned(samples, used, self.num_windows)
+            return self.seen.lifted(thinned(samples, used, self.available))
+        samples = samples + self.seen.samples
+        if self.seen.levels:
+            return self.seen.lifted(self._rest_permutation.many(samples))
         result = samples.copy()  # sample j of a shuffled stream lies in the pass of window j
         passes = self.pass_of_window(samples)
         within = samples - self.pass_windows[passes]
@@ -127,7 +135,10 @@ class Stream:
     def window(self, sample: int, used: int) -> int:
         """`windows` for one sample, in plain integers: faster for random access."""
         if self.ascending:
-            return (sample + 1) * self.num_windows // used - 1
+            return self.seen.lifted_one((sample + 1) * self.available // used - 1)
+        sample += self.seen.samples
+        if self.seen.levels:
+            return self.seen.lifted_one(self._rest_permutation(sample))
         firsts, inner = self._pass_lists
         number = bisect_right(firsts, sample) - 1
         first = firsts[number]
@@ -245,6 +256,11 @@ class Stream:
         return found
 
     @cached_property
+    def _rest_permutation(self) -> KeyedPermutation:
+        """Of what ascending phases left, in one pass."""
+        return KeyedPermutation(self.available + self.seen.samples, derive_key(self.key, "rest"))
+
+    @cached_property
     def _pass_lists(self) -> tuple[list[int], list[int]]:
         """`pass_windows` and `_inner_windows` as plain integers: several times faster for one sample."""
         return self.pass_windows.tolist(), self._inner_windows.tolist()
@@ -252,37 +268,3 @@ class Stream:
     @cached_property
     def _permutations(self) -> dict[int, KeyedPermutation]:
         return {}
-
-
-def thinned(
-    samples: NDArray[np.int64], used: int | NDArray[np.int64], available: int | NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """`(j + 1) * available // used - 1` without overflow: even gaps, and the last sample shows the last window.
-
-    Args:
-        samples: sample numbers `j`, `0 <= j < used`, int64 `[n]`.
-        used: samples of the stream, below 2**61; for all, or int64 `[n]`.
-        available: windows of the stream; for all, or int64 `[n]`.
-    """
-    counts = samples + 1
-    quotient, remainder = np.divmod(available, used)
-    if int(np.max(used, initial=0)) <= _SAFE:  # count * remainder < used**2 < 2**63
-        return counts * quotient + counts * remainder // used - 1
-    return counts * quotient + _scaled(counts, remainder, used) - 1
-
-
-def _scaled(
-    counts: NDArray[np.int64], remainder: int | NDArray[np.int64], used: int | NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """`counts * remainder // used`, for counts up to `used` and `remainder < used < 2**61`, int64 `[n]`.
-
-    Long division: the remainder is taken in digits, the highest first, each so short that no product overflows.
-    """
-    digit_bits = 62 - int(np.max(used)).bit_length()
-    digits = -(-int(np.max(remainder)).bit_length() // digit_bits)
-    result = rest = np.zeros_like(counts)
-    for number in range(digits - 1, -1, -1):
-        digit = (remainder >> (number * digit_bits)) & ((1 << digit_bits) - 1)
-        whole, rest = np.divmod((rest << digit_bits) + counts * digit, used)  # two numbers below 2**62
-        result = (result << digit_bits) + whole
-    return result

@@ -63,3 +63,12 @@ def test_a_named_draw_is_what_its_example_says():
         phase["sources"]["web"] = "random 20%"
     apart = [phase.streams["web"].selected for phase in Plan.from_spec(with_phases(phases[:2]), simulate=True).phases]
     assert abs(apart[0].common_with(apart[1]).num_documents - 40_000) < 5 * 130 * 8, "64 neighbours a block: 8 times"
+
+
+def test_what_is_unseen_is_what_its_example_says():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "first")
+    told = told_of(with_phases(phases))
+    rows = [phase["sources"]["web"] for phase in told["phases"]]
+    assert [row["samples"] for row in rows] == [500_000, 250_000, 249_999, 1_000_000]
+    assert times_shown(rows[1]) == "25.0% never, 75.0% once"
+    assert [times_shown(row) for row in rows[2:]] == ["100.0% once", "100.0% twice"]

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan
-from megatron_kaiyuan.data.invented_lengths import GROUP
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec
 from megatron_kaiyuan.data.simulation import SimulatedOrder, SimulatedSource
+from megatron_kaiyuan.documents.invented_lengths import GROUP
 from megatron_kaiyuan.documents.order import RankedOrder, StorageOrder
 from megatron_kaiyuan.errors import PlanError
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.data.stream import thinned
+from megatron_kaiyuan.data.unseen import thinned
 
 SAFE = 3_037_000_499  # the largest whole number whose square is below 2**63
 MOST = 2**61

@@ -1,0 +1,104 @@
+"""Resolving a phase: its parts become streams, and its token budget says how much of each it shows."""
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.continued import continued_stream
+from megatron_kaiyuan.data.interleave import prefix_counts
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.parts import Part, build_stream, fitted_stream
+from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan_phases import PhaseSpec
+from megatron_kaiyuan.data.plan_schema import PlanSpec
+from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.source import sources_at_once
+
+__all__ = ["build_phase"]
+
+_MOST_SAMPLES = 1 << 45  # beyond, interleave.py would round positions too coarsely
+_MOST_TOKENS = 1 << 62
+
+
+def build_phase(
+    spec: PhaseSpec, plan: PlanSpec, sources: Mapping[str, OpenedSource], earlier: Sequence[Phase]
+) -> Phase:
+    """Resolve the selections, repetitions and the token budget of a phase.
+
+    Raises:
+        PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
+    """
+    parts = [Part(plan, spec.name, spec.order, name, part, sources[name]) for name, part in spec.sources.items()]
+    most_at_once = sources_at_once(part.source.source for part in parts)
+    streams = side_by_side(
+        lambda part: continued_stream(part, earlier) if part.spec.start == "unseen" else build_stream(part),
+        parts,
+        most=most_at_once,
+    )
+    _refuse_too_many(spec, streams, plan.seq_length)
+    natural = np.array([stream.available for stream in streams], dtype=np.int64)
+    weights = [part.weight for part in spec.sources.values()]
+    rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)
+    num_samples = int(natural.sum()) if spec.tokens is None else spec.tokens // plan.seq_length
+    if num_samples == 0:
+        raise PlanError(
+            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {plan.seq_length}; "
+            "raise it"
+        )
+    used = prefix_counts(rates, num_samples)
+    most = [_most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
+    for part, stream, count, limit in zip(parts, streams, used.tolist(), most, strict=True):
+        if count > limit:
+            _refuse_budget(spec, part.name, stream, count, _largest_budget(rates, most, num_samples))
+        if count == 0:
+            raise PlanError(
+                f"phase {spec.name!r}, source {part.name!r}: a budget of {num_samples:,} samples is too small to show "
+                "it even once; raise tokens, or leave the source out of the phase"
+            )
+    fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
+    first_sample = earlier[-1].first_sample + earlier[-1].num_samples if earlier else 0
+    return Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
+
+
+def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int) -> None:
+    """More samples than the merge can place exactly, or more tokens than 64 bits count."""
+    tokens = max(sum(stream.num_tokens for stream in streams), spec.tokens or 0)
+    if tokens // seq_length > _MOST_SAMPLES or tokens > _MOST_TOKENS:
+        raise PlanError(
+            f"phase {spec.name!r}: {tokens:,} tokens are {tokens // seq_length:,} samples of {seq_length:,}; a phase "
+            f"has at most {_MOST_SAMPLES:,} samples and {_MOST_TOKENS:,} tokens: lower repeat or tokens, or make "
+            "several phases of it"
+        )
+
+
+def _most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
+    """How many windows of a stream a budget may ask for."""
+    stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
+    return max(stream.num_windows, stretched // stream.seq_length) - stream.seen.windows
+
+
+def _largest_budget(rates: NDArray[np.float64], most: Sequence[int], samples: int) -> int:
+    """The largest number of samples below `samples` that asks no stream for more than it may show."""
+    low, high = 0, samples
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if np.all(prefix_counts(rates, middle) <= most) else (low, middle)
+    return low
+
+
+def _refuse_budget(spec: PhaseSpec, name: str, stream: Stream, used: int, largest_budget: int) -> NoReturn:
+    needed = Fraction(used * stream.seq_length + 1, stream.selected.num_tokens)
+    allowed = spec.sources[name].max_repeat
+    limit = "" if allowed is None else f", above its max_repeat {float(allowed):g}"
+    raise PlanError(
+        f"phase {spec.name!r}: tokens {spec.tokens:,} asks source {name!r} for {used * stream.seq_length:,} tokens, "
+        f"its selection x{float(stream.repeat):g} has {stream.num_windows * stream.seq_length:,}: that is "
+        f"{float(needed):.4g} passes{limit}. Lower the phase's tokens to {largest_budget * stream.seq_length:,}, or "
+        f"set sources.{name}.max_repeat to at least {math.ceil(needed * 100) / 100:.2f}"
+    )
