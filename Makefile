@@ -1,12 +1,18 @@
 # `make` lists the commands. Each one prepares .venv first (tools/dev/env.sh), which does nothing when it is ready.
 SHELL := /bin/bash
-PYTHON_IN_VENV := .venv/bin/python
+# KAIYUAN_PYTHON names a Python that has torch already, as in NVIDIA's containers: nothing is installed then.
+PYTHON_IN_VENV := $(or $(KAIYUAN_PYTHON),.venv/bin/python)
+ifdef KAIYUAN_PYTHON
+export KAIYUAN_PYTHON
+export KAIYUAN_IGNORE_VENV := 1
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
 # One thread a process: the tests and the demo start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test lint format types check check-slow clean distclean
+.PHONY: help env demo test gpu-check lint format types check check-slow clean distclean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -14,11 +20,17 @@ help:  ## list the commands
 env:  ## prepare .venv: find Python 3.12, create, install
 	@bash tools/dev/env.sh
 
+test check-slow gpu-check: export KAIYUAN_TESTS := 1
+
 demo: env  ## the main job on real text in minutes, on two CPU cores
 	@$(PYTHON_IN_VENV) examples/demo/run_demo.py $(ARGS)
 
-test: env  ## the tests, two files at a time; choose some with ARGS="-k name"
+test: env  ## the tests, two files at a time, and those of a GPU where there is one; choose some with ARGS="-k name"
+	@$(if $(ARGS),,$(PYTHON_IN_VENV) tools/dev/gpu_check.py --where-there-is-one --without-throughput)
 	@$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+gpu-check: env  ## what only a GPU shows, one line a check, and a row of throughput; ARGS="-k name"
+	@$(PYTHON_IN_VENV) tools/dev/gpu_check.py $(ARGS)
 
 lint: env  ## ruff: rules and formatting
 	@$(PYTHON_IN_VENV) -m ruff check .

@@ -11,9 +11,9 @@ from typing import Any
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: object, timeout: float = 120.0) -> list[Any]:
-    """Call `function(rank, *args)` in `world_size` fresh processes that form one gloo group.
+    """Call `function(rank, *args)` in `world_size` fresh processes that form one group: gloo, or NCCL if GPUs are seen.
 
-    Each process has one thread and, where there is no CUDA, the CPU platform, installed before Megatron is imported.
+    Each process has one thread and a GPU of its own, or the CPU platform, installed before Megatron is imported.
     `function` must be defined at the top level of a module, and its arguments and results must pickle.
 
     Args:
@@ -123,8 +123,12 @@ def _join_group() -> None:
     from megatron_kaiyuan.host import cpu_platform
 
     torch.set_num_threads(1)
-    cpu_platform.install()
-    torch.distributed.init_process_group("gloo")
+    if cpu_platform.install():
+        torch.distributed.init_process_group("gloo")
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl", device_id=device)
 
 
 def _leave_group() -> None:

@@ -130,7 +130,8 @@ def _is_cuda(device: object) -> bool:
     """Whether `device` names a CUDA device; a bare integer always does."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+    number = isinstance(device, int) and not isinstance(device, bool)  # `non_blocking` comes beside the device
+    return number or (isinstance(device, str) and device.startswith("cuda"))
 
 
 class _NoStream:

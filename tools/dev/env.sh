@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv ready: finds Python 3.12 or later, creates the environment, installs what setup.py asks for in the
 # versions of constraints.txt. Run again, it sees that nothing changed and does nothing. PYTHON=... names the Python.
+# KAIYUAN_PYTHON=... names one to be used as it is, without .venv.
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
@@ -109,8 +110,16 @@ install() {
     rm -f "$UNFINISHED"
 }
 
+# A Python that is given keeps its packages: what it lacks is named, and nothing is installed.
+check_given_python() {
+    is_new_enough "$KAIYUAN_PYTHON" ||
+        fail "KAIYUAN_PYTHON=$KAIYUAN_PYTHON does not run or is older than Python 3.12; name another one."
+    exec "$KAIYUAN_PYTHON" tools/dev/versions.py ${KAIYUAN_TESTS:+--tests}
+}
+
 main() {
     local started=$SECONDS
+    [ -z "${KAIYUAN_PYTHON:-}" ] || check_given_python
     if is_ready; then
         printf 'env: %s is ready, nothing to install\n' "$VENV"
         return

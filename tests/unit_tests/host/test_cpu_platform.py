@@ -117,6 +117,8 @@ def _answers(rank: int) -> None:
         torch.ones(2, device=torch.cuda.current_device()),
         torch.arange(2, device=torch.device("cuda", 0)),
         torch.zeros(2).to("cuda"),
+        torch.zeros(2).to("cuda", torch.float16, True),
+        torch.nn.Linear(2, 2).to("cuda", torch.float16).weight,
         torch.zeros(2).to(torch.device("cuda:0")),
         torch.zeros(2).to(device="cuda", dtype=torch.float16),
         torch.zeros(2).cuda(0),

@@ -1,7 +1,5 @@
 """Norms, rotation and SwiGLU against float64, values and gradients, also at the end of FP16."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,50 +9,11 @@ from torch import Tensor
 from megatron_kaiyuan.kernels.qk_norm_rope import qk_norm_rope
 from megatron_kaiyuan.kernels.rms_norm import add_rms_norm, residual_rms_norm
 from megatron_kaiyuan.kernels.swiglu import swiglu
+from tests.unit_tests.kernels.exact import EPS, assert_close, exact_norm, exact_query_key_value, exact_swiglu, leaf
 
-EPS = 1e-6
 SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 pytestmark = pytest.mark.usefixtures("implementation")
-
-
-def exact_norm(x: Tensor, gain: Tensor) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * gain
-
-
-def exact_rotation(heads: Tensor, angles: Tensor) -> Tensor:
-    """The complex number (first half + i second half) times e^(i angle)."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    return torch.cat((turned.real, turned.imag), dim=-1)
-
-
-def assert_close(
-    call: Callable[..., tuple[Tensor, ...]],
-    exact: Callable[..., tuple[Tensor, ...]],
-    *leaves: Tensor,
-    inner_error: float = 0.0,
-) -> None:
-    """Outputs and gradients of all leaves within a few roundings of their largest value.
-
-    Args:
-        inner_error: What the FP32 arithmetic inside may lose besides, in units of that largest value.
-    """
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    outputs, expected = call(*leaves), exact(*wide)
-    weights = [torch.randn(output.shape, generator=torch.Generator().manual_seed(7)) for output in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, [w.to(o.dtype) for w, o in zip(weights, outputs, strict=True)])
-    wanted = torch.autograd.grad(
-        expected, wide, [w.to(o.dtype).double() for w, o in zip(weights, outputs, strict=True)]
-    )
-    unit = torch.finfo(leaves[0].dtype).eps
-    for value, target in zip((*outputs, *gradients), (*expected, *wanted), strict=True):
-        largest = max(1e-30, float(target.detach().abs().max()))
-        assert (value.double() - target).abs().max() <= (4 * unit + inner_error) * largest
-
-
-def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).clamp(-65504, 65504).to(dtype).requires_grad_()
 
 
 @SETTINGS
@@ -135,16 +94,7 @@ def test_qk_norm_and_rotation_match_the_rotation_of_complex_numbers(
         return qk_norm_rope(packed, angles, query_gain, key_gain, queries_per_group=per_group, head_size=size, eps=EPS)
 
     def exact(packed: Tensor, *gains: Tensor) -> tuple[Tensor, ...]:
-        heads = packed.view(length, batch, groups, per_group + 2, size)
-        query, key, value = (
-            heads[..., :per_group, :].flatten(2, 3),
-            heads[..., per_group, :],
-            heads[..., per_group + 1, :],
-        )
-        if gains:
-            query, key = exact_norm(query, gains[0]), exact_norm(key, gains[1])
-        turn = angles[:, :half].double()
-        return exact_rotation(query, turn), exact_rotation(key, turn), value
+        return exact_query_key_value(packed, angles, gains, per_group)
 
     # A gain's gradient sums over the heads, each term of size 1 with a few FP32 roundings, and may cancel to below 1.
     summed = length * batch * groups * per_group
@@ -166,28 +116,19 @@ def test_gradients_of_attention_in_another_layout_are_read_by_their_strides() ->
 @given(rows=st.integers(1, 5), half=st.integers(1, 70), dtype=DTYPES, scale=st.sampled_from([1e-2, 1.0, 30.0]))
 def test_swiglu_matches_float64(rows: int, half: int, dtype: torch.dtype, scale: float) -> None:
     torch.manual_seed(half)
-
-    def exact(packed: Tensor) -> tuple[Tensor, ...]:
-        gate, up = packed.chunk(2, dim=-1)
-        return (gate * torch.sigmoid(gate) * up,)
-
     packed = leaf(rows, 2, 2 * half, dtype=dtype, scale=scale)
     # silu' holds gate * (1 - sigmoid(gate)): at a large gate the difference keeps the rounding of a sigmoid near 1
     inner_error = torch.finfo(torch.float32).eps / 2 * float(packed.detach().abs().max())
-    assert_close(lambda packed: (swiglu(packed),), exact, packed, inner_error=inner_error)
+    assert_close(lambda x: (swiglu(x),), lambda x: (exact_swiglu(x),), packed, inner_error=inner_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_power_of_two_enters_swiglu_before_its_rounding(dtype: torch.dtype) -> None:
-    def exact(packed: Tensor) -> tuple[Tensor, ...]:
-        gate, up = packed.chunk(2, dim=-1)
-        return (gate * torch.sigmoid(gate) * up / 256,)
-
     torch.manual_seed(1)
     packed = leaf(3, 2, 90, dtype=dtype, scale=900.0)
-    largest = (exact(packed.detach().double())[0] * 256).abs().max()
+    largest = exact_swiglu(packed.detach().double()).abs().max()
     assert largest > 65504  # beyond FP16 without the factor
-    assert_close(lambda packed: (swiglu(packed, 2.0**-8),), exact, packed)
+    assert_close(lambda x: (swiglu(x, 2.0**-8),), lambda x: (exact_swiglu(x, 2.0**-8),), packed)
 
 
 def test_without_underflow_the_power_of_two_changes_no_other_bit() -> None:

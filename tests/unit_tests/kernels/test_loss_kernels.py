@@ -8,21 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_kaiyuan.kernels.linear_cross_entropy import LossOptions, linear_cross_entropy
 from megatron_kaiyuan.kernels.softmax_loss import gradient_, partial_statistics
 from megatron_kaiyuan.kernels.weight_gradient import wgrad_gemm_accum_fp16, wgrad_gemm_accum_fp32
+from tests.unit_tests.kernels.exact import exact_losses
 
 SETTINGS = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 pytestmark = pytest.mark.usefixtures("implementation")
-
-
-def exact_losses(hidden: Tensor, matrix: Tensor, labels: Tensor, cap: float, z_loss: float) -> Tensor:
-    """float64 losses of each token."""
-    logits = hidden @ matrix.t()
-    logits = cap * torch.tanh(logits / cap) if cap else logits
-    return functional.cross_entropy(logits, labels, reduction="none") + z_loss * logits.logsumexp(dim=-1).square()
 
 
 def inputs(

@@ -121,16 +121,6 @@ def assert_exact(context: Tensor, inputs: list[Tensor], unit: float) -> None:
         assert (tensor.grad.cpu().double() - reference.grad).abs().max() <= 8 * unit * reference.grad.abs().max()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_torchs_kernel_on_cuda_does_what_the_loop_does(dtype: torch.dtype) -> None:
-    inputs = [tensor.detach().cuda().requires_grad_() for tensor in random_inputs(dtype)]
-    boundaries = document_boundaries(POSITIONS.cuda())
-    unit = torch.finfo(dtype).eps / 2
-    assert_exact(attend_within_documents(*inputs, boundaries, SIZE**-0.5), inputs, unit)
-
-
 def dense_mask() -> Tensor:
     """Megatron's, [b, 1, s, s], true where hidden."""
     starts = torch.arange(POSITIONS.shape[1]) - POSITIONS

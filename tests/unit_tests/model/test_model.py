@@ -85,7 +85,7 @@ def roundings(shape: Shape) -> int:
 
 def assert_matches_reference(case: Case, outcome: Outcome) -> None:
     """Losses within the roundings of one pass, gradients within those of two (forward and backward)."""
-    unit_roundoff = 2.0**-11 if case.half else 2.0**-24
+    unit_roundoff = torch.finfo(case.dtype).eps / 2
     tolerance = roundings(case.shape) * unit_roundoff
     tokens, labels = random_batch(case.shape)
     weights = case.weights()

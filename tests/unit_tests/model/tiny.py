@@ -27,6 +27,8 @@ class Case:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     half: bool = False
+    bf16: bool = False
+    implementation: str = "local"
     attention: str = "auto"
     fusions: str = "none"
     branch_scale_bits: int = 0
@@ -41,11 +43,18 @@ class Case:
     def weights(self) -> dict[str, Tensor]:
         """The full weights, float64."""
         weights = random_weights(self.shape, self.features)
+        if self.bf16:
+            weights = {name: value.bfloat16().double() for name, value in weights.items()}
         for name, value in weights.items():
             for part, factor in self.factors.items():
                 if part in name:
                     weights[name] = (value * factor).clamp(-65504, 65504).half().double()
         return weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.float16 if self.half else torch.bfloat16 if self.bf16 else torch.float32
 
 
 @dataclass
@@ -64,7 +73,7 @@ class Outcome:
 def portable(value: Any) -> Any:
     """The same with arrays for tensors: a tensor would travel as a handle that dies with the process that sent it."""
     if isinstance(value, Tensor):
-        return value.detach().numpy()
+        return value.detach().cpu().numpy()
     if isinstance(value, dict):
         return {key: portable(entry) for key, entry in value.items()}
     return [portable(entry) for entry in value] if isinstance(value, (list, tuple)) else value
@@ -114,12 +123,13 @@ def build_config(case: Case) -> Any:
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "use_cpu_initialization": True,
-        "transformer_impl": "local",
+        "transformer_impl": case.implementation,
         "tensor_model_parallel_size": case.tensor_parallel,
         "pipeline_model_parallel_size": case.pipeline_parallel,
         "fp16": case.half,
-        "params_dtype": torch.float16 if case.half else torch.float32,
-        "pipeline_dtype": torch.float16 if case.half else torch.float32,
+        "bf16": case.bf16,
+        "params_dtype": case.dtype,
+        "pipeline_dtype": case.dtype,
         "kaiyuan": KaiyuanModelOptions(
             sandwich_norm=features.sandwich,
             branch_scale_bits=case.branch_scale_bits,
@@ -168,7 +178,7 @@ def build_stage(case: Case) -> Any:
     if case.raised_to is not None:
         for layer in model.decoder.layers:
             layer.set_branch_scale(2.0**-case.raised_to)
-    return model.half() if case.half else model
+    return model.to("cuda", case.dtype)  # the CPU platform's, where there is no other
 
 
 def split_dimension(parameter: Any) -> int:
@@ -184,6 +194,17 @@ def shard(name: str, full: Tensor, dimension: int, rank: int, size: int) -> Tens
     return full.chunk(size, dimension)[rank]
 
 
+def reference_name(name: str) -> str:
+    """The reference's name of a weight; Transformer Engine keeps the norm before a matrix product in its module."""
+    fused = {
+        "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+        "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    }
+    for theirs, ours in fused.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
 def load_weights(model: Any, weights: dict[str, Tensor]) -> None:
     """Copy this rank's parts of the full weights into the model, all of them and nothing else."""
     from megatron.core import parallel_state
@@ -194,7 +215,7 @@ def load_weights(model: Any, weights: dict[str, Tensor]) -> None:
     size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for local, parameter in model.named_parameters():
-            name = global_name(model, local)
+            name = reference_name(global_name(model, local))
             parameter.copy_(shard(name, weights[name], split_dimension(parameter), rank, size))
 
 
@@ -213,14 +234,16 @@ def train_step(case: Case) -> Outcome:
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(overlap_grad_reduce=True), model)
     wrapped.config.grad_scale_func = lambda loss: loss * LOSS_SCALE
     wrapped.config.finalize_model_grads_func = finalize_model_grads
-    tokens, labels = random_batch(case.shape)
+    tokens, labels = (part.cuda() for part in random_batch(case.shape))
     kept: list[Tensor] = []
 
     def forward_step(_iterator: Any, stage: Any) -> Any:
-        positions = torch.arange(case.shape.sequence).expand_as(tokens)
+        positions = torch.arange(case.shape.sequence, device="cuda").expand_as(tokens)
         fused = getattr(model, "fused_loss", None)
         extra = {} if fused is None else {"output_processor": fused}
-        output = stage(tokens, positions, None, labels=labels, loss_mask=torch.ones(labels.shape), **extra)
+        output = stage(
+            tokens, positions, None, labels=labels, loss_mask=torch.ones(labels.shape, device="cuda"), **extra
+        )
 
         def mean_loss(loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             kept.append(loss.detach().double())
@@ -241,7 +264,7 @@ def train_step(case: Case) -> Outcome:
         micro_batch_size=case.shape.batch,
         forward_only=False,
     )
-    named = [(global_name(model, name), parameter) for name, parameter in model.named_parameters()]
+    named = [(reference_name(global_name(model, name)), parameter) for name, parameter in model.named_parameters()]
     return Outcome(
         loss=kept[0] if kept else None,
         gradients={name: parameter.main_grad.double() / LOSS_SCALE for name, parameter in named},

@@ -1,0 +1,90 @@
+"""Runs of the real entry point in one process: resumed bit for bit in each spec and precision, fused, and rising."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests import test_rising_scale as rising_scale
+from tests.functional_tests.kill_and_resume import different_tensors
+from tests.functional_tests.training_run import STEPS, Finished, train_well, write_corpus
+from tests.gpu.machine import ENGINE
+
+pytestmark = pytest.mark.timeout(300)
+SAVING = shlex.split("--save saved --load saved --save-interval 100 --kaiyuan-activation-interval 2")
+FP16 = ("--fp16", "--initial-loss-scale", "4096")
+LOCAL = ("--transformer-impl", "local")
+ENGINE_SPEC = ("--transformer-impl", "transformer_engine")
+WAYS = {
+    "local, FP16": (*LOCAL, *FP16),
+    "local, bf16": (*LOCAL, "--bf16"),
+    "local, FP16, distributed optimizer, documents apart": (
+        *LOCAL, *FP16, "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable",
+        "--reset-position-ids", "--reset-attention-mask", "--no-create-attention-mask-in-dataloader",
+    ),
+    "Transformer Engine, FP16": (*ENGINE_SPEC, *FP16),
+    "Transformer Engine, bf16": (*ENGINE_SPEC, "--bf16"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --deterministic-mode asks of the environment."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+
+
+def run(folder: Path, plan: Path, *flags: str) -> Finished:
+    folder.mkdir(exist_ok=True)
+    return train_well(folder, "--plan", str(plan), *SAVING, "--deterministic-mode", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(
+            flags, id=name, marks=[pytest.mark.xdist_group(name), *([pytest.mark.skip(ENGINE)] if skipped else [])]
+        )
+        for name, flags in WAYS.items()
+        for skipped in [bool(ENGINE) and "transformer_engine" in flags]
+    ],
+)
+def test_a_run_that_is_resumed_ends_bit_for_bit_alike(flags: Sequence[str], tmp_path: Path) -> None:
+    """Weights, main weights, optimizer and loss scaler; and the monitor has read every layer."""
+    plan = write_corpus(tmp_path)
+    whole = run(tmp_path / "whole", plan, *flags)
+    run(tmp_path / "parts", plan, *flags, "--exit-interval", "3")
+    run(tmp_path / "parts", plan, *flags)
+    assert different_tensors(tmp_path / "whole", tmp_path / "parts", STEPS) == []
+    losses = whole.logged("lm loss")
+    assert losses[STEPS] < losses[1]
+    assert_monitored(tmp_path / "whole" / "saved" / "metrics.jsonl")
+
+
+def assert_monitored(path: Path) -> None:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, STEPS + 1))
+    assert set(lines[0]["sources"]) == {"scored", "plain"}
+    peaks = lines[1]["activations"]
+    assert len(peaks) > 10
+    assert all(0 < peak < 65504 for peak in peaks.values())
+
+
+@pytest.mark.xdist_group("rising scale")
+def test_the_branch_scale_rises_and_stays_after_a_resume(tmp_path: Path) -> None:
+    rising_scale.assert_scale_rises_and_stays(tmp_path, 1)
+
+
+@pytest.mark.xdist_group("fusions")
+def test_every_fusion_gives_the_losses_of_none(tmp_path: Path) -> None:
+    """FP32 master weights of an FP16 model move by roundings of FP16 only, which six steps do not amplify."""
+    plan = write_corpus(tmp_path)
+    found = []
+    for name, flags in {"none": ("none", "--no-gradient-accumulation-fusion"), "all": ("auto",)}.items():
+        finished = run(tmp_path / name, plan, *LOCAL, *FP16, "--kaiyuan-fusions", *flags)
+        found.append(finished.logged("lm loss"))
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+    assert len(found[0]) == STEPS
