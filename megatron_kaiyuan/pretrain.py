@@ -8,6 +8,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_kaiyuan.errors import KaiyuanError, MetricsError, TrainingStopped
 from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = ["main"]
@@ -20,13 +21,12 @@ def main() -> int:
         0 when the run is done; 1 after a mistake in the flags, the plan or the data, explained on stderr.
     """
     store = _stand_alone_unless_launched()  # noqa: F841 - held until the run ends
-    if cpu_platform.install():
-        cpu_platform.keep_freed_memory()
-    with quiet_megatron_import():
-        # Not before: importing Megatron reads what the CPU platform replaces.
-        from megatron_kaiyuan.training.launch import run_pretraining
-
     try:
+        _start()
+        with quiet_megatron_import():
+            # Not before: importing Megatron reads what the CPU platform replaces.
+            from megatron_kaiyuan.training.launch import run_pretraining
+
         run_pretraining()
         _leave_together()
     except KaiyuanError as error:
@@ -34,6 +34,15 @@ def main() -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _start() -> None:
+    """Choose the device; the first line of the log says which."""
+    said = start_device()
+    if os.environ["RANK"] == "0":
+        print(f"> {said}", flush=True)
+    if cpu_platform.is_installed():
+        cpu_platform.keep_freed_memory()
 
 
 def _tells(error: KaiyuanError) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 from megatron_kaiyuan.reporting.held_out_table import band_tables, source_table
 
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
-    cpu_platform.install()
+    print(start_device(), file=sys.stderr)
     with quiet_megatron_import():
         from megatron_kaiyuan.evaluation.held_out import evaluate_checkpoints, results_as_json
 

@@ -1,10 +1,11 @@
 """Continue prompts with the model of a checkpoint."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
-    cpu_platform.install()
+    print(start_device(), file=sys.stderr)
     from transformers import AutoTokenizer
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint

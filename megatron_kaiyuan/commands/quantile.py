@@ -96,10 +96,10 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     # lm-eval and datasets would draw several bars for every run; torch imports tqdm, which reads this when imported
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from megatron_kaiyuan.host import cpu_platform
+    from megatron_kaiyuan.host.devices import start_device
     from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
-    cpu_platform.install()
+    print(start_device(), file=sys.stderr)
     with quiet_megatron_import():
         from megatron_kaiyuan.quantile.evaluation import evaluate_runs
 

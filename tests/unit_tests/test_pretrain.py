@@ -29,7 +29,7 @@ def test_an_error_is_printed_where_it_may_be_the_only_one(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(pretrain.cpu_platform, "install", lambda: True)
+    monkeypatch.setattr(pretrain, "start_device", lambda: "device: one of the test")
     monkeypatch.setitem(sys.modules, "megatron_kaiyuan.training.launch", SimpleNamespace(run_pretraining=fail))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: begun)
     told = []
