@@ -4,7 +4,7 @@
 It has the features of the demo's model (grouped-query attention with QK-norm, RoPE, SwiGLU, sandwich norm, soft-capped
 logits, untied embeddings), its optimizer (AdamW on FP32 master weights, clipping, dynamic loss scale in FP16), and
 nothing else: no framework, no checkpoints, no logging, no data loading. One process, or several under torchrun
-(data-parallel, gloo). Prints one JSON line: the seconds of each step.
+(data-parallel; gloo on the CPU, NCCL with a GPU each). Prints one JSON line: the seconds of each step.
 
 Shapes: b = micro-batch, s = sequence, h = hidden, n = heads, g = key/value groups, d = head size, v = vocabulary.
 """
@@ -53,6 +53,8 @@ class Job:
     accumulation: int
     """Forward passes of one process in a step."""
     steps: int
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
 
 
 class Attention(nn.Module):
@@ -146,14 +148,15 @@ class Trainer:
     def __init__(self, shape: Shape, job: Job) -> None:
         torch.manual_seed(1234)
         self.job, self.half = job, job.dtype == "float16"
-        self.model = PlainGpt(shape).to(getattr(torch, job.dtype))
+        self.model = PlainGpt(shape).to(job.device, getattr(torch, job.dtype))
         self.weights: list[Tensor] = list(self.model.parameters())
         self.masters = [weight.detach().float() for weight in self.weights] if self.half else self.weights
-        self.sum = torch.zeros(sum(w.numel() for w in self.weights), dtype=self.weights[0].dtype)
+        self.sum = torch.zeros(sum(w.numel() for w in self.weights), dtype=self.weights[0].dtype, device=job.device)
         self.sums = self._pieces(self.sum)
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
         self.scale = 2.0**16 if self.half else 1.0
-        self.tokens = torch.randint(shape.vocabulary, (job.accumulation, job.micro_batch, shape.sequence + 1))
+        tokens = torch.randint(shape.vocabulary, (job.accumulation, job.micro_batch, shape.sequence + 1))
+        self.tokens = tokens.to(job.device)
 
     def step(self) -> bool:
         """One optimizer step; False if the gradients overflowed and it was left out."""
@@ -201,16 +204,20 @@ def main() -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, required=field.name not in DEFAULTED)
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     shape = Shape(**{field.name: given[field.name] for field in fields(Shape) if field.name in given})
-    job = Job(**{field.name: given[field.name] for field in fields(Job)})
+    job = Job(**{field.name: given[field.name] for field in fields(Job) if field.name in given})
+    if job.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-    if job.dtype == "float16" and not torch.cuda.is_available():
+        dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
+    if job.dtype == "float16" and job.device == "cpu":
         multiply_half_in_float()  # as our training does: torch's own FP16 products say nothing about the rest
     trainer = Trainer(shape, job)
     seconds = []
     for _ in range(job.steps):
         started = time.perf_counter()
         trainer.step()
+        if job.device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"seconds": seconds, "job": asdict(job)}))
@@ -218,7 +225,7 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-DEFAULTED = ("softcap", "rotary_base")
+DEFAULTED = ("softcap", "rotary_base", "device")
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from settings import DemoSettings
 
+from megatron_kaiyuan.host.failures import line_that_matters
+
 __all__ = ["CommandFailed", "baseline_command", "python_tool", "run_command", "training_command"]
 
 _TAIL = 25
@@ -52,7 +54,8 @@ def baseline_command(settings: DemoSettings, seq_length: int) -> list[str]:
         f"--layers {shape.layers} --hidden {shape.hidden} --ffn {shape.ffn} --heads {shape.heads} "
         f"--groups {shape.query_groups} --head-size {shape.hidden // shape.heads} --softcap {shape.softcap} "
         f"--vocabulary {settings.vocab_size} --sequence {seq_length} --dtype float16 "
-        f"--micro-batch {settings.micro_batch} --accumulation {accumulation} --steps {settings.baseline_steps}"
+        f"--micro-batch {settings.micro_batch} --accumulation {accumulation} --steps {settings.baseline_steps} "
+        f"--device {settings.device}"
     )
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {settings.processes}"
     return [sys.executable, *launcher.split(), "-m", "benchmarks.plain_torch_gpt", *flags.split()]
@@ -73,7 +76,7 @@ def run_command(
         stdout and stderr together.
 
     Raises:
-        CommandFailed: the exit code is not 0; the message holds the last lines.
+        CommandFailed: the exit code is not 0; the message holds the error, or the last lines where none is named.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -102,6 +105,6 @@ def run_command(
             process.terminate()  # torchrun ends its workers
             raise
     if process.returncode:
-        tail = "".join(lines[-_TAIL:])
-        raise CommandFailed(f"{tail}\ncommand failed (exit code {process.returncode}); all of its output is in {log}")
+        why = line_that_matters(lines) or "".join(lines[-_TAIL:]).rstrip()
+        raise CommandFailed(f"{why}\ncommand failed (exit code {process.returncode}); all of its output is in {log}")
     return "".join(lines)

@@ -23,6 +23,9 @@ __all__ = ["DOMAINS", "DemoRun"]
 DOMAINS = {"code": "code.jsonl", "reference": "reference.parquet", "packages": "packages.jsonl"}
 """Corpus file of each source of the plan."""
 
+_WORKERS = 2
+"""Processes that tokenize."""
+
 _WARM_UP_STEPS = 2
 """Steps of the baseline that are not counted."""
 
@@ -91,8 +94,13 @@ class DemoRun:
         return [
             Stage(
                 name="train",
-                title="train: three phases in FP16 under torchrun, two processes",
-                inputs=[*command[1:], importlib.metadata.version("megatron-core"), self._code("model", "training")],
+                title=f"train: three phases in FP16 under torchrun, {self.settings.place}",
+                inputs=[
+                    self.settings.device,
+                    *command[1:],
+                    importlib.metadata.version("megatron-core"),
+                    self._code("model", "training"),
+                ],
                 outputs=[self._at("checkpoints"), self._at("tensorboard"), self.log("train")],
                 run=self._train,
                 continues=True,
@@ -161,7 +169,7 @@ class DemoRun:
                 "shards",
                 "preprocess_data.py",
                 *["--input", self.output / "corpus" / file, "--output-prefix", folder / name, *tokenizer],
-                *["--score-key", "score", "--append-eod", "--workers", self.settings.processes],
+                *["--score-key", "score", "--append-eod", "--workers", _WORKERS],
             )
             self._tool("shards", "rank_data.py", folder, "--score", "score", "--seed", self._plan_seed())
 
@@ -188,7 +196,8 @@ class DemoRun:
         output = run_command(baseline_command(self.settings, seq_length), self.repository, self.log("baseline"))
         seconds = json.loads(next(line for line in output.splitlines() if line.startswith("{")))["seconds"]
         speed = self.settings.global_batch * seq_length / statistics.median(seconds[_WARM_UP_STEPS:])
-        result = {"tokens_per_second": speed, "steps": len(seconds) - _WARM_UP_STEPS}
+        counted = len(seconds) - _WARM_UP_STEPS
+        result = {"tokens_per_second": speed, "steps": counted, "place": self.settings.place}
         self._at("baseline.json").write_text(json.dumps(result) + "\n")
 
     def _average(self) -> None:

@@ -88,7 +88,7 @@ def _training_summary(steps: Sequence[LogLine], plan: dict[str, Any], baseline: 
         f"{len(steps)} steps, {plan['tokens']:,} tokens in {seconds:.0f} s = {rate:,.0f} tokens/s; "
         f"training loss {losses[0]:.3f} to {losses[-1]:.3f}; {skipped} steps skipped by the loss scaler; "
         f"plan {plan['fingerprint']}.\n"
-        f"Median step: {typical:,.0f} tokens/s; of a plain PyTorch GPT of the same shape, on two processes too: "
+        f"Median step: {typical:,.0f} tokens/s; of a plain PyTorch GPT of the same shape, {baseline['place']} too: "
         f"{baseline['tokens_per_second']:,.0f} tokens/s (median of {baseline['steps']} steps)."
     )
 

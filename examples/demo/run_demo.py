@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The main job on real text, on two CPU cores: corpus, tokenizer, shards, plan, training, averaging, evaluation."""
+"""The main job on real text, on two CPU cores or the GPUs that are there, from the corpus to the evaluation."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from commands import CommandFailed
+from device import DeviceRefused, placed
 from pipeline import DemoRun, remove_output
 from report import print_report
 from rich.console import Console
@@ -32,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument("--fresh", action="store_true", help="remove the output of earlier runs and start again")
     parser.add_argument("--quick", action="store_true", help="the same with a tiny budget: a check, not a result")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: the GPUs that are there, the CPU where there is none"
+    )
     return parser
 
 
@@ -46,10 +50,12 @@ def main() -> int:
     if options.fresh:
         remove_output(REPOSITORY / output)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops the demo stops its training too
-    run = DemoRun(REPOSITORY, output, QUICK if options.quick else FULL, _show_progress)
     try:
+        settings, said = placed(QUICK if options.quick else FULL, options.device, REPOSITORY)
+        print(said, flush=True)
+        run = DemoRun(REPOSITORY, output, settings, _show_progress)
         outcomes = run_stages(run.stages(), REPOSITORY / output / "stamps", lambda line: print(line, flush=True))
-    except CommandFailed as error:
+    except (CommandFailed, DeviceRefused) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

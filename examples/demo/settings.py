@@ -52,6 +52,8 @@ class DemoSettings:
     baseline_steps: int = 14
     """Steps of the plain PyTorch model."""
     processes: int = 2
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
     new_tokens: int = 48
     prompts: tuple[str, ...] = field(
         default=(
@@ -61,6 +63,13 @@ class DemoSettings:
             "Permission is hereby granted,",
         )
     )
+
+    @property
+    def place(self) -> str:
+        """Number of processes and the device, in words."""
+        if self.device == "cpu":
+            return f"{self.processes} processes on the CPU"
+        return f"{self.processes} processes, each on a GPU" if self.processes > 1 else "one process on a GPU"
 
     def as_data(self) -> dict[str, object]:
         """Plain data, for the stages' stamps."""
