@@ -9,7 +9,7 @@ import pytest
 
 from tests.functional_tests import test_rising_scale as rising_scale
 from tests.functional_tests.kill_and_resume import different_tensors
-from tests.functional_tests.training_run import STEPS, Finished, train_well, write_corpus
+from tests.functional_tests.training_run import STEPS, VOCABULARY, Finished, train_well, write_corpus
 from tests.gpu.machine import ENGINE
 
 pytestmark = pytest.mark.timeout(300)
@@ -54,7 +54,7 @@ def run(folder: Path, plan: Path, *flags: str) -> Finished:
 )
 def test_a_run_that_is_resumed_ends_bit_for_bit_alike(flags: Sequence[str], tmp_path: Path) -> None:
     """Weights, main weights, optimizer and loss scaler; and the monitor has read every layer."""
-    plan = write_corpus(tmp_path)
+    plan = write_corpus(tmp_path, end=VOCABULARY - 1)  # the tokenizer's own end of a document
     whole = run(tmp_path / "whole", plan, *flags)
     run(tmp_path / "parts", plan, *flags, "--exit-interval", "3")
     run(tmp_path / "parts", plan, *flags)

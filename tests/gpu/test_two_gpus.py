@@ -1,6 +1,7 @@
 """Two GPUs give the numbers of one, and a run that loses a rank or is told to stop can be continued."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -50,20 +51,22 @@ def test_every_rank_has_the_float64_models_loss_and_gradients(case: tiny.Case, r
         assert_matches_reference(case, tiny.outcomes_of(found)[case.name])
 
 
-def test_tensor_and_data_parallel_runs_have_the_losses_of_one_gpu(tmp_path: Path) -> None:
-    plan = write_corpus(tmp_path)
+def test_tensor_and_data_parallel_runs_go_on_with_the_losses_of_one_gpu(tmp_path: Path) -> None:
+    """From one checkpoint, because each layout draws other initial weights."""
+    flags = ("--plan", str(write_corpus(tmp_path)), *FP16, *ZERO, "--dist-ckpt-optim-fully-reshardable")
+    flags += ("--save", "saved", "--load", "saved", "--save-interval", "100")
+    train_well(tmp_path, *flags, "--exit-interval", "2")
     ways: dict[str, tuple[int, tuple[str, ...]]] = {
         "one": (1, ()),
         "TP 2": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
-        "DP 2": (2, ZERO),
+        "DP 2": (2, ()),
     }
     losses = {}
-    for name, (processes, flags) in ways.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        finished = train_well(folder, "--plan", str(plan), *FP16, *flags, processes=processes)
+    for name, (processes, more) in ways.items():
+        shutil.copytree(tmp_path / "saved", tmp_path / name / "saved")
+        finished = train_well(tmp_path / name, *flags, *more, processes=processes)
         losses[name] = finished.logged("lm loss")
-    assert len(losses["one"]) == STEPS
+    assert list(losses["one"]) == list(range(3, STEPS + 1))
     for name in ("TP 2", "DP 2"):
         assert losses[name] == pytest.approx(losses["one"], rel=2e-3), name
 
