@@ -163,11 +163,11 @@ def test_shell_scripts_are_valid_and_stop_at_the_first_error(script: Path) -> No
 
 
 def test_commands_that_the_documents_name_exist_in_the_makefile() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {
         (relative(path), command)
         for path in documents()
-        for command in re.findall(r"(?:^|`)make ([a-z]+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for command in re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
 
     assert {(path, command) for path, command in named if command not in targets} == set()
