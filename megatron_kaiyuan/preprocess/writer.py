@@ -8,7 +8,6 @@ Nothing carries its final name before everything is on disk. All files are first
 partial.py); `publish` renames them, the manifest last, so a manifest means a whole shard.
 """
 
-import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,13 +28,11 @@ from megatron_kaiyuan.preprocess.partial import (
     remove_existing,
 )
 from megatron_kaiyuan.shards.manifest import FileRecord, Manifest, ScoreSummary, manifest_path
+from megatron_kaiyuan.shards.shard import DTYPE_CODES, INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION
 
 __all__ = ["ShardWriter", "optimal_dtype"]
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_VERSION = 1
-_DTYPE_CODES = {"int32": 4, "uint16": 8}
+_CODES = {np.dtype(kind): code for code, kind in DTYPE_CODES.items()}
 _UINT16_VOCABULARY = 65500
 _CHUNK = 1 << 18
 
@@ -75,7 +72,7 @@ class ShardWriter:
         self.dtype = np.dtype(dtype)
         self.tokens = 0
         self.max_token_id = -1
-        self._code = _DTYPE_CODES[self.dtype.name]
+        self._code = _CODES[self.dtype]
         self._composed: list[HashedFile] = []
         self._begun = ExitStack()
         replaced = overwrite or is_of_build(prefix, build)
@@ -172,7 +169,7 @@ class ShardWriter:
         index = self._begin(HashedFile(Path(f"{self.prefix}.idx")))
         self._composed.append(index)
         count = self._lengths.count
-        index.write(_HEADER.pack(_MAGIC, _VERSION, self._code, count, count + 1))
+        index.write(INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, self._code, count, count + 1))
         for lengths in self._lengths.chunks():
             index.write(lengths.tobytes())
         start = 0

@@ -27,6 +27,8 @@ from megatron_kaiyuan.host.maps import map_array, open_maps
 __all__ = [
     "DTYPE_CODES",
     "INDEX_HEADER",
+    "INDEX_MAGIC",
+    "INDEX_VERSION",
     "Shard",
     "open_shard",
     "real_files",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {
     1: np.uint8,
@@ -158,9 +161,10 @@ def _read_header(index: FileIO, path: str) -> tuple[int, np.dtype[np.generic]]:
     if len(raw) < INDEX_HEADER.size or not raw.startswith(INDEX_MAGIC):
         raise ShardError(f"{path}: not a Megatron index (it starts with {raw[:9]!r}); rebuild the shard")
     _, version, code, sequences, boundaries = INDEX_HEADER.unpack(raw)
-    if version != 1:
+    if version != INDEX_VERSION:
         raise ShardError(
-            f"{path}: index version {version}, only version 1 is known; rebuild it with preprocess_data.py"
+            f"{path}: index version {version}, only version {INDEX_VERSION} is known; "
+            "rebuild it with preprocess_data.py"
         )
     if code not in _TOKEN_CODES:
         raise ShardError(f"{path}: dtype code {code} does not hold token ids; expected one of {_TOKEN_CODES}")
