@@ -1,9 +1,7 @@
-"""What the results of a study show: trends, pairs, reversals and ranks, each claim under one bound on false ones.
+"""What the results of a study show: trends, bends, pairs, reversals and ranks, claims under one bound on false ones.
 
-Claims are made about capabilities: a capability's score is the mean of its held-out sets and tasks, each in units of
-its spread between seeds; `overall` is the mean of the capabilities. There are two families of tests, each at half of
-the study's level with Holm's correction over the whole family: one trend for each source and score, and one comparison
-for each pair of slices and score. So the chance of any false claim in a report is at most the level.
+A capability's score is the mean of its held-out sets and tasks, each in units of its spread between seeds; `overall` is
+the mean of the capabilities. `inference.py` tests, this module prepares its scores and keeps what it says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,23 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.quantile.results import RunResult, bits_per_byte
-from megatron_kaiyuan.quantile.runs import Run, SlicedStudy
-from megatron_kaiyuan.quantile.statistics import (
-    Composite,
-    Estimate,
-    Measure,
-    Score,
-    contrast,
-    holm,
-    variance_ratio,
-    variance_ratio_bound,
+from megatron_kaiyuan.quantile.inference import (
+    LEAST_RUNS,
+    OVERALL,
+    PAIRS_SHARE,
+    SHAPES_SHARE,
+    Design,
+    Pair,
+    Shape,
+    pairs_of,
+    shapes_of,
+    unsteady_of,
 )
+from megatron_kaiyuan.quantile.results import RunResult, bits_per_byte, groups_of
+from megatron_kaiyuan.quantile.runs import Run, SlicedStudy
+from megatron_kaiyuan.quantile.statistics import Composite, Estimate, Measure, Score
 from megatron_kaiyuan.quantile.study import Study
 
-__all__ = ["OVERALL", "Analysis", "Cell", "Metric", "Pair", "Trend", "analyse"]
-
-OVERALL = "overall"
+__all__ = ["OVERALL", "Analysis", "Cell", "Metric", "Pair", "Shape", "analyse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +65,6 @@ class Metric:
         return self.measure.run_means[cell] * (-1.0 if self.lower_is_better else 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Trend:
-    """Whether a source's score orders its slices."""
-
-    source: str
-    score: str
-    estimate: Estimate
-    """Rise of the straight line from the worst quantile to the best, in the score's units."""
-    adjusted: float
-    """p-value after Holm's correction over all trends."""
-    claim: str
-    """`rises`, `falls` or `none`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two cells compared by one score."""
-
-    score: str
-    first: int
-    second: int
-    estimate: Estimate
-    """Of the first less the second."""
-    seeds_won: float
-    """Share of the pairs of runs, one of each, in which the first is better."""
-    adjusted: float
-    claim: str
-    """`first`, `second` or `none`: which is better."""
-
-
 @dataclass(frozen=True)
 class Analysis:
     """Everything that a report says, before it is words."""
@@ -106,13 +75,18 @@ class Analysis:
 
     Not around its nominal quantile at the ends, where a slice is moved inwards.
     """
+    lowest_scores: tuple[float, ...]
+    """Of each cell, the lowest score of its documents."""
     seeds: tuple[int, ...]
     """Runs of each cell."""
     metrics: tuple[Metric, ...]
     scores: Mapping[str, Score]
     """`overall` first, then capabilities."""
-    trends: tuple[Trend, ...]
+    trends: tuple[Shape, ...]
+    bends: tuple[Shape, ...]
     pairs: tuple[Pair, ...]
+    unsteady: Mapping[str, tuple[int, ...]]
+    """Of each score, cells whose runs spread out of line or are too few: no pair with them is claimed."""
     refusals: tuple[str, ...]
     """Why some or all conclusions are not drawn."""
     warnings: tuple[str, ...]
@@ -143,7 +117,7 @@ class Analysis:
         return self.difference(score, first, second).probability_positive
 
     def difference(self, score: str, first: int, second: int) -> Estimate:
-        """Estimate of the first cell less the second."""
+        """Return the estimate of the first cell less the second."""
         pair = self.pair(score, first, second)
         sign = 1.0 if pair.first == first else -1.0
         return Estimate(sign * pair.estimate.value, pair.estimate.error, pair.estimate.freedom)
@@ -182,9 +156,29 @@ class Analysis:
                 found.append((upper, lower, claimed))
         return found
 
-    def trend(self, source: str, score: str) -> Trend | None:
-        """The trend of a source, None where none is tested."""
+    def trend(self, source: str, score: str) -> Shape | None:
+        """Return the trend of a source, None where none is tested."""
         return next((trend for trend in self.trends if (trend.source, trend.score) == (source, score)), None)
+
+    def effects(self, score: str, first: int, second: int) -> dict[str, float]:
+        """Return the first cell's mean less the second's by unit, as a reader knows it: bits per byte, accuracy.
+
+        Means over the capabilities of a score, each the mean of its metrics of that unit.
+        """
+        found: dict[str, dict[str, list[float]]] = {}
+        for metric in self.metrics:
+            shown = metric.decides or metric.unit == "accuracy"
+            if shown and (score not in self.capabilities or metric.capability == score):
+                difference = float(metric.shown(first).mean() - metric.shown(second).mean())
+                found.setdefault(metric.unit, {}).setdefault(metric.capability, []).append(difference)
+        return {
+            unit: float(np.mean([np.mean(own) for own in differences.values()])) for unit, differences in found.items()
+        }
+
+    @property
+    def capabilities(self) -> list[str]:
+        """Scores but for `overall`."""
+        return [name for name in self.scores if name != OVERALL]
 
 
 def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> Analysis:
@@ -207,23 +201,61 @@ def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult])
     scores = _scores(metrics)
     seeds = tuple(len(runs) for runs in groups.values())
     refusals = _refusals(study, seeds)
-    conclude = min(seeds) >= 2
-    trends = _trends(study, cells, _places(reaches), scores) if conclude and study.slices.documents == "own" else ()
-    pairs = _pairs(cells, scores, study.level / 2 if conclude else 0.0)
-    warnings = (*_warnings(study, sliced, seeds, results), *_uneven_spreads(scores, seeds))
-    return Analysis(cells, reaches, seeds, metrics, scores, trends, pairs, refusals, warnings, study.level)
+    level = study.level if max(seeds) >= 2 else 0.0
+    design = _design(study, cells, list(groups.values()))
+    shapes = shapes_of(design, scores, SHAPES_SHARE * level) if level and study.slices.documents != "shared" else ()
+    warnings = (*_warnings(study, sliced, seeds, results), *_about_scores(metrics, cells, scores, design, seeds))
+    return Analysis(
+        cells=cells,
+        reaches=reaches,
+        lowest_scores=tuple(min(run.score_low for run in runs) for runs in groups.values()),
+        seeds=seeds,
+        metrics=metrics,
+        scores=scores,
+        trends=tuple(shape for shape in shapes if shape.kind == "trend"),
+        bends=tuple(shape for shape in shapes if shape.kind == "bend"),
+        pairs=pairs_of(scores, PAIRS_SHARE * level),
+        unsteady=unsteady_of(scores) if level else dict.fromkeys(scores, ()),
+        refusals=refusals,
+        warnings=warnings,
+        level=study.level,
+    )
 
 
-def _uneven_spreads(scores: Mapping[str, Score], seeds: Sequence[int]) -> list[str]:
-    """Scores whose spread between seeds differs between slices by more than chance."""
-    bound = variance_ratio_bound(seeds)
-    return [
-        f"{name}: the variance between seeds differs {ratio:.3g}-fold between slices, by chance at most "
-        f"{bound:.3g}-fold in 95 % of studies; the claims pool it, so those about the slices that spread most are made "
-        "too easily."
-        for name, score in scores.items()
-        if (ratio := variance_ratio(score)) > bound
-    ]
+def _design(study: Study, cells: Sequence[Cell], groups: Sequence[Sequence[Run]]) -> Design:
+    places = [np.array(_places([run.reach for run in runs])) for runs in groups]
+    return Design([cell.source for cell in cells], places, study.slices.documents == "spread")
+
+
+def _about_scores(
+    metrics: Sequence[Metric],
+    cells: Sequence[Cell],
+    scores: Mapping[str, Score],
+    design: Design,
+    seeds: Sequence[int],
+) -> list[str]:
+    """What to beware of in the measures and in the claims about them."""
+    if max(seeds) < 2:
+        return []
+    same = [metric.name for metric in metrics if metric.decides and not metric.measure.steady]
+    found = [f"Equal in all seeds, and so without a unit: {', '.join(same)}. Left out of the scores."] if same else []
+    for name, numbers in unsteady_of(scores).items():
+        wild = [cells[number].name for number in numbers if seeds[number] >= LEAST_RUNS]
+        if wild:
+            found.append(
+                f"{name}: the seeds of {', '.join(wild)} spread more than those of the other slices by more than "
+                "chance. Nothing is claimed about pairs with such a slice; more seeds of it would tell."
+            )
+    if not design.spread and min(_quantiles(design)) < 4:
+        found.append(
+            "With documents: own, the roughness of a source between its quantiles is known from its quantiles alone, "
+            "and few of them are poor evidence for a trend. documents: spread puts the seeds apart instead."
+        )
+    return found
+
+
+def _quantiles(design: Design) -> list[int]:
+    return [len(design.cells_of(source)) for source in dict.fromkeys(design.sources)]
 
 
 def _group(runs: Sequence[Run], results: Mapping[str, RunResult]) -> dict[Cell, list[Run]]:
@@ -264,72 +296,28 @@ def _held_out_metric(study: Study, name: str, cells: Sequence[Sequence[RunResult
     weights = pairs[0][0][1]
     values = [-np.stack([value for value, _ in runs]) for runs in pairs]
     unit = "bits/byte" if sum(cells[0][0].held_out[name].bytes) else "bits/token"
+    groups = groups_of(cells[0][0].held_out[name])
     title = f"{name}: bits per {unit.removeprefix('bits/')} of held-out text"
-    return Metric(title, study.evaluation.capability_of(name), unit, True, True, Measure(name, values, weights))
+    measure = Measure(name, values, weights, groups)
+    return Metric(title, study.evaluation.capability_of(name), unit, True, True, measure)
 
 
 def _scores(metrics: Sequence[Metric]) -> dict[str, Score]:
     """`overall` and the capabilities; with one capability, `overall` alone."""
-    capabilities = list(dict.fromkeys(metric.capability for metric in metrics if metric.decides))
+    some = [metric for metric in metrics if metric.decides]
+    deciding = [metric for metric in some if metric.measure.steady] or some
     parts = {
-        name: Composite(name, [metric.measure for metric in metrics if metric.decides and metric.capability == name])
-        for name in capabilities
+        name: Composite(name, [metric.measure for metric in deciding if metric.capability == name])
+        for name in dict.fromkeys(metric.capability for metric in deciding)
     }
     if len(parts) == 1:
         return {OVERALL: next(iter(parts.values()))}
     return {OVERALL: Composite(OVERALL, list(parts.values())), **parts}
 
 
-def _trends(
-    study: Study, cells: Sequence[Cell], places: Sequence[float], scores: Mapping[str, Score]
-) -> tuple[Trend, ...]:
-    tested = [
-        (source, name, contrast(score, coefficients))
-        for source in study.sources
-        if (coefficients := _slope(cells, places, source)) is not None
-        for name, score in scores.items()
-    ]
-    adjusted = holm([estimate.p_value for _, _, estimate in tested])
-    return tuple(
-        Trend(source, name, estimate, p, _claim(estimate, p, study.level / 2, ("rises", "falls")))
-        for (source, name, estimate), p in zip(tested, adjusted, strict=True)
-    )
-
-
-def _slope(cells: Sequence[Cell], places: Sequence[float], source: str) -> NDArray[np.float64] | None:
-    """Coefficients of the rise from the worst to the best quantile of a source, by least squares."""
-    inside = np.array([cell.source == source for cell in cells])
-    along = np.array(places)
-    if inside.sum() < 2:
-        return None
-    centred = np.where(inside, along - along[inside].mean(), 0.0)
-    return np.asarray(centred / (centred**2).sum() * np.ptp(along[inside]), dtype=np.float64)
-
-
-def _pairs(cells: Sequence[Cell], scores: Mapping[str, Score], level: float) -> tuple[Pair, ...]:
-    tested = []
-    for name, score in scores.items():
-        for first, second in combinations(range(len(cells)), 2):
-            coefficients = np.zeros(len(cells))
-            coefficients[first], coefficients[second] = 1.0, -1.0
-            won = float((score.run_means[first][:, None] > score.run_means[second][None, :]).mean())
-            tested.append((name, first, second, contrast(score, coefficients), won))
-    adjusted = holm([estimate.p_value for *_, estimate, _ in tested])
-    return tuple(
-        Pair(name, first, second, estimate, won, p, _claim(estimate, p, level, ("first", "second")))
-        for (name, first, second, estimate, won), p in zip(tested, adjusted, strict=True)
-    )
-
-
-def _claim(estimate: Estimate, adjusted: float, level: float, names: tuple[str, str]) -> str:
-    if adjusted > level or level == 0:
-        return "none"
-    return names[0] if estimate.value > 0 else names[1]
-
-
 def _refusals(study: Study, seeds: Sequence[int]) -> tuple[str, ...]:
     found = []
-    if min(seeds) < 2:
+    if max(seeds) < 2:
         found.append(
             "No conclusion is drawn: a slice with one seed has no spread to compare a difference with. Train at least "
             "two seeds of each, better three."
@@ -349,8 +337,9 @@ def _warnings(
     found = []
     if len(results) < len(sliced.runs):
         found.append(f"Incomplete: {len(results)} of {len(sliced.runs)} runs have results.")
-    if min(seeds) == 2:
-        found.append("Two seeds a slice: the spread between seeds is known poorly; three or more make claims likelier.")
+    few = sum(count < LEAST_RUNS for count in seeds)
+    if few and max(seeds) > 1:
+        found.append(f"{few} of {len(seeds)} slices have fewer than {LEAST_RUNS} seeds: no pair with them is claimed.")
     failed = {task: reason for result in results.values() for task, reason in result.not_evaluated.items()}
     found += [f"Task {task} was not evaluated: {reason}" for task, reason in failed.items()]
     some = next(iter(results.values()))
@@ -360,6 +349,6 @@ def _warnings(
                 f"The bytes of the tokens of {name} are unknown: its losses are bits per token, of this tokenizer only."
             )
     found += sliced.warnings
-    if study.slices.documents == "own" and study.budget > study.slices.tokens:
+    if study.slices.documents != "shared" and study.budget > study.slices.tokens:
         found.append(f"Each slice was seen {study.budget / study.slices.tokens:.3g} times.")
     return tuple(found)

@@ -16,6 +16,7 @@ from megatron_kaiyuan.quantile.figures import (
     ranking_figure,
     trend_figure,
 )
+from megatron_kaiyuan.quantile.inference import LEAST_RUNS, PAIRS_SHARE, SHAPES_SHARE
 from megatron_kaiyuan.quantile.proposal import Proposal, format_p
 from megatron_kaiyuan.quantile.results import RunResult
 from megatron_kaiyuan.quantile.runs import SlicedStudy
@@ -96,7 +97,7 @@ def _cards(analysis: Analysis) -> str:
         (", ".join(rising) or "none", "sources whose score orders quality"),
         (str(reversed_), "reversals that are not chance"),
     ]
-    if min(analysis.seeds) < 2:
+    if max(analysis.seeds) < 2:
         cards = [(analysis.cells[leader].name, "highest mean, of one seed: not a finding")]
     return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
 
@@ -122,26 +123,43 @@ def _overview(analysis: Analysis) -> list[str]:
     return [*parts, "</div>"]
 
 
+_SHAPE_WORDS = {
+    ("trend", "rises"): "orders quality",
+    ("trend", "falls"): "orders it the wrong way",
+    ("trend", "none"): "not shown",
+    ("bend", "peaks"): "the middle is best",
+    ("bend", "dips"): "the middle is worst",
+    ("bend", "none"): "no bend shown",
+}
+
+
 def _trends(analysis: Analysis) -> str:
-    words = {"rises": "orders quality", "falls": "orders it the wrong way", "none": "not shown"}
-    rows = [
-        [
-            trend.source,
-            trend.score,
-            f'<span class="verdict {trend.claim}">{words[trend.claim]}</span>',
-            f"{trend.estimate.value:+.2f}",
-            f"{trend.estimate.error:.2f}",
-            format_p(trend.adjusted).removeprefix("= "),
-        ]
-        for trend in analysis.trends
-    ]
+    rows = []
+    for shape in (*analysis.trends, *analysis.bends):
+        colour = {"peaks": "rises", "dips": "falls"}.get(shape.claim, shape.claim)
+        rows.append(
+            [
+                shape.source,
+                shape.score,
+                shape.kind,
+                f'<span class="verdict {colour}">{_SHAPE_WORDS[shape.kind, shape.claim]}</span>',
+                f"{shape.estimate.value:+.2f}",
+                f"{shape.estimate.error:.2f}",
+                *(
+                    "-" if math.isnan(p) else format_p(p).removeprefix("= ")
+                    for p in (shape.exact, shape.estimate.p_value, shape.rough, shape.adjusted)
+                ),
+            ]
+        )
     if not rows:
         return ""
-    header = ["source", "measured on", "its score", "worst to best quantile", "standard error", "p, corrected"]
-    table = html_table(header, rows, numbers={3, 4, 5}, raw={2})
+    header = ["source", "measured on", "shape", "verdict", "size", "standard error", "p, permutation", "p, t test",
+              "p, roughness", "p, corrected"]  # fmt: skip
+    table = html_table(header, rows, numbers=set(range(4, 10)), raw={3})
     return (
-        "<details><summary>The trends in numbers</summary>"
-        '<p class="read">Rise of the straight line through the quantiles, in spreads between seeds.</p>'
+        "<details><summary>The trends and bends in numbers</summary>"
+        '<p class="read">Of a trend, the rise of the straight line from the worst place to the best; of a bend, the '
+        "middle above the ends; in spreads between seeds. The corrected p is of the largest of the three.</p>"
         f"{table}</details>"
     )
 
@@ -258,6 +276,8 @@ def _reversals(analysis: Analysis) -> list[str]:
 
 def _proposal(proposal: Proposal) -> list[str]:
     parts = ["<h2>Proposed plan</h2>", f'<p class="read">{html.escape(proposal.summary)}</p>']
+    if proposal.mixes:
+        parts += ["<h3>What each capability asks for</h3>", html_list([mix.reason for mix in proposal.mixes])]
     for one in proposal.advice:
         parts += [f"<h3>{html.escape(one.source)}</h3>", html_list(one.reasons)]
     if proposal.plan is not None:
@@ -271,11 +291,14 @@ def _proposal(proposal: Proposal) -> list[str]:
 
 def _methods(study: Study, analysis: Analysis) -> list[str]:
     head = "<h2>How it was tested</h2>"
-    if min(analysis.seeds) < 2:
-        return [head, html_list(["Nothing was tested: the unit of replication is a run, and some slice has only one."])]
+    if max(analysis.seeds) < 2:
+        return [
+            head,
+            html_list(["Nothing was tested: the unit of replication is a run, and every slice has only one."]),
+        ]
     ratios = [f"{name} {variance_ratio(score):.3g}" for name, score in analysis.scores.items()]
     bound = variance_ratio_bound(analysis.seeds)
-    own = study.slices.documents == "own"
+    own, spread = study.slices.documents != "shared", study.slices.documents == "spread"
     lines = [
         "The unit of replication is a run. "
         + (
@@ -284,14 +307,21 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
             if own
             else "All seeds share the documents of a slice, so a difference speaks of these documents alone."
         ),
-        "A difference is tested with Student's t. Its variance is the pooled variance between seeds plus that of the "
-        "paired differences per held-out document or question. All of these are estimates: the degrees of freedom are "
-        "those of their sum (Welch, Satterthwaite), and documents weighted by bytes count as fewer equal ones.",
-        f"{len(analysis.trends)} trends and {len(analysis.pairs)} pairs were tested. Each family has Holm's correction "
-        f"at half of {analysis.level:g}, so the chance of any false claim here is at most {analysis.level:.0%}.",
+        "A difference is tested with Student's t. Its variance is that of the slices' runs, each drawn towards the "
+        "typical one, plus that of the paired differences per held-out document or question, groups of documents "
+        "counted as one, without the noise that both contain.",
+        f"{len(analysis.trends)} trends and {len(analysis.bends)} bends were tested, at {SHAPES_SHARE:.0%} of "
+        f"{analysis.level:g}: both the exact permutation of a source's runs and the t test must reject"
+        + ("." if spread else ", and so must a test against the roughness between quantiles."),
+        f"{len(analysis.pairs)} pairs were compared at {PAIRS_SHARE:.0%} of {analysis.level:g} against the range of "
+        "all means (Tukey), which covers the choice of the best by the data. Pairs with a slice of fewer than "
+        f"{LEAST_RUNS} runs, or whose own runs spread out of line, are not claimed.",
+        "A capability is asked about a pair or a curve only where overall has a claim, and pays for the number of "
+        "capabilities.",
         "A capability is the mean of its measures, each in units of its spread between seeds; overall is the mean of "
         "the capabilities.",
-        f"Pooling takes the variance between seeds as equal in all slices. Largest over smallest: {', '.join(ratios)}; "
+        "Largest over smallest variance between the seeds of a slice: "
+        f"{', '.join(ratios)}; "
         + (
             "no bound is known."
             if math.isnan(bound)

@@ -1,4 +1,8 @@
-"""From what a study shows to a plan: which top part of which source, in which phase, and why.
+"""From what a study shows to a plan: for each capability a mix, and which top part of which source in which phase.
+
+Only claims change anything. A part of a source is dropped when it was shown to be worse overall; a whole source only
+when it was shown to be worse on every capability, since a source that is poor overall may be the best at one thing.
+What was shown neither way is undecided and kept as it is.
 
 A slice speaks for the quantiles nearest to it, so keeping the slices from the best down to some one keeps the documents
 down to the middle of the gap between that slice and the next that was measured, and so all documents that earned it. Of
@@ -18,7 +22,19 @@ from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION, parse_plan_spec
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis
 from megatron_kaiyuan.quantile.study import Study
 
-__all__ = ["Proposal", "SourceAdvice", "propose"]
+__all__ = ["CapabilityMix", "Proposal", "SourceAdvice", "format_p", "propose"]
+
+
+@dataclass(frozen=True, slots=True)
+class CapabilityMix:
+    """Which sources one capability asks for."""
+
+    capability: str
+    shares: dict[str, float]
+    """Equal ones of the sources with a slice that was not shown to be worse than the best slice; they sum to 1."""
+    decided: bool
+    """Whether any source was shown to be worse; False: nothing is known, and the mix is no advice."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +50,8 @@ class SourceAdvice:
     """Whether a curriculum may trust the score."""
     followed: bool
     """Whether the plan uses this score; False: it uses another one of the same data, or nothing was measured."""
+    undecided: bool
+    """Whether nothing was shown for or against any part of it, so that it is kept as it is."""
     reasons: tuple[str, ...]
 
 
@@ -45,11 +63,12 @@ class Proposal:
     plan: str | None
     """YAML in the plan's grammar, headed by what to beware of; None when no conclusion may be drawn."""
     summary: str
+    mixes: tuple[CapabilityMix, ...] = ()
 
 
 def propose(study: Study, analysis: Analysis) -> Proposal:
     """Turn claims into a plan; where nothing is claimed, everything is kept."""
-    if min(analysis.seeds) < 2:
+    if max(analysis.seeds) < 2:
         return Proposal((), None, "No plan is proposed: with one seed a slice no difference can be told from chance.")
     if study.slices.documents == "shared":
         return Proposal(
@@ -69,18 +88,52 @@ def propose(study: Study, analysis: Analysis) -> Proposal:
     followed = [one for one in advice if one.followed]
     absent = [dataset for dataset, names in study.datasets.items() if not measured.intersection(names)]
     remark = [f"Not measured, and so not in the plan: {', '.join(absent)}."] if absent else []
-    plan = _comments([*analysis.warnings, *remark]) + _plan_text(study, followed)
+    mixes = tuple(_mix(analysis, name) for name in analysis.capabilities or [OVERALL])
+    lines = [*analysis.warnings, *remark, *(mix.reason for mix in mixes)]
+    plan = _comments(lines) + _plan_text(study, followed)
     claimed = sum(one.broad != "all" or one.best != "all" for one in followed)
+    undecided = [one.source for one in followed if one.undecided]
     summary = (
-        f"The claims narrow {claimed} of {len(followed)} sources; a source or phase that they do not narrow is kept "
-        "whole, because nothing was shown against any part of it. Differences are in spreads between seeds, with "
-        "their standard errors."
+        f"The claims narrow {claimed} of {len(followed)} sources"
+        + (f"; undecided and kept as they are: {', '.join(undecided)}" if undecided else "")
+        + ". A source or phase that no claim narrows is kept whole, because nothing was shown against any part of it. "
+        "Differences are in spreads between seeds, with their standard errors."
     )
-    return Proposal(advice, plan, " ".join([summary, *remark]))
+    return Proposal(advice, plan, " ".join([summary, *remark]), mixes)
+
+
+def _mix(analysis: Analysis, score: str) -> CapabilityMix:
+    """Equal shares of the sources that may be the best at a capability; the claims tell no more than that."""
+    leader = analysis.ranking(score)[0]
+    sources = dict.fromkeys(cell.source for cell in analysis.cells)
+    wanted = [source for source in sources if _undefeated(analysis, score, _cells_of(analysis, source))]
+    worse = [source for source in sources if source not in wanted]
+    shares = {source: 1 / len(wanted) if source in wanted else 0.0 for source in sources}
+    if not worse:
+        reason = (
+            f"{score}: undecided, no source was shown to be worse than {analysis.cells[leader].name}; no mix follows."
+        )
+    else:
+        parts = ", ".join(f"{source} {share:.0%}" for source, share in shares.items() if share)
+        reason = (
+            f"{score}: {parts}; all slices of {', '.join(worse)} were shown to be worse than "
+            f"{analysis.cells[leader].name}."
+        )
+    return CapabilityMix(score, shares, bool(worse), reason)
+
+
+def _cells_of(analysis: Analysis, source: str) -> list[int]:
+    return [number for number, cell in enumerate(analysis.cells) if cell.source == source]
+
+
+def _undefeated(analysis: Analysis, score: str, cells: Sequence[int]) -> list[int]:
+    """Cells that were not shown to be worse than the best one by a score."""
+    leader = analysis.ranking(score)[0]
+    return [cell for cell in cells if not analysis.claimed_better(score, leader, cell)]
 
 
 def _not_measured(source: str) -> SourceAdvice:
-    return SourceAdvice(source, None, None, False, False, ("Not measured: none of its runs has results.",))
+    return SourceAdvice(source, None, None, False, False, False, ("Not measured: none of its runs has results.",))
 
 
 def _comments(lines: Sequence[str]) -> str:
@@ -90,21 +143,44 @@ def _comments(lines: Sequence[str]) -> str:
 
 
 def _advise(study: Study, analysis: Analysis, source: str) -> SourceAdvice:
-    cells = [number for number, cell in enumerate(analysis.cells) if cell.source == source]
+    cells = _cells_of(analysis, source)
     ranking = analysis.ranking(OVERALL)
     leader, middle = ranking[0], ranking[len(ranking) // 2]
     trend = analysis.trend(source, OVERALL)
     in_order = trend is not None and trend.claim == "rises"
-    reasons = [_trend_reason(study, analysis, source)]
+    reasons = [_trend_reason(study, analysis, source), *_bend_reason(analysis, source)]
     # a slice is dropped from a phase by a claim alone: from the last when it loses to the best of all slices, from the
     # first when it loses to the slice in the middle of all
-    lost_to_leader = [cell for cell in cells if analysis.claimed_better(OVERALL, leader, cell)]
-    lost_to_middle = [cell for cell in cells if analysis.claimed_better(OVERALL, middle, cell)]
-    best, reason = _selection(analysis, cells, lost_to_leader, leader, "last", trust_score=in_order)
-    reasons.append(reason)
-    broad, reason = _selection(analysis, cells, lost_to_middle, middle, "first", trust_score=in_order)
-    reasons.append(reason)
-    return SourceAdvice(source, broad, best, in_order, True, tuple(reasons))
+    keeps = []
+    for phase, against in (("first", middle), ("last", leader)):
+        lost = [cell for cell in cells if analysis.claimed_better(OVERALL, against, cell)]
+        needed, remark = _needed(analysis, cells, lost)
+        lost = [cell for cell in lost if cell not in needed]
+        keep, reason = _selection(analysis, cells, lost, against, phase, trust_score=in_order)
+        keeps.append(keep)
+        reasons.append(reason + remark)
+    involved = any(pair.claim != "none" and {pair.first, pair.second} & set(cells) for pair in analysis.pairs)
+    undecided = not involved and (trend is None or trend.claim == "none")
+    if undecided:
+        reasons.insert(0, "Undecided, keep it as it is: nothing was shown for or against any part of it.")
+    return SourceAdvice(source, keeps[0], keeps[1], in_order, True, undecided, tuple(reasons))
+
+
+def _needed(analysis: Analysis, cells: Sequence[int], lost: Sequence[int]) -> tuple[list[int], str]:
+    """Slices that a capability may need of a source that lost all of its slices overall, with a remark."""
+    if len(lost) < len(cells):
+        return [], ""
+    found: dict[str, list[int]] = {
+        name: kept for name in analysis.capabilities if (kept := _undefeated(analysis, name, cells))
+    }
+    if not found:
+        return [], ""
+    needed = [cell for cell in cells if any(cell in kept for kept in found.values())]
+    best = [name for name in found if analysis.ranking(name)[0] in found[name]]
+    others = [name for name in found if name not in best]
+    told = [f"its best slice is the best of all on {' and '.join(best)}"] if best else []
+    told += [f"on {' and '.join(others)} it was not shown to be worse"] if others else []
+    return needed, f" It lost overall, but {'; '.join(told)}, so it is not left out."
 
 
 def _follow_one(study: Study, analysis: Analysis, advised: dict[str, SourceAdvice], names: Sequence[str]) -> None:
@@ -150,6 +226,16 @@ def _trend_reason(study: Study, analysis: Analysis, source: str) -> str:
     return f"Its score was not shown to order quality ({numbers}), so it is not followed: `sorted: false`."
 
 
+def _bend_reason(analysis: Analysis, source: str) -> list[str]:
+    words = {"peaks": "its middle is better than its ends", "dips": "its middle is worse than its ends"}
+    return [
+        f"Its score does not order quality evenly: {words[bend.claim]} ({bend.estimate.value:+.3g}, p "
+        f"{format_p(bend.adjusted)} after correction), so look at its curve before you choose a threshold."
+        for bend in analysis.bends
+        if (bend.source, bend.score) == (source, OVERALL) and bend.claim != "none"
+    ]
+
+
 def _selection(
     analysis: Analysis, cells: Sequence[int], lost: Sequence[int], against: int, phase: str, *, trust_score: bool
 ) -> tuple[str | None, str]:
@@ -177,7 +263,9 @@ def _selection(
         else ""
     )
     keep = "all" if fraction == 1 else f"top {_percent(fraction)}"
-    return keep, f"In the {phase} phase: {keep}; its slices at top {names} were shown to be worse than {other}{remark}."
+    threshold = "" if fraction == 1 else f", about score >= {analysis.lowest_scores[contiguous[-1]]:.4g}"
+    text = f"{keep}{threshold}; its slices at top {names} were shown to be worse than {other}{remark}"
+    return keep, f"In the {phase} phase: {text}."
 
 
 def _loss(analysis: Analysis, cell: int, against: int) -> str:

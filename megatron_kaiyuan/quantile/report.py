@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
-from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, analyse
+from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, Shape, analyse
 from megatron_kaiyuan.quantile.page import write_page
 from megatron_kaiyuan.quantile.proposal import Proposal, format_p, propose
 from megatron_kaiyuan.quantile.results import RunResult, read_results
@@ -18,7 +18,7 @@ from megatron_kaiyuan.quantile.study import Study
 
 __all__ = ["WrittenReport", "conclusions", "report_data", "write_report"]
 
-_FORMAT = "megatron_kaiyuan.quantile_report/1"
+_FORMAT = "megatron_kaiyuan.quantile_report/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
             continue
         numbers = (
             f"{trend.estimate.value:+.2f} ± {trend.estimate.error:.2f} seed spreads from the worst quantile to the "
-            f"best, p {format_p(trend.adjusted)}"
+            f"best, p {format_p(trend.adjusted)}{_shown_rise(analysis, source)}"
         )
         words = {
             "rises": "better-scored documents train a better model",
@@ -85,7 +85,13 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
         lines.append(f"{source}: {words} ({numbers}).")
     claimed = [pair for pair in analysis.pairs if pair.score == OVERALL and pair.claim != "none"]
     tested = sum(pair.score == OVERALL for pair in analysis.pairs)
-    if min(analysis.seeds) >= 2:
+    lines += [
+        f"{bend.source}: its middle is {'better' if bend.claim == 'peaks' else 'worse'} than both ends "
+        f"({bend.estimate.value:+.2f} ± {bend.estimate.error:.2f} seed spreads, p {format_p(bend.adjusted)})."
+        for bend in analysis.bends
+        if bend.score == OVERALL and bend.claim != "none"
+    ]
+    if max(analysis.seeds) >= 2:
         lines.append(f"{len(claimed)} of {tested} pairs of slices were told apart overall.")
         leader = analysis.ranking(OVERALL)[0]
         low, high = analysis.rank_range(OVERALL, leader)
@@ -93,6 +99,16 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
         lines.append(f"Highest mean: {analysis.cells[leader].name} ({ranks} of {len(analysis.cells)} by the claims).")
         lines += _reversals(analysis)
     return lines
+
+
+def _shown_rise(analysis: Analysis, source: str) -> str:
+    """The best quantile's mean less the worst's, as a reader knows it."""
+    cells = [number for number, cell in enumerate(analysis.cells) if cell.source == source]
+    effects = analysis.effects(OVERALL, cells[0], cells[-1])
+    return "".join(
+        f"; {value:+.1%} accuracy" if unit == "accuracy" else f"; {value:+.3f} {unit.replace('/', ' per ')}"
+        for unit, value in effects.items()
+    )
 
 
 def _reversals(analysis: Analysis) -> list[str]:
@@ -131,15 +147,13 @@ def report_data(
         ],
         "metrics": [_metric(analysis, number) for number in range(len(analysis.metrics))],
         "scores": {name: _score(analysis, name) for name in analysis.scores},
-        "trends": [
-            {"source": trend.source, "score": trend.score, **_estimate(trend.estimate), "p_adjusted": trend.adjusted,
-             "claim": trend.claim}
-            for trend in analysis.trends
-        ],
+        "trends": [_shape(shape) for shape in analysis.trends],
+        "bends": [_shape(shape) for shape in analysis.bends],
+        "unsteady": {name: [analysis.cells[cell].name for cell in cells] for name, cells in analysis.unsteady.items()},
         "pairs": [
             {"score": pair.score, "first": analysis.cells[pair.first].name, "second": analysis.cells[pair.second].name,
              **_estimate(pair.estimate), "seed_pairs_won": pair.seeds_won, "p_adjusted": pair.adjusted,
-             "claim": pair.claim}
+             "claim": pair.claim, "shown": analysis.effects(pair.score, pair.first, pair.second)}
             for pair in analysis.pairs
         ],
         "proposal": asdict(proposal),
@@ -174,6 +188,18 @@ def _score(analysis: Analysis, name: str) -> dict[str, Any]:
             {"higher_score": analysis.cells[upper].name, "did_better": analysis.cells[lower].name, "claimed": sure}
             for upper, lower, sure in analysis.reversals(name)
         ],
+    }
+
+
+def _shape(shape: Shape) -> dict[str, Any]:
+    return {
+        "source": shape.source,
+        "score": shape.score,
+        **_estimate(shape.estimate),
+        "p_permutation": shape.exact,
+        "p_roughness": shape.rough,
+        "p_adjusted": shape.adjusted,
+        "claim": shape.claim,
     }
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "TaskResult",
     "bits_per_byte",
     "check_comparable",
+    "groups_of",
     "read_result",
     "read_results",
     "result_path",
@@ -53,6 +54,8 @@ class HeldOutResult:
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
     """Of the predicted tokens; all 0 when the tokenizer does not tell."""
+    groups: tuple[int, ...] = ()
+    """Documents with one number come from one place, such as a package or a host; empty: each is by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +201,11 @@ def bits_per_byte(result: HeldOutResult) -> tuple[NDArray[np.float64], NDArray[n
     some = weights > 0
     nats = np.array(result.nats, dtype=np.float64)[some]
     return nats / np.log(2) / weights[some], weights[some]
+
+
+def groups_of(result: HeldOutResult) -> NDArray[np.int64] | None:
+    """Numbers of the groups of the documents that `bits_per_byte` returns, `[n]`; None where each is by itself."""
+    if not result.groups:
+        return None
+    sizes = np.array(result.bytes if sum(result.bytes) else result.tokens)
+    return np.array(result.groups, dtype=np.int64)[sizes > 0]

@@ -3,7 +3,9 @@
 A slice at quantile q (from the top) lies around rank (1 - q) N of a source's trainable documents, moved inwards at the
 ends. It is the shortest such run of documents that fills `tokens` predicted tokens, so it has fewer tokens too many
 than its last document has; a run trains on exactly `tokens` of them. With `documents: own` the seeds of a quantile get
-neighbouring slices, turned by one from quantile to quantile, so that no seed is always nearest to the top.
+neighbouring slices, turned by one from quantile to quantile, so that no seed is always nearest to the top. With
+`documents: spread` they lie evenly over the quantile's stratum, which reaches half way to its neighbours, so that what
+a source changes by from place to place is a spread between runs and not a difference between quantiles.
 """
 
 import os
@@ -179,7 +181,31 @@ def _last_at_most(runs: DocumentRuns, tokens: int) -> int:
 
 
 def _parts(study: Study) -> int:
-    return len(study.training.seeds) if study.slices.documents == "own" else 1
+    return 1 if study.slices.documents == "shared" else len(study.training.seeds)
+
+
+def _centres(study: Study, top: Fraction) -> list[tuple[Fraction, int]]:
+    """Middles of the runs of documents of a quantile, from the best document, and how many slices each is cut into."""
+    if study.slices.documents != "spread":
+        return [(top, _parts(study))]
+    tops = sorted(study.slices.tops)
+    place = tops.index(top)
+    best = (tops[place - 1] + top) / 2 if place else Fraction(0)
+    worst = (top + tops[place + 1]) / 2 if place + 1 < len(tops) else Fraction(1)
+    parts = _parts(study)
+    # from the worst to the best, as neighbouring slices are numbered
+    return [(best + (worst - best) * Fraction(2 * part + 1, 2 * parts), 1) for part in reversed(range(parts))]
+
+
+def _cut_top(study: Study, runs: DocumentRuns, top: Fraction, tokens: int) -> list[tuple[int, int]] | None:
+    """First and last document of each slice of a quantile; None when they do not fit."""
+    found: list[tuple[int, int]] = []
+    for centre, parts in _centres(study, top):
+        edges = cut_band(runs, round((1 - centre) * runs.num_documents), parts, tokens + 1)
+        if edges is None:
+            return None
+        found += pairwise(edges)
+    return found
 
 
 def _source_slices(study: Study, source: OpenedSource) -> list[Slice]:
@@ -188,10 +214,10 @@ def _source_slices(study: Study, source: OpenedSource) -> list[Slice]:
         _refuse_small(study, source)
     slices = []
     for top in sorted(study.slices.tops):
-        edges = cut_band(runs, round((1 - top) * runs.num_documents), _parts(study), study.slices.tokens + 1)
-        if edges is None:
+        bands = _cut_top(study, runs, top, study.slices.tokens)
+        if bands is None:
             _refuse_small(study, source)
-        slices += [_make(source, runs, top, part, ends) for part, ends in enumerate(pairwise(edges))]
+        slices += [_make(source, runs, top, part, ends) for part, ends in enumerate(bands)]
     for piece in slices:
         if piece.last - piece.first < study.slices.min_documents:
             raise StudyError(
@@ -248,12 +274,11 @@ def _remedy(study: Study, largest: int) -> str:
 def _largest_tokens(study: Study, source: OpenedSource) -> int:
     """The largest slices that fit between the study's quantiles, in whole windows; 0 when none does."""
     runs = source.trainable(ranked=True)
-    centres = [round((1 - top) * runs.num_documents) for top in sorted(study.slices.tops, reverse=True)]
 
     def fits(windows: int) -> bool:
-        bands = [cut_band(runs, centre, _parts(study), windows * study.seq_length + 1) for centre in centres]
-        ends = [(band[0], band[-1]) for band in bands if band is not None]
-        return len(ends) == len(centres) and all(lower[1] <= upper[0] for lower, upper in pairwise(ends))
+        bands = [_cut_top(study, runs, top, windows * study.seq_length) for top in study.slices.tops]
+        ends = sorted(end for band in bands if band is not None for end in band)
+        return None not in bands and all(lower[1] <= upper[0] for lower, upper in pairwise(ends))
 
     low, high = 0, study.slices.tokens // study.seq_length
     while high - low > 1:

@@ -1,20 +1,24 @@
-"""Differences between slices with two sources of error, seeds and held-out items; Student's t; Holm's correction.
+"""Differences between slices with two sources of error, runs and held-out items; moderated variances; Holm.
 
 A measurement is `x[c, r, i]`: cell c (a slice), run r (a seed of it), item i (a held-out document or a task's
-question). Runs are drawn anew in each cell, items are the same in all. For a contrast `D = sum_c k_c mean_c` of the
-cells' means
+question). Runs are drawn anew in each cell, items are the same in all. For a contrast `D = sum_r k_r mean_i x[r, i]` of
+the runs, which is one of the cells where the runs of a cell share its coefficient,
 
-    var(D) = s^2 sum_c k_c^2 / n_c  +  var_i(d_i) / m,     d_i = sum_c k_c mean_r x[c, r, i]
+    var(D) = sum_r k_r^2 v_c(r)  +  max(0, var_g(d) - var_g(e))
 
-with s^2 the variance of runs around the mean of their cell, pooled over all cells, and the second term that of the mean
-of the paired per-item differences. The noise between a run and an item is in both terms, so the sum is never too small
-in expectation. `D / sd(D)` is compared with Student's t. Every part of the variance is an estimate with degrees of
-freedom of its own, and those of the sum are Welch's and Satterthwaite's (Biometrics Bulletin 2, 1946): `(sum_p v_p)^2 /
-sum_p v_p^2 / f_p`. Items that are weighted by their bytes count as `1 / sum_i share_i^2` equal ones.
+The first part is the runs'. `v_c` is the cell's own variance drawn towards that of all cells, as in empirical Bayes
+(Smyth, Stat. Appl. Genet. Mol. Biol. 3, 2004): `(d0 v0 + d_c s_c^2) / (d0 + d_c)` with `d0 + d_c` degrees of freedom.
+Smyth estimates d0 from thousands of genes. A study has ten slices with two degrees of freedom each, which cannot tell
+it, and an estimate that is too large makes false claims (docs/quantile-benchmark.md has the simulation). So d0 is
+d_c, and never more than 2.
 
-Why not a permutation or a bootstrap over seeds: 3 runs against 3 have 20 arrangements, so no permutation test of a pair
-can fall below 0.05, and a bootstrap of 3 runs understates their variance by a third. Pooling over cells is what gives
-power; its price is the assumption of one variance for all cells, which `variance_ratio` lets a reader judge.
+The second part is the items'. `d_g` are sums over a group of items of the paired differences, with their shares. The
+noise between a run and an item is in `d` and also in the variance of the runs, so it is estimated (`e`: what is left of
+a cell after its runs' and its items' means) and subtracted, as in the analysis of variance of a crossed design. Items
+of one group, such as the files of one package, count as one draw (Liang and Zeger, Biometrika 73, 1986).
+
+`D / sd(D)` is compared with Student's t. All parts are estimates, so the degrees of freedom are those of their sum
+(Welch; Satterthwaite, Biometrics Bulletin 2, 1946): `(sum_p v_p)^2 / sum_p v_p^2 / f_p`.
 """
 
 import math
@@ -25,7 +29,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
+from scipy.special import chdtri, fdtri, stdtr, stdtrit
 
 __all__ = [
     "Composite",
@@ -35,12 +39,23 @@ __all__ = [
     "contrast",
     "holm",
     "mean_estimate",
+    "moderated_variances",
     "pooled_variance",
+    "run_contrast",
     "student_t_cdf",
     "student_t_quantile",
+    "typical_variance",
+    "unsteady_cells",
     "variance_ratio",
     "variance_ratio_bound",
 ]
+
+
+_PRIOR_FREEDOM = 2.0
+"""Most that the typical variance weighs beside a cell's own, in degrees of freedom: as much as three seeds."""
+_EXTREME = 1e-4
+_ROUNDING = 1e-9
+"""Spread between runs, relative to their size, that is arithmetic and not a difference between models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +100,12 @@ class Score(Protocol):
     def run_means(self) -> list[NDArray[np.float64]]:
         """Of each cell, the value of each of its runs."""
 
+    @property
+    def variances(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of each cell, the moderated variance of its runs and its degrees of freedom."""
+
     def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
-        """Independent parts of the variance of a contrast that come from the choice of items, with their freedoms."""
+        """Independent parts of the variance of a contrast of runs that come from the choice of items, with freedoms."""
 
 
 @dataclass(frozen=True)
@@ -98,32 +117,73 @@ class Measure:
     """Of each cell `[runs, items]`, oriented so that higher is better."""
     weights: NDArray[np.float64]
     """Of the items, `[items]`; the value of a run is the weighted mean."""
+    groups: NDArray[np.int64] | None = None
+    """Of the items, `[items]`: those with one number are one draw; None: each item is."""
 
     @cached_property
     def run_means(self) -> list[NDArray[np.float64]]:
         """Of each cell, the weighted mean of each run, `[runs]`."""
-        share = self.weights / self.weights.sum()
-        return [cell @ share for cell in self.values]
+        return [cell @ self._share for cell in self.values]
+
+    @cached_property
+    def variances(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of each cell, the moderated variance of its runs and its degrees of freedom."""
+        return moderated_variances(self.run_means)
+
+    @property
+    def steady(self) -> bool:
+        """Whether some runs of one cell differ by more than rounding; if none do, there is no spread to measure by."""
+        size = max(float(np.abs(cell).max()) for cell in self.run_means)
+        return any(len(cell) > 1 and float(np.ptp(cell)) > _ROUNDING * size for cell in self.run_means)
+
+    @cached_property
+    def _share(self) -> NDArray[np.float64]:
+        return np.asarray(self.weights / self.weights.sum(), dtype=np.float64)
+
+    @cached_property
+    def _membership(self) -> NDArray[np.float64]:
+        """Shares of the items in the columns of their groups, `[items, groups]`."""
+        some = np.flatnonzero(self._share > 0)
+        groups = np.arange(len(self._share)) if self.groups is None else self.groups
+        numbers = np.unique(groups[some], return_inverse=True)[1]
+        table = np.zeros((len(self._share), int(numbers.max()) + 1))
+        table[some, numbers] = self._share[some]
+        return table
+
+    @cached_property
+    def _correction(self) -> float:
+        """What squares around the sample's own mean are too small by: `1 - 1 / m` where all groups are equal."""
+        share = self._membership.sum(axis=0)
+        squares = (share**2).sum()
+        return float(1 + squares - 2 * (share**3).sum() / squares)
 
     @cached_property
     def _item_covariance(self) -> NDArray[np.float64]:
-        """Covariance of the cells' weighted means over the choice of items, `[cells, cells]`; one for all contrasts."""
-        share = self.weights / self.weights.sum()
-        means = np.stack([cell.mean(axis=0) for cell in self.values])
-        centred = share * (means - (means @ share)[:, None])
-        # squares around the sample's own mean are too small by this factor: 1 - 1 / m where all weights are equal
-        squares = (share**2).sum()
-        shrinkage = 1 + squares - 2 * (share**3).sum() / squares
-        return np.asarray(centred @ centred.T / shrinkage, dtype=np.float64)
+        """Covariance of the runs' weighted means over the choice of items, `[runs, runs]`; one for all contrasts."""
+        runs = np.concatenate(list(self.values))
+        sums = (runs - (runs @ self._share)[:, None]) @ self._membership
+        return np.asarray(sums @ sums.T / self._correction, dtype=np.float64)
+
+    @cached_property
+    def _shared_noise(self) -> NDArray[np.float64]:
+        """Variance of each run's mean that its cell's spread and the items' covariance both contain, `[runs]`."""
+        return np.concatenate([np.full(len(cell), self._noise_of(cell)) for cell in self.values])
+
+    def _noise_of(self, cell: NDArray[np.float64]) -> float:
+        if len(cell) < 2:
+            return 0.0
+        rest = cell - cell.mean(axis=0)
+        sums = (rest - (rest @ self._share)[:, None]) @ self._membership
+        return float((sums**2).sum()) / self._correction / (len(cell) - 1)
 
     def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
-        """Of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977); none for a single item."""
-        share = self.weights / self.weights.sum()
-        freedom = float(1 / (share**2).sum()) - 1
-        if np.count_nonzero(share) < 2:
+        """Of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977); none for a single group."""
+        share = self._membership.sum(axis=0)
+        if len(share) < 2:
             return []
-        # the square form of a contrast without variance may come out a rounding error below zero
-        return [(max(0.0, float(coefficients @ self._item_covariance @ coefficients)), freedom)]
+        both = float(coefficients @ self._item_covariance @ coefficients)
+        twice = float(coefficients**2 @ self._shared_noise)
+        return [(max(0.0, both - twice), float(1 / (share**2).sum()) - 1)]
 
 
 @dataclass(frozen=True)
@@ -139,7 +199,7 @@ class Composite:
     @cached_property
     def _scales(self) -> list[float]:
         if any(len(cell) > 1 for cell in self.parts[0].run_means):
-            spreads = [math.sqrt(pooled_variance(part.run_means)[0]) for part in self.parts]
+            spreads = [math.sqrt(typical_variance(part.run_means)[0]) for part in self.parts]
         else:
             spreads = [float(np.std([cell.mean() for cell in part.run_means])) for part in self.parts]
         return [1.0 / spread / len(self.parts) if spread > 0 else 0.0 for spread in spreads]
@@ -151,6 +211,11 @@ class Composite:
             [scale * cell for cell in part.run_means] for scale, part in zip(self._scales, self.parts, strict=True)
         ]
         return [np.sum(cells, axis=0) for cells in zip(*scaled, strict=True)]
+
+    @cached_property
+    def variances(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of each cell, the moderated variance of its runs and its degrees of freedom."""
+        return moderated_variances(self.run_means)
 
     def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
         """Items of different parts are drawn independently, so their variances add."""
@@ -168,14 +233,67 @@ def pooled_variance(cells: Sequence[NDArray[np.float64]]) -> tuple[float, int]:
     return (squares / freedom if freedom else 0.0), freedom
 
 
+def typical_variance(cells: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    """Return the variance that a cell's own is drawn towards, and its degrees of freedom.
+
+    The pooled variance of all cells but those that are far out of line (1 in 10 000 by chance): one wild slice must not
+    blind a study, and a moderately wild one must make it careful.
+    """
+    extreme = set(unsteady_cells(cells, _EXTREME))
+    variance, freedom = pooled_variance([cell for number, cell in enumerate(cells) if number not in extreme])
+    return variance, float(freedom)
+
+
+def unsteady_cells(cells: Sequence[NDArray[np.float64]], level: float = 0.05) -> list[int]:
+    """Return the cells whose runs spread more than those of the others by more than chance.
+
+    Args:
+        cells: Values of the runs of each cell.
+        level: Chance of each cell to be listed where all spread alike. F test against the median of the variances,
+            which half of the cells cannot move.
+    """
+    freedoms = np.array([len(cell) - 1 for cell in cells], dtype=np.float64)
+    several = np.flatnonzero(freedoms > 0).tolist()
+    if len(several) < 3:
+        return []
+    own = np.array([float(cells[number].var(ddof=1)) for number in several])
+    degrees = freedoms[several]
+    middle = float(np.median(own / (chdtri(degrees, 0.5) / degrees)))
+    bounds = middle * fdtri(degrees, degrees.sum() - degrees, 1 - level)
+    return [int(number) for number, variance, bound in zip(several, own, bounds, strict=True) if variance > bound]
+
+
+def moderated_variances(cells: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the variance of the runs of each cell, drawn towards the typical one, and its degrees of freedom."""
+    typical, of_typical = typical_variance(cells)
+    freedoms = np.array([len(cell) - 1 for cell in cells], dtype=np.float64)
+    weights = np.minimum(np.where(freedoms > 0, np.minimum(freedoms, _PRIOR_FREEDOM), 1.0), of_typical)
+    own = np.array([float(cell.var(ddof=1)) if len(cell) > 1 else 0.0 for cell in cells])
+    total = np.maximum(weights + freedoms, np.finfo(float).tiny)
+    return (weights * typical + freedoms * own) / total, weights + freedoms
+
+
 def contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
-    """Estimate `sum_c coefficients[c] * mean_c`."""
+    """Estimate `sum_c coefficients[c] * mean_c`, a contrast of the cells."""
+    counts = [len(cell) for cell in score.run_means]
+    return run_contrast(score, np.repeat(coefficients / np.array(counts), counts))
+
+
+def run_contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
+    """Estimate `sum_r coefficients[r] * mean_r` over all runs, cell after cell."""
     cells = score.run_means
-    variance, freedom = pooled_variance(cells)
-    value = float(sum(k * cell.mean() for k, cell in zip(coefficients, cells, strict=True)))
-    of_runs = variance * float(sum(k**2 / len(cell) for k, cell in zip(coefficients, cells, strict=True)))
-    parts = [(of_runs, float(freedom)), *score.item_variances(coefficients)]
-    return Estimate(value, math.sqrt(sum(part for part, _ in parts)), _freedom(parts) if freedom else 0.0)
+    counts = np.array([len(cell) for cell in cells])
+    value = float(coefficients @ np.concatenate(cells))
+    of_items = score.item_variances(coefficients)
+    total = float((counts - 1).sum())
+    if total == 0:
+        return Estimate(value, math.sqrt(sum(part for part, _ in of_items)), 0.0)
+    variances, freedoms = score.variances
+    squares = np.add.reduceat(coefficients**2, np.cumsum(counts) - counts)
+    of_runs = list(zip((squares * variances).tolist(), freedoms.tolist(), strict=True))
+    runs = (sum(part for part, _ in of_runs), min(total, _freedom(of_runs)))
+    parts = [runs, *of_items]
+    return Estimate(value, math.sqrt(sum(part for part, _ in parts)), _freedom(parts))
 
 
 def _freedom(parts: Sequence[tuple[float, float]]) -> float:
@@ -184,14 +302,16 @@ def _freedom(parts: Sequence[tuple[float, float]]) -> float:
     if total == 0:
         return parts[0][1]
     # as shares, because the square of a tiny variance is zero
-    return 1.0 / sum((variance / total) ** 2 / freedom for variance, freedom in parts)
+    return 1.0 / sum((variance / total) ** 2 / freedom for variance, freedom in parts if variance > 0)
 
 
 def mean_estimate(score: Score, cell: int) -> Estimate:
-    """A cell's mean with the error that other seeds would make; the items are taken as they are."""
+    """Return a cell's mean with the error that other seeds would make; the items are taken as they are."""
     cells = score.run_means
-    variance, freedom = pooled_variance(cells)
-    return Estimate(float(cells[cell].mean()), math.sqrt(variance / len(cells[cell])), float(freedom))
+    variances, freedoms = score.variances
+    several = any(len(one) > 1 for one in cells)
+    error = math.sqrt(float(variances[cell]) / len(cells[cell]))
+    return Estimate(float(cells[cell].mean()), error, float(freedoms[cell]) if several else 0.0)
 
 
 def variance_ratio(score: Score) -> float:

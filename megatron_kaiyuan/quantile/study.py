@@ -71,8 +71,9 @@ class SliceSpec(StrictModel):
     """Quantiles counted from the best document: a slice lies around each, 0 % is the very best."""
     tokens: Tokens
     """Size of every slice; a whole number of windows of `seq_length`."""
-    documents: Literal["own", "shared"] = "own"
-    """`own`: each seed has documents of its own, next to each other by score; `shared`: all seeds have the same."""
+    documents: Literal["own", "spread", "shared"] = "own"
+    """`own`: each seed has documents of its own, next to each other by score; `spread`: of its own, evenly over the
+    stratum around the quantile; `shared`: all seeds have the same."""
     min_documents: int = Field(default=30, gt=0)
     """A slice of fewer documents is refused: it would measure single documents, not a quantile."""
 
