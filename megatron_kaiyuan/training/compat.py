@@ -8,7 +8,7 @@ import argparse
 import functools
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_signal_handler, training
@@ -34,6 +34,7 @@ __all__ = [
     "fuse_weight_gradients_without_apex",
     "keep_checkpoints",
     "keep_shipped_dataset_helpers",
+    "rename_rates_of_groups",
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
     "use_scheduler",
@@ -66,6 +67,36 @@ def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
     The loop names the class in the middle of a function and offers no hook to choose another.
     """
     training.OptimizerParamScheduler = build
+
+
+def rename_rates_of_groups(changes: Mapping[str, Mapping[float, float]]) -> None:
+    """Let an optimizer be loaded whose groups have new rates.
+
+    Megatron finds a saved group by its rates, and then takes the saved ones. Here the groups of a checkpoint get the
+    new rates before it looks for them.
+
+    Args:
+        changes: Rate now by rate before, for each of `max_lr` and `min_lr`.
+    """
+    original = MegatronOptimizer._filter_and_reorder_param_groups
+
+    def rename(groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            group.update({key: rates[group[key]] for key, rates in changes.items() if group.get(key) in rates})
+
+    def renamed(current: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> Any:
+        rename(loaded)
+        return original(current, loaded)
+
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(renamed)
+    load = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        rename(state_dict["optimizer"]["param_groups"])
+        load(self, state_dict)
+
+    DistributedOptimizer.load_state_dict = load_state_dict
 
 
 def end_at(iteration: int) -> None:

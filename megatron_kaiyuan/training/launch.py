@@ -3,6 +3,7 @@
 import argparse
 import signal
 from functools import partial
+from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
@@ -35,7 +36,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
 )
 from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.observation import build_held_out, build_monitor
-from megatron_kaiyuan.training.parsing import configuration, parse, validate
+from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, validate
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plan_arguments import (
     ShardRecords,
@@ -48,6 +49,7 @@ from megatron_kaiyuan.training.plan_arguments import (
 from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
+from megatron_kaiyuan.training.schedule_arguments import check_rates_of_plan, continue_schedule, steps_in_samples
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 
 __all__ = ["run_pretraining"]
@@ -115,18 +117,21 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
         defaults["exit_signal_handler"] = True  # of no use without a place to save
     saved = saved_arguments(first_look)
     plan = plan_as_begun(plan, saved)
-    plan_values = {}
+    plan_values: dict[str, Any] = {}
+    in_samples: dict[str, object] = {}
     records = ShardRecords(None, {}) if plan is None else read_shard_records(plan)
     if plan is None:
         check_data_arguments(first_look)
     else:
         defaults.update(plan_parser_defaults())
+        check_rates_of_plan(first_look, plan, known_flags())
+        in_samples = steps_in_samples(first_look, known_flags())
         plan_values = plan_argument_defaults(first_look, plan, saved, records.tokenizer)
     check_required_arguments(first_look, plan_values)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
     parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}
-    args = validate(parsed_defaults, plan_values)
+    args = validate(parsed_defaults, plan_values, in_samples)
     _say_aloud(defaults, plan_values)
     if plan is not None:
         check_tokenizer_of_shards(args, records.tokenizer, get_tokenizer().eod)
@@ -135,6 +140,9 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     if said := continue_branch_scale(args, saved):
         print_rank_0(f"> {said}")
     check_resume(args, plan, saved)
+    planned_rate = plan is not None and plan_has_learning_rate(plan)
+    if said := continue_schedule(args, saved, known_flags(), planned_rate=planned_rate):
+        print_rank_0(f"> {said}")
     check_batch_arguments(args, saved, planned=plan is not None)
     if plan is not None:
         check_plan_arguments(args, plan)
@@ -166,8 +174,5 @@ def _say_aloud(defaults: dict[str, object], plan_values: dict[str, object]) -> N
 
 
 def _follow_planned_rate(args: argparse.Namespace, plan: Plan) -> None:
-    print_rank_0(
-        "> the plan gives the learning rate; --lr, --min-lr, --lr-decay-* and --lr-warmup-* have no effect "
-        f"(--lr {args.lr}, --lr-decay-style {args.lr_decay_style})"
-    )
+    print_rank_0("> the phases of the plan give the learning rate")
     compat.use_scheduler(partial(PlannedScheduler, plan=plan, consumed_samples=lambda: args.consumed_train_samples))

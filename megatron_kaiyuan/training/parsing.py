@@ -10,10 +10,9 @@ import copy
 import functools
 import sys
 import warnings
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from megatron.training import global_vars, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from megatron.training.config.container import PretrainConfigContainer
@@ -25,6 +24,7 @@ from megatron_kaiyuan.flags.rules import refuse_flags
 from megatron_kaiyuan.flags.spelling import Spelling, spellings
 from megatron_kaiyuan.flags.table import TABLE
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
+from megatron_kaiyuan.training.schedule_arguments import build_schedule
 
 __all__ = ["configuration", "known_flags", "parse", "validate"]
 
@@ -56,21 +56,25 @@ def parse(defaults: Mapping[str, object]) -> argparse.Namespace:
     return args
 
 
-def validate(defaults: Mapping[str, object], open_values: Mapping[str, object]) -> argparse.Namespace:
+def validate(
+    defaults: Mapping[str, object], open_values: Mapping[str, object], other_words: Mapping[str, object]
+) -> argparse.Namespace:
     """Return the arguments as Megatron's validation leaves them; it also builds the tokenizer and the writers.
 
     Args:
         defaults: As in `parse`.
         open_values: Values of arguments that the command line leaves open.
+        other_words: Values of arguments that say the same as the command line, in units that Megatron takes.
 
     Raises:
         ConfigError: any of Megatron's checks fails.
     """
     with megatron_checks(known_flags()):
-        provider = arguments_provider(defaults)
+        provider = _in_other_words(arguments_provider(defaults), other_words)
         args: argparse.Namespace = parse_and_validate_args(provider, args_defaults=dict(open_values))
         kaiyuan_config_from_args(copy.copy(args))
-        _build_schedule(args)
+        if not args.skip_train:
+            build_schedule(args)
         configuration(args)
     return args
 
@@ -83,15 +87,21 @@ def configuration(args: argparse.Namespace) -> PretrainConfigContainer:
         return pretrain_cfg_container_from_args(args)
 
 
-def _build_schedule(args: argparse.Namespace) -> None:
-    """Build the schedule of the learning rate and of the weight decay once, for an optimizer without parameters.
+def _in_other_words(
+    provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser], values: Mapping[str, object]
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """Let the parser that Megatron gets answer with these values, whatever the command line says."""
 
-    It fills in what was left open, so it gets a copy of the arguments.
-    """
-    if args.skip_train:
-        return
-    global_vars.set_args(copy.copy(args))
-    try:
-        training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[{}]))
-    finally:
-        global_vars.set_args(args)
+    def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = provider(parser)
+        parse = parser.parse_args
+
+        def parse_args(*words: Any) -> argparse.Namespace:
+            args: argparse.Namespace = parse(*words)
+            vars(args).update(values)
+            return args
+
+        parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+        return parser
+
+    return provide

@@ -301,7 +301,7 @@ def test_the_run_tells_which_defaults_it_changed(single: tuple[Path, Finished]) 
         "> default from the plan: train_samples = 48",
         "> default from the plan: lr = 0.01",
         "> default from this platform (without CUDA): distributed_backend = gloo",
-        "> the plan gives the learning rate; --lr, --min-lr, --lr-decay-* and --lr-warmup-* have no effect",
+        "> the phases of the plan give the learning rate",
         "validation loss at iteration 6",
     ):
         assert line in single[1].output
