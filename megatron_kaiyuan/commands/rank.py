@@ -17,7 +17,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PLAN",
         help="instead of SHARDS: all scored sources of a plan; an index that is there and up to date stays",
     )
-    parser.add_argument("--score", default="score", type=score_name, help="name of the score sidecar (default: score)")
+    parser.add_argument(
+        "--score",
+        default="score",
+        type=score_name,
+        help="name of the score sidecar (default: score), or a sum of scores such as '0.7*edu + 0.3*dclm' with --as",
+    )
+    parser.add_argument("--as", dest="name", type=plain_score_name, help="name of the score that a sum is stored as")
+    parser.add_argument(
+        "--combine",
+        choices=("ranks", "values"),
+        default="ranks",
+        help="what a sum adds: each document's rank by each score, from 0 to 1 (default), or the scores themselves",
+    )
     parser.add_argument(
         "--scores",
         metavar="F",
@@ -31,7 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def score_name(text: str) -> str:
-    """What `--score` may be."""
+    """What `--score` may be: a name, or a sum."""
+    from megatron_kaiyuan.shards.score_mix import is_mix
+
+    return text if is_mix(text) else plain_score_name(text)
+
+
+def plain_score_name(text: str) -> str:
+    """The name of one score."""
     from megatron_kaiyuan.shards.score_files import check_score_name
 
     try:
@@ -50,8 +69,22 @@ def main() -> None:
         parser.error("--plan takes scores and places from the plan; leave out --verify, --scores and --output")
     if args.verify and args.scores:
         parser.error("--verify compares with the stored scores; leave out --scores, or rank first and verify then")
+    check_sum(parser, args)
     prefer_fast_sort()
     rank_plan(args) if args.plan else rank_one(args)
+
+
+def check_sum(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a sum without a name, and what is said of a sum where there is none."""
+    from megatron_kaiyuan.shards.score_mix import is_mix
+
+    if is_mix(args.score):
+        if args.name is None:
+            parser.error(f"--score {args.score!r} is a sum: name it with --as NAME; the plan then says score: NAME")
+        if args.plan or args.scores or args.verify:
+            parser.error("a sum is made of stored scores of SHARDS; leave out --plan, --scores and --verify")
+    elif args.name is not None or args.combine != "ranks":
+        parser.error(f"--as and --combine are of a sum, and --score {args.score} is none; write '0.7*edu + 0.3*dclm'")
 
 
 def rank_plan(args: argparse.Namespace) -> None:
@@ -71,8 +104,12 @@ def rank_one(args: argparse.Namespace) -> None:
     from megatron_kaiyuan.documents.rank_index import index_path, verify_rank_index, write_rank_index
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
     from megatron_kaiyuan.shards.score_import import import_scores
+    from megatron_kaiyuan.shards.score_mix import parse_mix, write_mix
 
     source = open_source("source", args.shards)
+    if args.name is not None:
+        write_mix(source, parse_mix(args.score), args.name, of_ranks=args.combine == "ranks")
+        args.score = args.name
     if args.scores:
         import_scores(source, args.scores, args.score)
     path = args.output or index_path(source, args.score)

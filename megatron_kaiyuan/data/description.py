@@ -10,7 +10,6 @@ from megatron_kaiyuan.data.constraints import bounded_shares, describe_bound, do
 from megatron_kaiyuan.data.interleave import prefix_bound
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
-from megatron_kaiyuan.data.plan_phases import PhaseSourceSpec
 from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.quality import QUALITY_COLUMNS, quality_over_run
 from megatron_kaiyuan.data.stream import Stream
@@ -84,7 +83,7 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
     return {
         "draw": phase.spec.sources[name].draw,
         "from": phase.spec.sources[name].start,
-        "keep": _kept(phase.spec.sources[name]),
+        "keep": phase.spec.sources[name].kept,
         "repeat": float(stream.repeat),
         "order": "ascending quality" if stream.ascending else "random",
         "documents": stream.selected.num_documents,
@@ -99,13 +98,6 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "tokens_left_over": stream.leftover,
         "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
     }
-
-
-def _kept(part: PhaseSourceSpec) -> str:
-    """The selection in words, as the plan gives it."""
-    if part.start == "unseen":
-        return "what is unseen"
-    return part.draw if part.draw is not None and part.rest_of else str(part.keep)
 
 
 def _times_shown(version: int, stream: Stream, used: int) -> list[dict[str, int]] | None:
@@ -134,6 +126,7 @@ def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> di
         "held_out_documents": len(source.held_out),
         "held_out_tokens": source.held_out_runs.num_tokens,
         "held_out_elsewhere_documents": len(source.held_out_elsewhere),
+        "denied_documents": len(source.denied),
         "tokens_seen": seen,
         "epochs": seen / source.source.num_tokens,
         "bands": described,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.documents.bands import BandEdges, band_edges
+from megatron_kaiyuan.documents.deny import read_denied
 from megatron_kaiyuan.documents.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
@@ -38,6 +39,8 @@ class OpenedSource:
     """Document numbers that no phase may see, ascending, int64 `[H]`."""
     held_out_elsewhere: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Further ones: another source of the plan names the same shards and holds these documents out, int64 `[n]`."""
+    denied: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Documents that the source's `deny` file, or that of another source with the same shards, names, int64 `[n]`."""
 
     @cached_property
     def storage_order(self) -> DocumentOrder:
@@ -64,7 +67,7 @@ class OpenedSource:
 
     @property
     def _untrained(self) -> NDArray[np.int64]:
-        return np.concatenate([self.held_out, self.held_out_elsewhere])
+        return np.unique(np.concatenate([self.held_out, self.held_out_elsewhere, self.denied]))
 
     @cached_property
     def held_out_runs(self) -> DocumentRuns:
@@ -111,6 +114,26 @@ class OpenedSource:
         tokens = index.token_marks[ranks // STRIDE]
         return sha256(f"{index.seed} {index.order[ranks].tolist()} {tokens.tolist()}".encode()).hexdigest()[:16]
 
+    def ranks_scored(self, at_least: tuple[float, bool] | None, at_most: tuple[float, bool] | None) -> tuple[int, int]:
+        """First rank, and one past the last, of the documents whose scores lie between two limits.
+
+        Args:
+            at_least: the lower limit, and whether a document with that score belongs to them; None: no limit.
+            at_most: the upper one.
+
+        Raises:
+            PlanError: the source is simulated, so that it has ranks and no scores.
+        """
+        order = self.ranked_order
+        if not isinstance(order, RankedOrder):
+            raise PlanError(
+                f"source {self.name!r} is simulated: it has ranks and no scores to compare; plan with top 30% until "
+                "its shards exist"
+            )
+        low = 0 if at_least is None else order.scored_below(at_least[0], or_equal=not at_least[1])
+        high = order.num_documents if at_most is None else order.scored_below(at_most[0], or_equal=at_most[1])
+        return low, high
+
     def bands_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """The quantile band of each of these documents of a scored source, int64 `[n]`."""
         assert self.spec.score is not None
@@ -155,11 +178,19 @@ def open_plan_sources(
         PlanError: fewer documents than are to be held out, or none left by what other sources hold out.
     """
     sources = open_sources({name: spec.shards for name, spec in specs.items()})
+    shared = any(held_out.values()) or any(spec.deny for spec in specs.values())
+    files = {name: _files(source) for name, source in sources.items()} if shared else {}
+    denied = _denied(specs, sources, files)
     opened = {
-        name: OpenedSource(name, spec, sources[name], _draw(sources[name], held_out[name], seed))
+        name: OpenedSource(
+            name,
+            spec,
+            sources[name],
+            np.setdiff1d(_draw(sources[name], held_out[name], seed), denied[name], assume_unique=True),
+            denied=denied[name],
+        )
         for name, spec in specs.items()
     }
-    files = {name: _files(source) for name, source in sources.items()} if any(held_out.values()) else {}
     opened = leave_out_elsewhere(opened, files)
     scored = [source for source in opened.values() if source.spec.score is not None]
     digests = content_digests([(source.source, source.spec.score) for source in scored])
@@ -181,7 +212,8 @@ def leave_out_elsewhere(
     """
     others = held_out_elsewhere(files, {name: opened[name].held_out for name in files})
     for name, documents in others.items():
-        left = opened[name].source.num_documents - len(opened[name].held_out) - len(documents)
+        untrained = np.concatenate([opened[name].held_out, documents, opened[name].denied])
+        left = opened[name].source.num_documents - len(np.unique(untrained))
         if left < 1:
             raise PlanError(
                 f"sources.{name}: other sources name the same shards and hold out {len(documents):,} of its documents "
@@ -191,6 +223,24 @@ def leave_out_elsewhere(
         name: replace(source, held_out_elsewhere=others[name]) if len(others.get(name, ())) else source
         for name, source in opened.items()
     }
+
+
+def _denied(
+    specs: Mapping[str, SourceSpec], sources: Mapping[str, Source], files: Mapping[str, Sequence[tuple[Hashable, int]]]
+) -> dict[str, NDArray[np.int64]]:
+    """The documents that each source may not use, by its own list or by that of another one with the same shards."""
+    none = np.empty(0, dtype=np.int64)
+    own = {
+        name: none if spec.deny is None else read_denied(Path(spec.deny), sources[name]) for name, spec in specs.items()
+    }
+    others = held_out_elsewhere(files, own) if files else {}
+    found = {name: np.union1d(some, others.get(name, none)) for name, some in own.items()}
+    for name, some in found.items():
+        if len(some) == sources[name].num_documents:
+            raise PlanError(
+                f"sources.{name}.deny: denies all {len(some):,} documents; leave the source out of the plan"
+            )
+    return found
 
 
 def _files(source: Source) -> list[tuple[Hashable, int]]:

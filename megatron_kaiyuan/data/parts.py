@@ -7,6 +7,9 @@ selection rise together.
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import reduce
+
+import numpy as np
 
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.plan_schema import PhaseSourceSpec, PlanSpec
@@ -43,7 +46,7 @@ class Part:
     @property
     def ranked(self) -> bool:
         """Whether its documents are taken in the order of their ranks."""
-        return self.ascending or self.spec.keep.needs_scores or (self._named and self.source.spec.score is not None)
+        return self.ascending or self.spec.needs_scores or (self._named and self.source.spec.score is not None)
 
     @property
     def key(self) -> int:
@@ -88,7 +91,7 @@ def build_stream(part: Part) -> Stream:
     )
     if stream.num_windows == 0:
         raise PlanError(
-            f"phase {part.phase!r}, source {part.name!r}: keep {part.spec.keep} of {available.num_documents:,} "
+            f"phase {part.phase!r}, source {part.name!r}: keep {part.spec.kept} of {available.num_documents:,} "
             f"documents leaves {selected.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
             f"{float(part.spec.repeat):g}; one window needs {part.plan.seq_length + 1:,}: keep more, repeat more, or "
             "leave the source out of the phase"
@@ -113,28 +116,59 @@ def fitted_stream(part: Part, stream: Stream, used: int) -> Stream:
 
 
 def _select(available: DocumentRuns, part: Part) -> DocumentRuns:
-    keep = part.spec.keep
     if part.spec.rest_of is not None:
-        keep = part.plan.draws[part.source.name, part.spec.rest_of]
-        return available.minus(_random_part(available, part, keep))
+        drawn = part.plan.draws[part.source.name, part.spec.rest_of]
+        kept = available.minus(_random_part(available, part, drawn))
+    elif part.spec.keep.kind == "random":
+        kept = _random_part(available, part, part.spec.keep)
+    else:
+        kept = _by_quality(available, part, part.spec.keep)
+    return kept if part.spec.but is None else kept.minus(_by_quality(available, part, part.spec.but))
+
+
+def _by_quality(available: DocumentRuns, part: Part, keep: Keep) -> DocumentRuns:
+    """All documents, or those that a selection by quality takes of them."""
     if keep.kind == "all":
         return available
-    if keep.kind == "random":
-        return _random_part(available, part, keep)
+    if keep.kind == "list":
+        return reduce(DocumentRuns.joined_with, (_by_quality(available, part, one) for one in keep.parts))
+    if keep.kind == "score":
+        low, high = part.source.ranks_scored(keep.at_least, keep.at_most)
+        return available.common_with(DocumentRuns(available.order, np.array([low]), np.array([max(low, high)])))
+    if keep.amount:
+        _check_amount(available, part, keep)
     if keep.by == "documents":
-        low, high = (nearest_count(quantile, available.num_documents) for quantile in (keep.low, keep.high))
+        total = available.num_documents
+        edges = [nearest_count(edge, total) for edge in (keep.low, keep.high)]
+        edges = [total - keep.amount, total] if keep.kind == "top" else edges
     else:
-        low, high = (available.nearest_index(quantile * available.num_tokens) for quantile in (keep.low, keep.high))
-    return available.between(low, high)
+        tokens = available.num_tokens
+        wanted = [tokens - keep.amount, tokens] if keep.kind == "top" else [keep.low * tokens, keep.high * tokens]
+        wanted = [0, keep.amount] if keep.kind == "bottom" else wanted
+        edges = [available.nearest_index(edge) for edge in wanted]
+    if keep.kind == "bottom" and keep.by == "documents":
+        edges = [0, keep.amount]
+    return available.between(*edges)
+
+
+def _check_amount(available: DocumentRuns, part: Part, keep: Keep) -> None:
+    total = available.num_documents if keep.by == "documents" else available.num_tokens
+    if keep.amount > total:
+        raise PlanError(
+            f"phase {part.phase!r}, source {part.name!r}: keep {keep}, and there are {total:,} {keep.by} to train on; "
+            "write a smaller number, or all"
+        )
 
 
 def _random_part(available: DocumentRuns, part: Part, keep: Keep) -> DocumentRuns:
     if part.even:
         return even_sample(available, keep.high, keep.by, part.draw_key)
     draw = Draw(available, part.draw_key)
+    if keep.amount:
+        _check_amount(available, part, keep)
     if keep.by == "tokens":
-        return draw.tokens(nearest_count(keep.high, available.num_tokens))
-    return draw.documents(nearest_count(keep.high, available.num_documents))
+        return draw.tokens(keep.amount or nearest_count(keep.high, available.num_tokens))
+    return draw.documents(keep.amount or nearest_count(keep.high, available.num_documents))
 
 
 def _some(part: Part, selected: DocumentRuns, count: int, fraction: Fraction) -> DocumentRuns:

@@ -6,12 +6,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from megatron_kaiyuan.data.selection import Keep, exact_number, parse_fraction, parse_keep
+from megatron_kaiyuan.data.selection import Keep, exact_number, parse_count, parse_fraction, parse_keep
 from megatron_kaiyuan.shards.score_files import check_score_name
 
 __all__ = [
     "REST_OF",
     "DrawName",
+    "Exclusion",
     "IndexPath",
     "Rate",
     "Repetition",
@@ -28,7 +29,6 @@ __all__ = [
 REST_OF = "rest of "
 """What stands before the name of a draw where its other documents are meant."""
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MOST_PASSES = 1_000_000
 _NAME_SHARDS = "name a prefix, a directory or a glob (. is the working directory), or a list of them"
 _WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
@@ -39,13 +39,7 @@ def _parse_tokens(value: object) -> object:
         raise ValueError("true and false are not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kmbgt]?)", value.strip().lower())
-    if match is None:
-        raise ValueError(f"{value!r} is not a number of tokens; write 120B, 1.5T, 300M or 120_000_000")
-    tokens = Fraction(match[1].replace("_", "")) * _UNITS[match[2]]
-    if tokens.denominator != 1:
-        raise ValueError(f"{value!r} is not a whole number of tokens")
-    return int(tokens)
+    return parse_count(value)
 
 
 def _parse_ratio(value: object) -> object:
@@ -59,8 +53,15 @@ def _parse_ratio(value: object) -> object:
         raise ValueError(f"{value!r} is not a number") from error
 
 
+def _parse_weight(value: object) -> object:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        bare = value.strip().removesuffix("%")
+        raise ValueError(f"{value!r}: weights are relative to each other, not shares; write {bare} for all as percents")
+    return value
+
+
 def _parse_selection(value: object) -> Keep:
-    return value if isinstance(value, Keep) else parse_keep(str(value))
+    return parse_keep(value)
 
 
 def _parse_share(value: object) -> object:
@@ -74,6 +75,12 @@ def _parse_share(value: object) -> object:
 def _positive(value: Fraction) -> Fraction:
     if value <= 0:
         raise ValueError(f"must be above 0, got {float(value)}; leave the source out of the phase to skip it")
+    return value
+
+
+def _by_quality(value: Keep) -> Keep:
+    if not value.needs_scores:
+        raise ValueError(f"except takes out a part by quality, such as top 1%, and {value} is none")
     return value
 
 
@@ -131,11 +138,12 @@ def _check_score(value: str) -> str:
 Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(gt=0, lt=1 << 62)]
 Ratio = Annotated[Fraction, BeforeValidator(_parse_ratio), AfterValidator(_positive)]
 Repetition = Annotated[Ratio, AfterValidator(_few_passes)]
-Weight = Ratio
+Weight = Annotated[Ratio, BeforeValidator(_parse_weight)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[Fraction, BeforeValidator(_parse_share)]
 Spacing = Annotated[Share, AfterValidator(_some)]
 Selection = Annotated[Keep, BeforeValidator(_parse_selection)]
+Exclusion = Annotated[Selection, AfterValidator(_by_quality)]
 Weighting = Annotated[str, AfterValidator(_check_weights)]
 Shards = Annotated[str | list[str], BeforeValidator(_parse_shards)]
 DrawName = Annotated[str, AfterValidator(_check_draw)]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from megatron_kaiyuan.data.plan_fields import (
     REST_OF,
     DrawName,
+    Exclusion,
     Rate,
     Repetition,
     Selection,
@@ -33,6 +34,8 @@ class PhaseSourceSpec(Strict):
 
     keep: Selection = Keep("all")
     """The selection, such as `top 30%`."""
+    but: Exclusion | None = Field(default=None, alias="except")
+    """What is taken out of it again, by quality."""
     repeat: Repetition = Fraction(1)
     """Passes over the selection: 2.5 = twice all of it, and once a random half."""
     max_repeat: Repetition | None = None
@@ -53,7 +56,7 @@ class PhaseSourceSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: object) -> object:
-        return {"keep": value} if isinstance(value, str) else ({} if value is None else value)
+        return {"keep": value} if isinstance(value, str | list) else ({} if value is None else value)
 
     @property
     def rest_of(self) -> str | None:
@@ -80,6 +83,19 @@ class PhaseSourceSpec(Strict):
                 "out draw"
             )
         return self
+
+    @property
+    def kept(self) -> str:
+        """What is kept, in the words of the plan."""
+        if self.start == "unseen":
+            return "what is unseen"
+        kept = self.draw if self.draw is not None and self.rest_of else str(self.keep)
+        return kept if self.but is None else f"{kept} except {self.but}"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether what is kept depends on quality."""
+        return self.keep.needs_scores or self.but is not None
 
     @model_validator(mode="after")
     def _spacing_is_of_a_ranked_repetition(self) -> "PhaseSourceSpec":

@@ -7,7 +7,13 @@ from megatron_kaiyuan.data.selection import Keep
 
 __all__ = ["check_draws", "check_first_version", "check_repeats", "named_draws", "otherwise_in_second"]
 
-_SECOND = {"start": "from", "draw": "draw", "repeat_order": "repeat_order", "repeat_spacing": "repeat_spacing"}
+_SECOND = {
+    "start": "from",
+    "but": "except",
+    "draw": "draw",
+    "repeat_order": "repeat_order",
+    "repeat_spacing": "repeat_spacing",
+}
 """Fields of a part that version 1 of the plan does not have, and how a plan writes them."""
 
 
@@ -31,6 +37,10 @@ def _parts(phases: Sequence[PhaseSpec]) -> Iterator[tuple[str, PhaseSpec, str, P
 def check_first_version(phases: Sequence[PhaseSpec]) -> None:
     """Refuse what a plan of version 1 cannot say."""
     for path, _, _, part in _parts(phases):
+        if part.keep.of_second_version:
+            raise ValueError(
+                f"{path}.keep: {part.keep} is not in version 1 of the plan; write version: 2 for a new run"
+            )
         for field in sorted(part.model_fields_set & set(_SECOND)):
             raise ValueError(
                 f"{path}.{_SECOND[field]}: not in version 1 of the plan, begun by an earlier release; leave it "

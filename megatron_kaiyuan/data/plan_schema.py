@@ -76,6 +76,8 @@ class SourceSpec(Strict):
     """Group that reports and domain bounds sum over."""
     rank_index: IndexPath | None = None
     """Path of the rank index, when it is not beside the shards."""
+    deny: IndexPath | None = None
+    """File that lists documents which no phase shows and no evaluation reads."""
     expected: ExpectedSpec | None = None
     """Documents and tokens to plan with before the shards exist; used by `plan_data.py --simulate` alone."""
 
@@ -140,9 +142,9 @@ class PlanSpec(Strict):
         for number, phase in enumerate(self.phases):
             self._check_sources(f"phases.{number} ({phase.name}).sources", list(phase.sources))
             for name, part in phase.sources.items():
-                if part.keep.needs_scores and self.sources[name].score is None:
+                if part.needs_scores and self.sources[name].score is None:
                     raise ValueError(
-                        f"phases.{number} ({phase.name}).sources.{name}.keep: {part.keep} needs scores, and "
+                        f"phases.{number} ({phase.name}).sources.{name}.keep: {part.kept} needs scores, and "
                         f"sources.{name} "
                         "names none; add score:, or keep a random part"
                     )

@@ -20,7 +20,12 @@ __all__ = ["check_resume", "order_record", "version_of_record"]
 
 _FORMATS = {1: "megatron_kaiyuan.order/1", 2: "megatron_kaiyuan.order/2"}
 """By the version of the plan."""
-_OPTIONAL = {"held_out_elsewhere", "seen"}  # only records of sources that have such documents, or such a past
+_OPTIONAL = {
+    "held_out_elsewhere",
+    "seen",
+    "except",
+    "denied",
+}  # only records of sources that have such documents, or such a past
 
 
 def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:
@@ -55,6 +60,8 @@ def _stream_record(
 ) -> dict[str, Any]:
     elsewhere = source.held_out_elsewhere
     shared = {"held_out_elsewhere": sha256(elsewhere.tobytes()).hexdigest()[:16]} if len(elsewhere) else {}
+    if len(source.denied):
+        shared["denied"] = sha256(source.denied.tobytes()).hexdigest()[:16]
     return {
         "content": source.content,
         "score": source.spec.score,
@@ -77,7 +84,8 @@ def _second_record(phase: Phase, name: str, stream: Stream) -> dict[str, Any]:
     part = phase.spec.sources[name]
     levels = [list(level) for level in stream.seen.levels]
     seen = {"seen": [levels, stream.seen.samples]} if part.start == "unseen" else {}
-    return {"draw": part.draw, "bands": stream.num_bands} | seen
+    but = {} if part.but is None else {"except": str(part.but)}
+    return {"draw": part.draw, "bands": stream.num_bands} | seen | but
 
 
 def version_of_record(record: Mapping[str, Any]) -> int:

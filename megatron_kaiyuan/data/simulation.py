@@ -117,6 +117,11 @@ def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSo
             f"sources.{name}: --simulate needs expected: {{documents: N, tokens: N}} for every source; add it, or run "
             "without --simulate once the shards exist"
         )
+    if spec.deny is not None:
+        raise PlanError(
+            f"sources.{name}.deny: --simulate has no documents to deny; leave deny out until the shards exist, or run "
+            "without --simulate"
+        )
     source = SimulatedSource(name, spec.expected)
     if held_out >= source.num_documents:
         raise PlanError(f"validation.{name}.documents: {held_out} of {source.num_documents} leaves none to train on")

@@ -179,6 +179,17 @@ class RankedOrder:
         except IndexError as error:
             raise damaged_index(self.index, self.source, self.score) from error
 
+    def scored_below(self, limit: float, *, or_equal: bool) -> int:
+        """How many documents score below a limit (or just that), as scores of their stored type compare with it."""
+        limit = float(np.asarray(limit, dtype=self.source.score_dtype(self.score)))
+        low, high = 0, self.num_documents
+        while low < high:
+            middle = (low + high) // 2
+            document = look_up(self.index.order, np.array([middle])).astype(np.int64)
+            score = float(self.source.scores_of(self.score, document)[0])
+            low, high = (middle + 1, high) if score < limit or (or_equal and score == limit) else (low, middle)
+        return low
+
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Gather the documents one after another, best last."""
         pieces = self.pieces(token, len(out))

@@ -153,6 +153,11 @@ def _summary(description: dict[str, Any], batch: int | None) -> Text:
         for name, source in description["sources"].items()
         if source["held_out_elsewhere_documents"]
     )
+    elsewhere += "".join(
+        f"\n{name}: {source['denied_documents']:,} documents are denied"
+        for name, source in description["sources"].items()
+        if source["denied_documents"]
+    )
     written = "" if description["version_written"] else " (none is written: a run begun under version 1 stays there)"
     steps = f", {description['samples'] / batch:,.1f} steps of {batch:,}" if batch else ""
     return Text(

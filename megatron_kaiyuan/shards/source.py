@@ -151,6 +151,11 @@ class Source:
         """Scores of these documents alone, float64 `[n]`; reads only their pages."""
         return self._look_up(documents, lambda number: kept_scores(self.shards[number], score), np.dtype(np.float64))
 
+    def score_dtype(self, score: str) -> np.dtype[Any]:
+        """The type of number that all scores are stored in; float64 where shards differ."""
+        found = {kept_scores(shard, score).dtype for shard in self.shards}
+        return found.pop() if len(found) == 1 else np.dtype(np.float64)
+
     @cached_property
     def _token_offset_list(self) -> list[int]:
         """`token_offsets` as plain integers: bisecting a list is several times faster for one number."""

@@ -72,3 +72,13 @@ def test_what_is_unseen_is_what_its_example_says():
     assert [row["samples"] for row in rows] == [500_000, 250_000, 249_999, 1_000_000]
     assert times_shown(rows[1]) == "25.0% never, 75.0% once"
     assert [times_shown(row) for row in rows[2:]] == ["100.0% once", "100.0% twice"]
+
+
+def test_the_selections_take_what_stands_beside_them():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "amount")
+    told = told_of(with_phases(phases))
+    counts = [phase["sources"]["web"]["documents"] for phase in told["phases"]]
+    written = re.findall(r"# (\d+ \d+)(?: documents)?$", TEXT, flags=re.MULTILINE)
+    assert [f"{count:,}".replace(",", " ") for count in counts] == written[:4]
+    assert counts[1:] == [300_000, 290_000, 250_000]
+    assert abs(told["phases"][0]["sources"]["web"]["unique_tokens"] - 100_000_000) < 20_000

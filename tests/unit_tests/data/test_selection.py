@@ -27,6 +27,15 @@ EVERY_FORM = {
     "random 60%": Keep("random", high=Fraction(3, 5)),
     "random 60%  by  tokens": Keep("random", high=Fraction(3, 5), by="tokens"),
     "random 60% by documents": Keep("random", high=Fraction(3, 5)),
+    "score >= 3": Keep("score", at_least=(3.0, True)),
+    "score>-.5": Keep("score", at_least=(-0.5, False)),
+    "score <= 1e-3": Keep("score", at_most=(0.001, True)),
+    "score < 4": Keep("score", at_most=(4.0, False)),
+    "3 <= score < 5": Keep("score", at_least=(3.0, True), at_most=(5.0, False)),
+    "0.1<score<=0.2": Keep("score", at_least=(0.1, False), at_most=(0.2, True)),
+    "top 10B tokens": Keep("top", by="tokens", amount=10**10),
+    "bottom 2M documents": Keep("bottom", amount=2 * 10**6),
+    "random 1_500 documents": Keep("random", amount=1500),
 }
 
 
@@ -49,6 +58,15 @@ def test_bands_of_hundredths_of_percents_are_exact_and_printed_without_loss(low,
 
 
 REFUSED = {
+    "score > high": "not a selection",
+    "score == 3": "not a selection",
+    "5 <= score < 3": "is empty: its lower score is not below its upper one",
+    "3 < score <= 3": "is empty",
+    "top 10% tokens": "a share and an amount at once; write top 30%, or top 10B tokens",
+    "top 0 documents": "keeps nothing",
+    "top 1.5 documents": "not a whole number",
+    "top 1e12 tokens": "1e12 is 1T",
+    "bottom 2M": "is not a fraction",
     "top 30": "did you mean 30%?",
     "top 130%": "not between 0% and 100%",
     "top -5%": "not between 0% and 100%",
@@ -91,3 +109,13 @@ def test_fractions_are_exact():
     assert parse_fraction("0.1") == Fraction(1, 10)
     assert parse_fraction("33.3%") == Fraction(333, 1000)
     assert parse_fraction("1") == 1
+
+
+def test_a_list_joins_parts_by_quality_and_is_printed_as_it_is_read():
+    keep = parse_keep(["top 10%", "band [40%, 60%)"])
+    assert (keep.kind, keep.parts) == ("list", (parse_keep("top 10%"), parse_keep("band [40%, 60%)")))
+    assert (str(keep), keep.needs_scores) == ("[top 10%, band [40%, 60%)]", True)
+    assert parse_keep(["score >= 3"]) == parse_keep("score >= 3")
+    for wrong, message in (([], "an empty list"), (["top 1%", "random 3%"], "random 3% is none; write it alone")):
+        with pytest.raises(ValueError, match=message):
+            parse_keep(wrong)
