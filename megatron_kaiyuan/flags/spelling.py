@@ -43,10 +43,9 @@ def spellings(parser: argparse.ArgumentParser) -> Mapping[str, Spelling]:
                 continue
             off = tuple(flag for flag in action.option_strings if _switches_off(action, flag))
             before = found.get(action.dest)
-            flags = tuple(action.option_strings)
-            if before is not None:
-                flags, off = before.flags + flags, before.off + off
-            default = parser.get_default(action.dest)
+            flags, default = tuple(action.option_strings), action.default
+            if before is not None:  # of two with different defaults, argparse takes the first one's
+                flags, off, default = before.flags + flags, before.off + off, before.default
             found[action.dest] = Spelling(flags, default, off, group.title or "")
     return found
 

@@ -86,8 +86,6 @@ def _mtp_layers_of(spec: object) -> Iterator[None]:
 
 
 def _check_arguments(args: argparse.Namespace, config: KaiyuanTransformerConfig) -> None:
-    if args.spec is not None and not config.has_stock_layers:
-        raise ConfigError(f"--spec {' '.join(args.spec)} replaces the Kaiyuan layers; remove it or the --kaiyuan flags")
     if config.transformer_impl == "transformer_engine":
         require_transformer_engine()  # Megatron's own spec fails without a word of it
     vocabulary = args.padded_vocab_size

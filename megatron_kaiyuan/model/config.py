@@ -5,7 +5,9 @@ Every option is off by default, so a stock Megatron command line gives the stock
 """
 
 import argparse
+import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -185,6 +187,11 @@ class KaiyuanTransformerConfig(TransformerConfig):
 
     def _check_output_head(self) -> None:
         options = self.kaiyuan
+        if self.cross_entropy_loss_fusion and "loss" in options.fusions.split(","):
+            raise ConfigError(
+                f"{_flag('fusions')} {options.fusions} and --cross-entropy-loss-fusion both name a kernel for the "
+                "loss; give one of them"
+            )
         wanted = {_flag("logit_softcap"): options.logit_softcap, _flag("z_loss"): options.z_loss}
         active = " and ".join(flag for flag, value in wanted.items() if value > 0)
         if not active:
@@ -306,7 +313,9 @@ def kaiyuan_config_from_args(args: argparse.Namespace) -> KaiyuanTransformerConf
     }
     present = [flag for flag, value in replacing.items() if value]
     if present:
-        raise ConfigError(f"{', '.join(present)} makes Megatron use another config class, without the Kaiyuan options")
+        raise ConfigError(
+            f"{', '.join(present)} makes Megatron use another config class, without the Kaiyuan options; leave it out"
+        )
     if args.seq_length > args.max_position_embeddings:
         raise ConfigError(
             f"--seq-length {args.seq_length} is longer than --max-position-embeddings {args.max_position_embeddings}; "
@@ -314,9 +323,27 @@ def kaiyuan_config_from_args(args: argparse.Namespace) -> KaiyuanTransformerConf
         )
     with_options = argparse.Namespace(**vars(args), kaiyuan=options)
     config: KaiyuanTransformerConfig = core_transformer_config_from_args(with_options, KaiyuanTransformerConfig)
+    if args.spec is not None:
+        _check_spec(args.spec, config)
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
         _check_document_attention(args, config)
     return config
+
+
+def _check_spec(spec: Sequence[str], config: KaiyuanTransformerConfig) -> None:
+    """Refuse a spec that our layers would replace, or one that is not there: Megatron takes its default spec then."""
+    flag = f"--spec {' '.join(spec)}"
+    if not config.has_stock_layers:
+        raise ConfigError(
+            f"{flag} replaces the Kaiyuan layers; leave it out, or give {_flag('attention')} unfused, "
+            f"{_flag('fusions')} none and no other option of the Kaiyuan layers"
+        )
+    if len(spec) != 2:
+        raise ConfigError(f"{flag}: give a module and the name of a spec in it, or leave it out")
+    try:
+        getattr(importlib.import_module(spec[0]), spec[1])
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{flag} cannot be imported ({error}); correct it, or leave it out") from error
 
 
 def _check_document_attention(args: argparse.Namespace, config: KaiyuanTransformerConfig) -> None:

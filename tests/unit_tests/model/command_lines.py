@@ -3,9 +3,11 @@
 Megatron is imported inside the functions: the test process itself must stay free of the CPU platform.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from copy import copy
 from io import StringIO
 from typing import Any
 
@@ -25,14 +27,19 @@ FEATURES_OFF = "--kaiyuan-attention unfused --kaiyuan-fusions none"
 FUSED = "--kaiyuan-fusions norm,rotary,swiglu"
 
 
-def arguments_of(words: str) -> Any:
-    """What Megatron's parser and validation make of `COMMAND` and more words."""
+def arguments_of(words: str) -> argparse.Namespace:
+    """What Megatron's parser and validation make of `COMMAND` and more words.
+
+    A word `minus:FLAG` takes a flag without value out of `COMMAND`.
+    """
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_kaiyuan.arguments import arguments_provider
     from megatron_kaiyuan.host.cpu_platform import CPU_ARGUMENT_DEFAULTS
 
-    sys.argv = ["pretrain", *COMMAND.split(), *words.split()]
+    removed = {word.removeprefix("minus:") for word in words.split() if word.startswith("minus:")}
+    more = [word for word in words.split() if not word.startswith("minus:")]
+    sys.argv = ["pretrain", *(word for word in COMMAND.split() if word not in removed), *more]
     with redirect_stdout(StringIO()):
         arguments = parse_args(extra_args_provider=arguments_provider(CPU_ARGUMENT_DEFAULTS))
         validate_args(arguments)
@@ -40,27 +47,42 @@ def arguments_of(words: str) -> Any:
     return arguments
 
 
-def build_stage(words: str, *, stock: bool = False) -> Any:
-    """Build this rank's stage with Megatron's own config class and builder, none of our code, or with ours."""
+def build_stage(words: str) -> Any:
+    """Build this rank's stage with our builder."""
+    return _build(arguments_of(words), stock=False)
+
+
+def _build(arguments: argparse.Namespace, *, stock: bool) -> Any:
+    """Build with Megatron's own config class and builder, none of our code, or with ours; from the same seed."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.module import Float16Module
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_kaiyuan.model.builder import kaiyuan_builder
 
-    arguments = arguments_of(words)
     torch.manual_seed(5)
     model_parallel_cuda_manual_seed(5)
     ends: dict[str, Any] = {
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
     }
-    if not stock:
-        return kaiyuan_builder(arguments, **ends)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return GPTModelBuilder(gpt_config_from_args(arguments)).build_model(groups, **ends)
+    if stock:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        model = GPTModelBuilder(gpt_config_from_args(arguments)).build_model(groups, **ends)
+    else:
+        model = kaiyuan_builder(arguments, **ends)
+    return Float16Module(model.config, model) if arguments.fp16 else model
+
+
+def _with_flags(arguments: argparse.Namespace, flags: str) -> argparse.Namespace:
+    """The same arguments with some flags of ours: Megatron's parser takes a while."""
+    from megatron_kaiyuan.arguments import add_kaiyuan_arguments
+
+    ours = add_kaiyuan_arguments(argparse.ArgumentParser()).parse_args(flags.split())
+    return argparse.Namespace(**(vars(arguments) | vars(ours)))
 
 
 def random_text(rank: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,23 +106,29 @@ def step(model: Any, rank: int = 0) -> dict[str, Tensor]:
     return seen
 
 
-def compare(rank: int, command_lines: Sequence[str], ours: Sequence[str], layout: dict[str, int]) -> dict[str, Any]:
+def compare(
+    rank: int, command_lines: Sequence[str], ours: Sequence[str], layout: dict[str, int] | None
+) -> dict[str, Any]:
     """Entry of `run_distributed`: the steps of stock Megatron, and of ours with each of some flags more.
 
-    Ranks see the same batch, but for expert parallelism, whose ranks see one each.
+    Ranks see the same batch, but for expert parallelism, whose ranks see one each. Without a layout, that of the
+    process groups is kept.
     """
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(**layout)
-    own = rank if layout.get("expert_model_parallel_size", 1) > 1 else 0
+    if layout is not None:
+        parallel_state.initialize_model_parallel(**layout)
+    own = rank if (layout or {}).get("expert_model_parallel_size", 1) > 1 else 0
+    arguments = {words: arguments_of(words) for words in command_lines}
     undo = norms_know_sequence_parallelism()
     results: dict[str, Any] = {}
     for words in command_lines:
-        results[words] = {"stock": portable(step(build_stage(words, stock=True), own))}
+        results[words] = {"stock": portable(step(_build(copy(arguments[words]), stock=True), own))}
     undo()
     for words in command_lines:
         for flags in ours:
-            results[words][flags] = portable(step(build_stage(f"{words} {flags}"), own))
+            model = _build(_with_flags(arguments[words], flags), stock=False)
+            results[words][flags] = portable(step(model, own))
     return results
 
 
@@ -125,3 +153,14 @@ def norms_know_sequence_parallelism() -> Callable[[], None]:
         torch_norm.WrappedTorchNorm.__new__ = original
 
     return undo
+
+
+def marked_layer_spec(_config: Any) -> Any:
+    """A layer spec as `--spec` names one, with an attention that can be told from others."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    marked = type("MarkedAttention", (DotProductAttention,), {})
+    spec.submodules.self_attention.submodules.core_attention = marked
+    return spec

@@ -59,23 +59,46 @@ def test_experts_are_built_as_stock_builds_them(words: str, one_rank: dict[str, 
     assert any(".experts." in name for name in one_rank[words]["stock"])
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_split_experts_are_built_as_stock_builds_them(layout: str) -> None:
+def compare_split(rank: int, layout: str) -> dict[str, Any]:
+    """The steps of this rank, and the names of its weights."""
+    from megatron_kaiyuan.monitoring.diagnosis import global_name
+
     words, sizes = LAYOUTS[layout]
-    split = [f"{line} {words}" for line in SPLIT]
-    for result in run_distributed(command_lines.compare, 2, split, [FEATURES_OFF, FUSED], sizes):
-        for line in split:
-            assert_same_model(result[line])
+    lines = [f"{line} {words}" for line in SPLIT]
+    steps = command_lines.compare(rank, lines, [FEATURES_OFF, FUSED], sizes)
+    model = command_lines.build_stage(lines[0])
+    return {"steps": steps, "names": [global_name(model, name) for name, _ in model.named_parameters()]}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def split(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
+    return request.param, run_distributed(compare_split, 2, request.param)
+
+
+@pytest.mark.distributed
+def test_split_experts_are_built_as_stock_builds_them(split: tuple[str, list[dict[str, Any]]]) -> None:
+    for rank in split[1]:
+        assert len(rank["steps"]) == len(SPLIT)
+        for steps in rank["steps"].values():
+            assert_same_model(steps)
+
+
+@pytest.mark.distributed
+def test_gradients_are_named_by_the_experts_number_in_the_whole_model(split: tuple[str, list[dict[str, Any]]]) -> None:
+    layout, ranks = split
+    first, second = ({name for name in rank["names"] if ".local_experts." in name} for rank in ranks)
+    experts = {int(name.split(".local_experts.")[1].split(".")[0]) for name in first | second}
+    assert experts == {0, 1, 2, 3}
+    assert first.isdisjoint(second) if layout == "EP 2" else first == second
 
 
 SANDWICH = f"{EXPERTS} --moe-shared-expert-intermediate-size 24 --kaiyuan-sandwich-norm"
 
 
 def observe(rank: int) -> dict[str, Any]:
-    """A layer with output norms whose attention adds nothing; the meter's readings; names of the weights."""
+    """A layer with output norms whose attention adds nothing; the meter's readings."""
     from megatron_kaiyuan.model.numerics import ActivationMeter
-    from megatron_kaiyuan.monitoring.diagnosis import depth, global_name
+    from megatron_kaiyuan.monitoring.diagnosis import depth
 
     tiny.initialize_parallel(1, 1)
     layers = {flags: _layer_without_attention(f"{SANDWICH} {flags}") for flags in (FEATURES_OFF, FUSED)}
@@ -93,7 +116,6 @@ def observe(rank: int) -> dict[str, Any]:
         "peaks": {entry.name: entry.peak for entry in peaks},
         "outputs": outputs,
         "ordered": names == sorted(names, key=depth),
-        "gradients": [global_name(model, name) for name, _ in model.named_parameters()],
     }
 
 
@@ -147,22 +169,3 @@ def test_the_meter_tells_the_largest_value_among_a_layers_experts(observations: 
             assert peaks[f"{mlp}.shared_experts.{product}"] == outputs[f"{mlp}.shared_experts.{product}"]
         assert {f"{mlp}.experts.activation", f"{mlp}.shared_experts.activation"} <= peaks.keys()
     assert observations["ordered"]
-
-
-def names_of_gradients(_rank: int) -> list[str]:
-    from megatron.core import parallel_state
-
-    from megatron_kaiyuan.monitoring.diagnosis import global_name
-
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-    model = command_lines.build_stage(f"{EXPERTS} --expert-model-parallel-size 2")
-    return [global_name(model, name) for name, _ in model.named_parameters()]
-
-
-@pytest.mark.distributed
-def test_gradients_are_named_by_the_experts_number_in_the_whole_model(observations: dict[str, Any]) -> None:
-    ranks = run_distributed(names_of_gradients, 2)
-    experts = [{name for name in names if ".local_experts." in name} for names in ranks]
-    assert experts[0].isdisjoint(experts[1])
-    whole = {name for name in observations["gradients"] if ".local_experts." in name}
-    assert experts[0] | experts[1] == whole
