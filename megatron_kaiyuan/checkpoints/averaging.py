@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.checkpoints.damage import LEGACY_COMMON_STATE, verify
+from megatron_kaiyuan.checkpoints.damage import LEGACY_COMMON_STATE, Verifier, verify
 from megatron_kaiyuan.checkpoints.identity import first_difference
 from megatron_kaiyuan.checkpoints.lineage import comes_from
 from megatron_kaiyuan.checkpoints.parts import LazyTensor, read_rows, row_groups, write_parts
@@ -106,7 +106,9 @@ def weights_of(kind: str, count: int) -> NDArray[np.float64]:
     return np.asarray(raw / raw.sum(), dtype=np.float64)
 
 
-def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[int] | None) -> list[Checkpoint]:
+def choose_checkpoints(
+    directory: Path, last: int | None, iterations: Sequence[int] | None, verifier: Verifier = verify
+) -> list[Checkpoint]:
     """The last `last` checkpoints of a save directory, or those of `iterations`; oldest first.
 
     Folders that are not chosen may be unfinished. The last ones are counted back from the one that the tracker names:
@@ -123,42 +125,45 @@ def choose_checkpoints(directory: Path, last: int | None, iterations: Sequence[i
         if set(iterations) - set(found) or len(set(iterations)) < len(iterations):
             asked = " ".join(map(str, iterations))
             raise ConfigError(f"--iterations {asked}: {present}; name each of these at most once")
-        return _intact(directory, iterations)
+        return _intact(directory, iterations, verifier)
     newest = read_tracker(directory).iteration
     current = [number for number in found if newest is None or number <= newest]
     count = len(current) if last is None else last
     if not 0 < count <= len(current):
         given_up = f", of which those after {newest} are of an attempt given up" if current != found else ""
         raise ConfigError(f"--last {count}: {present}{given_up}; ask for 1 to {len(current)}, or name --iterations")
-    return _intact(directory, current[-count:])
+    return _intact(directory, current[-count:], verifier)
 
 
-def _intact(directory: Path, iterations: Sequence[int]) -> list[Checkpoint]:
+def _intact(directory: Path, iterations: Sequence[int], verifier: Verifier) -> list[Checkpoint]:
     chosen = find_checkpoints(directory, iterations)
     for checkpoint in chosen:
-        found = verify(checkpoint.folder)
+        found = verifier(checkpoint.folder)
         if found.damage is not None:
             raise ConfigError(f"{checkpoint.folder} {found}; remove the folder, or name --iterations without it")
     return chosen
 
 
-def choose_planned(directory: Path) -> tuple[list[Checkpoint], str]:
+def choose_planned(directory: Path, verifier: Verifier = verify) -> tuple[list[Checkpoint], str]:
     """The checkpoints that the plan of a run wants averaged, and their weighting, as its newest checkpoint tells.
 
     Raises:
         ConfigError: the plan had no averaging section, or some of them are not there.
     """
-    newest = open_intact_checkpoint(directory)
+    newest = open_intact_checkpoint(directory, verifier)
     planned = getattr(newest.arguments, PLANNED, None)
     if planned is None:
         raise ConfigError(
             f"{directory}: the plan of its run has no averaging section (or it was run without a plan); give --last N "
             "or --iterations"
         )
-    return choose_so_far(directory, planned["iterations"], newest.iteration, whole=True), str(planned["weights"])
+    chosen = choose_so_far(directory, planned["iterations"], newest.iteration, whole=True, verifier=verifier)
+    return chosen, str(planned["weights"])
 
 
-def choose_so_far(directory: Path, planned: Sequence[int], iteration: int, *, whole: bool = False) -> list[Checkpoint]:
+def choose_so_far(
+    directory: Path, planned: Sequence[int], iteration: int, *, whole: bool = False, verifier: Verifier = verify
+) -> list[Checkpoint]:
     """Of the planned checkpoints those that the run has saved when it is at `iteration`; oldest first.
 
     Newer folders are left of an attempt that the run gave up.
@@ -168,6 +173,7 @@ def choose_so_far(directory: Path, planned: Sequence[int], iteration: int, *, wh
         planned: Iterations, ascending.
         iteration: The newest one of the run.
         whole: All of them must be saved.
+        verifier: Looks at each.
 
     Raises:
         ConfigError: one is not there, is damaged, or is of another attempt or model.
@@ -182,7 +188,7 @@ def choose_so_far(directory: Path, planned: Sequence[int], iteration: int, *, wh
             f"{directory}: the plan averages iterations {', '.join(map(str, planned))}, of which "
             f"{', '.join(map(str, missing))} are not there, the run being at {iteration}: {remedy}"
         )
-    chosen = _intact(directory, wanted)
+    chosen = _intact(directory, wanted, verifier)
     check_one_run(chosen)
     return chosen
 

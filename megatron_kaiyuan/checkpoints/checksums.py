@@ -8,6 +8,7 @@ result beside the file. Rank 0 collects them before `metadata.json` and the trac
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,13 @@ class _Checksums(BaseModel):
 
     format: Literal["megatron_kaiyuan.checksums/1"] = "megatron_kaiyuan.checksums/1"
     files: dict[str, FileSum]
+    own_xxh3_128: str
+    """Of `files` as written here, so that damage to this file is not taken for damage to another."""
+
+
+def _own_sum(files: Mapping[str, FileSum]) -> str:
+    text = json.dumps({name: [found.bytes, found.xxh3_128] for name, found in sorted(files.items())})
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def sum_bytes(content: bytes) -> FileSum:
@@ -89,7 +97,7 @@ def write_checksums(folder: Path, sums: Mapping[str, FileSum]) -> None:
         folder: Of the checkpoint.
         sums: By file name; all files that loading reads.
     """
-    content = _Checksums(files=dict(sorted(sums.items())))
+    content = _Checksums(files=dict(sorted(sums.items())), own_xxh3_128=_own_sum(sums))
     write_text_atomically(folder / CHECKSUMS_NAME, content.model_dump_json() + "\n")
 
 
@@ -102,12 +110,15 @@ def read_checksums(folder: Path) -> dict[str, FileSum] | None:
     """
     path = folder / CHECKSUMS_NAME
     try:
-        return _Checksums.model_validate_json(path.read_bytes()).files
+        content = _Checksums.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"]
         raise CheckpointError(f"has a {CHECKSUMS_NAME} that is unreadable ({reason})") from error
+    if content.own_xxh3_128 != _own_sum(content.files):
+        raise CheckpointError(f"has a {CHECKSUMS_NAME} with other bytes than were saved (its own checksum)")
+    return content.files
 
 
 def find_difference(

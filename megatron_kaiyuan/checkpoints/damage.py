@@ -37,6 +37,7 @@ __all__ = [
     "LEGACY_COMMON_STATE",
     "METADATA_NAME",
     "Verified",
+    "Verifier",
     "check_format",
     "damage",
     "verify",
@@ -58,6 +59,10 @@ _ARCHIVE_START, _ARCHIVE_END, _END_LENGTH = b"PK\x03\x04", b"PK\x05\x06", 22
 
 _verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
 """Name, size and time of change of the files that this process has compared with their checksums, by folder."""
+
+
+Verifier = Callable[[Path], "Verified"]
+"""Looks at a checkpoint: `verify`, or something that shows its progress meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,7 @@ def _check_small_files(folder: Path, sums: dict[str, FileSum]) -> None:
 
 def _check_listed(folder: Path, metadata: Metadata, sums: dict[str, FileSum]) -> None:
     """Nothing is read that has no checksum."""
+    _check_entries(metadata)
     read = {METADATA_NAME, DESCRIPTION_NAME, *_sizes_needed(metadata)}
     if (folder / LEGACY_COMMON_STATE).exists():
         read.add(LEGACY_COMMON_STATE)
@@ -255,24 +261,24 @@ def _are_counts(values: tuple[object, ...]) -> bool:
 
 
 def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
-    """Read the run's arguments and counters; every start and every tool needs them.
+    """Load every object beside the tensors, as a start does, and return the run's arguments and counters.
 
     Raises:
-        CheckpointError: they are damaged, missing, or name something else than data.
+        CheckpointError: one is damaged or names something else than data, or there are no arguments.
     """
-    legacy = folder / LEGACY_COMMON_STATE
-    place = metadata.storage_data.get(MetadataIndex(COMMON_STATE))
-    if legacy.exists():
-        with legacy.open("rb") as stream:
-            state = load_object(stream, LEGACY_COMMON_STATE)
-    elif place is not None:
+    stored: Any = None
+    objects = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    for name in objects:
+        place = metadata.storage_data[MetadataIndex(name)]
         with (folder / place.relative_path).open("rb") as stream:
             stream.seek(place.offset)
-            part = f"{COMMON_STATE} in {place.relative_path}"
-            stored = load_stored(io.BytesIO(stream.read(place.length)), part)
-        state = stored[0] if isinstance(stored, list) and stored else None
-    else:
-        state = None
+            value = load_stored(io.BytesIO(stream.read(place.length)), name, place.relative_path)
+        stored = value if name == COMMON_STATE else stored
+    legacy = folder / LEGACY_COMMON_STATE
+    if legacy.exists():
+        with legacy.open("rb") as stream:
+            stored = [load_object(stream, LEGACY_COMMON_STATE)]
+    state = stored[0] if isinstance(stored, list) and stored else None
     if not isinstance(state, dict):
         raise CheckpointError("has no arguments of a run: it was not written by megatron.training")
     return state

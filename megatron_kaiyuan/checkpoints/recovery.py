@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME, damage, verify
+from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME, Verifier, damage, verify
 from megatron_kaiyuan.checkpoints.reading import (
     TRACKER_NAME,
     Checkpoint,
@@ -42,18 +42,18 @@ class Start:
     """Of this start, like no other; None: the ranks have not agreed on one."""
 
 
-def open_intact_checkpoint(path: Path, progress: Callable[[int], None] = lambda _bytes: None) -> Checkpoint:
+def open_intact_checkpoint(path: Path, verifier: Verifier = verify) -> Checkpoint:
     """`open_checkpoint`, for tools that read the tensors: every file is compared with its checksum.
 
     Args:
         path: An `iter_*` folder, or a save directory.
-        progress: Called with the bytes of each step, from several threads.
+        verifier: Looks at it.
 
     Raises:
         ConfigError: as `open_checkpoint`, or the checkpoint is damaged.
     """
     checkpoint = open_checkpoint(path)
-    found = verify(checkpoint.folder, progress)
+    found = verifier(checkpoint.folder)
     if found.damage is not None:
         raise ConfigError(f"{checkpoint.folder} {found}; restore it from a copy, or name another checkpoint")
     return checkpoint

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_kaiyuan.errors import CheckpointError, KaiyuanError
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
+from megatron_kaiyuan.host.terminal import visible
 
 __all__ = ["load_object", "load_stored", "one_line", "read_metadata", "readable"]
 
@@ -85,12 +86,12 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 def _foreign(name: str, named: str) -> str:
-    return f"has a {name} that names {named}, which no checkpoint needs and which could run code"
+    return f"has a {name} that names {visible(named)}, which no checkpoint needs and which could run code"
 
 
 def one_line(error: BaseException) -> str:
     """Type and first line of an error, for a sentence of ours."""
-    text = str(error).strip().split("\n")[0][:300]
+    text = visible(str(error).strip().split("\n")[0][:300])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -141,18 +142,24 @@ def _imported(name: str) -> tuple[Any, str]:
         return getattr(importlib.import_module(module), attribute), name
 
 
-def load_stored(stream: BinaryIO, name: str) -> Any:
+def load_stored(stream: BinaryIO, name: str, part: str = "") -> Any:
     """Load an object that a part of the checkpoint stores; what it holds for others to unpickle is looked at, too.
 
     Transformer Engine unpickles the extra states of its modules, which are bytes in a tensor, by itself.
 
+    Args:
+        stream: Seekable.
+        name: Of the object.
+        part: File that it is from, for messages.
+
     Raises:
         CheckpointError: as `load_object`.
     """
-    value = load_object(stream, name)
+    told = f"{name} in {part}" if part else name
+    value = load_object(stream, told)
     if "_extra_state" in name and importlib.util.find_spec("transformer_engine"):
         for state in value if isinstance(value, list) else [value]:
-            _check_extra_state(state, name)
+            _check_extra_state(state, told)
     return value
 
 

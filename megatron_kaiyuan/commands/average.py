@@ -37,13 +37,16 @@ def main() -> None:
     arguments = build_parser().parse_args()
     cpu_platform.install()
     from megatron_kaiyuan.checkpoints.averaging import average_checkpoints, choose_checkpoints, choose_planned
+    from megatron_kaiyuan.commands.verifying import shown_on
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
-    if arguments.planned:
-        checkpoints, weights = choose_planned(arguments.directory)
-    else:
-        checkpoints, weights = choose_checkpoints(arguments.directory, arguments.last, arguments.iterations), "mean"
     with ConsoleMeter() as meter:
+        verifier = shown_on(meter)
+        if arguments.planned:
+            checkpoints, weights = choose_planned(arguments.directory, verifier)
+        else:
+            chosen = choose_checkpoints(arguments.directory, arguments.last, arguments.iterations, verifier)
+            checkpoints, weights = chosen, "mean"
         meter.start("averaging", sum(checkpoint.num_bytes for checkpoint in checkpoints))
         manifest = average_checkpoints(checkpoints, arguments.weights or weights, arguments.output, meter.advance)
     for part in manifest.checkpoints:

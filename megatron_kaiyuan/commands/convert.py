@@ -72,11 +72,12 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+    from megatron_kaiyuan.commands.verifying import shown_on
     from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
     with ConsoleMeter() as meter:
-        checkpoint = open_intact_checkpoint(options.source)
+        checkpoint = open_intact_checkpoint(options.source, shown_on(meter))
         meter.start("exporting", checkpoint.num_bytes)
         exported = export_checkpoint(
             checkpoint,

@@ -44,12 +44,16 @@ def main() -> None:
         from megatron_kaiyuan.evaluation.held_out import evaluate_checkpoints, results_as_json
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+    from megatron_kaiyuan.commands.verifying import shown_on
     from megatron_kaiyuan.evaluation.token_bytes import token_bytes
+    from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
     plan = Plan.load(options.plan)
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan.tokenizer else None)
+    with ConsoleMeter() as meter:
+        checkpoints = [open_intact_checkpoint(path, shown_on(meter)) for path in options.checkpoints]
     results = evaluate_checkpoints(
-        [open_intact_checkpoint(path) for path in options.checkpoints],
+        checkpoints,
         plan,
         untrained=options.untrained,
         max_windows=options.windows,

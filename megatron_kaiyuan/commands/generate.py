@@ -34,8 +34,10 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+    from megatron_kaiyuan.commands.verifying import shown_on
     from megatron_kaiyuan.evaluation.generation import Sampling, continue_text
     from megatron_kaiyuan.export.tokenizer_files import open_tokenizer
+    from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
     with quiet_megatron_import():
         from megatron_kaiyuan.evaluation.loading import load_model
@@ -43,7 +45,8 @@ def main() -> None:
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k, max_new_tokens=options.max_new_tokens, seed=options.seed
     )
-    checkpoint = open_intact_checkpoint(options.checkpoint)
+    with ConsoleMeter() as meter:
+        checkpoint = open_intact_checkpoint(options.checkpoint, shown_on(meter))
     open_tokenizer(options.tokenizer, checkpoint.arguments.padded_vocab_size)  # raises where it does not fit
     tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
     model, positions = load_model(checkpoint)
