@@ -34,8 +34,15 @@ KEEP_CHECKPOINTS=${KEEP_CHECKPOINTS-2}
 # Tensor and context parallelism before Blackwell need one hardware queue, so that collectives start in order.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
+# One process for each GPU that this node shows; NPROC_PER_NODE says otherwise, and how many train on CPUs.
+NPROC_PER_NODE=${NPROC_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+if [ "$NPROC_PER_NODE" -eq 0 ]; then
+    printf 'torch sees no GPU on this node: give it some, or set NPROC_PER_NODE to train on CPUs\n' >&2
+    exit 1
+fi
+
 DISTRIBUTED_ARGS=(
-    --nproc_per_node "${NPROC_PER_NODE:-8}"
+    --nproc_per_node "$NPROC_PER_NODE"
     --nnodes "${NNODES:-1}"
     --node_rank "${NODE_RANK:-0}"
     --master_addr "${MASTER_ADDR:-localhost}"

@@ -8,6 +8,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ConvertError",
+    "DeviceError",
     "KaiyuanError",
     "PlanError",
     "PreprocessError",
@@ -34,6 +35,10 @@ class CheckpointError(KaiyuanError):
 
 class ConvertError(KaiyuanError):
     """A checkpoint that cannot be exported or imported: another architecture, or files that do not fit it."""
+
+
+class DeviceError(KaiyuanError):
+    """The GPU of one rank, which other processes have filled; that rank alone knows of it."""
 
 
 class PlanError(KaiyuanError):

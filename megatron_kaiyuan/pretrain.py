@@ -6,7 +6,7 @@ import sys
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_kaiyuan.errors import KaiyuanError, MetricsError, TrainingStopped
+from megatron_kaiyuan.errors import DeviceError, KaiyuanError, MetricsError, TrainingStopped
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
@@ -51,7 +51,7 @@ def _tells(error: KaiyuanError) -> bool:
     What is found before the start is found by all ranks, and told once a host: files may be missing on one of them
     only. A metrics file is looked at by one rank, and once training has begun each rank reads its own samples.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, MetricsError):
+    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DeviceError | MetricsError):
         return True
     return torch.distributed.is_initialized() and not isinstance(error, TrainingStopped)
 

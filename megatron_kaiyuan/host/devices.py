@@ -6,12 +6,13 @@ A machine that has a GPU which torch cannot use is refused: a run that was meant
 
 import json
 import os
+import socket
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.errors import ConfigError, DeviceError
 from megatron_kaiyuan.host import cpu_platform, machine
 from megatron_kaiyuan.host.cli import run_tool
 
@@ -72,17 +73,20 @@ def require_memory(needed_bytes: float, what: str, remedy: str) -> None:
         remedy: What to do, for the message.
 
     Raises:
-        ConfigError: the GPU has less, or other processes have left less.
+        ConfigError: the GPU has less.
+        DeviceError: other processes have left less.
     """
     if cpu_platform.is_installed():
         return
     free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if needed_bytes <= free:
         return
-    left = f", of which {free / GIB:.1f} are free" if needed_bytes <= total else ""
-    raise ConfigError(
-        f"{what} take at least {needed_bytes / GIB:.1f} GiB and the GPU has {total / GIB:.1f}{left}: {remedy}"
-    )
+    asked = f"{what} take at least {needed_bytes / GIB:.1f} GiB and the GPU has {total / GIB:.1f}"
+    if needed_bytes <= total:
+        raise DeviceError(
+            f"{asked}, of which {free / GIB:.1f} are free on {socket.gethostname()}: end what holds the rest"
+        )
+    raise ConfigError(f"{asked}: {remedy}")
 
 
 def _main() -> None:

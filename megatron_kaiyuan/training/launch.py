@@ -35,6 +35,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     say_what_cannot_be_averaged,
 )
 from megatron_kaiyuan.training.forward_step import ForwardStep
+from megatron_kaiyuan.training.memory import check_memory
 from megatron_kaiyuan.training.observation import build_held_out, build_monitor
 from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, validate
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
@@ -90,6 +91,7 @@ def run_pretraining() -> None:
         print_rank_0("> FP16 matrix products keep their partial sums in FP32")
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
+    check_memory(args)
     datasets = PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod)
     held_out = None
     if isinstance(datasets, PlanDatasetsProvider):

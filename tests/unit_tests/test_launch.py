@@ -56,12 +56,13 @@ def workplace(tmp_path: Path) -> Workplace:
 
 
 def torchrun_arguments(workplace: Workplace, *flags: str, **environment: str) -> list[str]:
+    """What the 2B script hands to torchrun, for four processes where nothing else is said."""
     """What the example script would start."""
     workplace.program("bin/torchrun", r'printf "%s\0" "$@"')
     script = workplace.root / "examples/pretrain_kaiyuan_2b.sh"
     done = subprocess.run(
         ["bash", str(script), *flags],
-        env=workplace.environment(**environment),
+        env=workplace.environment(**{"NPROC_PER_NODE": "4"} | environment),
         capture_output=True,
         text=True,
         check=True,
@@ -123,6 +124,22 @@ def test_the_distribution_of_the_2b_script_comes_from_the_environment(workplace:
         *("--nproc_per_node", "2", "--nnodes", "4", "--node_rank", "3"),
         *("--master_addr", "first", "--master_port", "29500"),
     ]
+
+
+@pytest.mark.parametrize("seen", [3, 0])
+def test_each_gpu_that_is_seen_gets_a_process(workplace: Workplace, seen: int) -> None:
+    (workplace.root / "torch.py").write_text(f"class cuda:\n    device_count = staticmethod(lambda: {seen})\n")
+    workplace.program("bin/torchrun", r'printf "%s " "$@"')
+    script = workplace.root / "examples/pretrain_kaiyuan_2b.sh"
+    environment = workplace.environment(PYTHONPATH=str(workplace.root))
+    environment.pop("NPROC_PER_NODE", None)
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+    if seen:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("--nproc_per_node 3 ")
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "torch sees no GPU on this node: give it some, or set NPROC_PER_NODE" in done.stderr
 
 
 def test_paths_with_spaces_stay_one_argument(workplace: Workplace) -> None:

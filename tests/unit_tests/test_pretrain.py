@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_kaiyuan import pretrain
-from megatron_kaiyuan.errors import ConfigError, KaiyuanError, MetricsError, ShardError, TrainingStopped
+from megatron_kaiyuan.errors import ConfigError, DeviceError, KaiyuanError, MetricsError, ShardError, TrainingStopped
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from megatron_kaiyuan.errors import ConfigError, KaiyuanError, MetricsError, Sha
     [
         (ConfigError("of the flags"), False, [0]),
         (MetricsError("seen by the last rank"), False, [0, 3]),
+        (DeviceError("of this rank alone"), False, [0, 3]),
         (ShardError("a sample of this rank"), True, [0, 3]),
         (TrainingStopped("agreed on by all"), True, [0]),
     ],
