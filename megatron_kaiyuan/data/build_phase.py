@@ -13,7 +13,8 @@ from megatron_kaiyuan.data.interleave import prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.parts import Part, build_stream, fitted_stream
 from megatron_kaiyuan.data.phase import Phase
-from megatron_kaiyuan.data.plan_phases import PhaseSpec
+from megatron_kaiyuan.data.plan_fields import MOST_PASSES
+from megatron_kaiyuan.data.plan_phases import PhaseSourceSpec, PhaseSpec
 from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
@@ -53,9 +54,9 @@ def build_phase(
         )
     used = prefix_counts(rates, num_samples)
     most = [_most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
-    for part, stream, count, limit in zip(parts, streams, used.tolist(), most, strict=True):
-        if count > limit:
-            _refuse_budget(spec, part.name, stream, count, _largest_budget(rates, most, num_samples))
+    if np.any(used > most):
+        _refuse_budget(spec, streams, rates, most, num_samples)
+    for part, count in zip(parts, used.tolist(), strict=True):
         if count == 0:
             raise PlanError(
                 f"phase {spec.name!r}, source {part.name!r}: a budget of {num_samples:,} samples is too small to show "
@@ -79,6 +80,8 @@ def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int
 
 def _most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
     """How many windows of a stream a budget may ask for."""
+    if stream.seen.windows and (stream.ascending or stream.seen.levels):
+        return stream.available
     stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
     return max(stream.num_windows, stretched // stream.seq_length) - stream.seen.windows
 
@@ -92,13 +95,35 @@ def _largest_budget(rates: NDArray[np.float64], most: Sequence[int], samples: in
     return low
 
 
-def _refuse_budget(spec: PhaseSpec, name: str, stream: Stream, used: int, largest_budget: int) -> NoReturn:
-    needed = Fraction(used * stream.seq_length + 1, stream.selected.num_tokens)
-    allowed = spec.sources[name].max_repeat
-    limit = "" if allowed is None else f", above its max_repeat {float(allowed):g}"
-    raise PlanError(
-        f"phase {spec.name!r}: tokens {spec.tokens:,} asks source {name!r} for {used * stream.seq_length:,} tokens, "
-        f"its selection x{float(stream.repeat):g} has {stream.num_windows * stream.seq_length:,}: that is "
-        f"{float(needed):.4g} passes{limit}. Lower the phase's tokens to {largest_budget * stream.seq_length:,}, or "
-        f"set sources.{name}.max_repeat to at least {math.ceil(needed * 100) / 100:.2f}"
+def _refuse_budget(
+    spec: PhaseSpec, streams: Sequence[Stream], rates: NDArray[np.float64], most: Sequence[int], samples: int
+) -> NoReturn:
+    used, seq_length = prefix_counts(rates, samples), streams[0].seq_length
+    short = [number for number, count in enumerate(used.tolist()) if count > most[number]]
+    names = list(spec.sources)
+    asked = [_asked(spec.sources[names[n]], names[n], streams[n], int(used[n])) for n in short]
+    largest = _largest_budget(rates, most, samples)
+    lower = (
+        f"Lower the phase's tokens to {largest * seq_length:,}, or set "
+        if np.all(prefix_counts(rates, largest) > 0)
+        else "No smaller budget shows every source of the phase. Set "
     )
+    raise PlanError(
+        f"phase {spec.name!r}: tokens {spec.tokens:,} asks {'; '.join(text for text, _ in asked)}. {lower}"
+        + " and ".join(f"sources.{names[n]}.{remedy}" for n, (_, remedy) in zip(short, asked, strict=True))
+    )
+
+
+def _asked(part: PhaseSourceSpec, name: str, stream: Stream, used: int) -> tuple[str, str]:
+    """What a budget asks of a source that has less, and the field that would let it have that."""
+    needed = Fraction((stream.seen.windows + used) * stream.seq_length + 1, stream.selected.num_tokens)
+    limit = "" if part.max_repeat is None else f", above its max_repeat {float(part.max_repeat):g}"
+    text = (
+        f"source {name!r} for {used * stream.seq_length:,} tokens, its selection x{float(part.repeat):g} has "
+        f"{stream.available * stream.seq_length:,}: that is {float(needed):.4g} passes{limit}"
+    )
+    if needed > MOST_PASSES:
+        return text, f"weight lower, since a source has at most {MOST_PASSES:,} passes"
+    if stream.seen.windows and (stream.ascending or stream.seen.levels):
+        return text, "from to all, since what an ascending phase left is shown once"
+    return text, f"max_repeat to at least {math.ceil(needed * 100) / 100:.2f}"

@@ -10,6 +10,7 @@ from megatron_kaiyuan.data.selection import Keep, exact_number, parse_count, par
 from megatron_kaiyuan.shards.score_files import check_score_name
 
 __all__ = [
+    "MOST_PASSES",
     "REST_OF",
     "DrawName",
     "Exclusion",
@@ -29,7 +30,8 @@ __all__ = [
 REST_OF = "rest of "
 """What stands before the name of a draw where its other documents are meant."""
 
-_MOST_PASSES = 1_000_000
+MOST_PASSES = 1_000_000
+"""Of a source in a phase."""
 _NAME_SHARDS = "name a prefix, a directory or a glob (. is the working directory), or a list of them"
 _WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
 
@@ -97,8 +99,8 @@ def _check_weights(value: str) -> str:
 
 
 def _few_passes(value: Fraction) -> Fraction:
-    if value > _MOST_PASSES:
-        raise ValueError(f"more than {_MOST_PASSES:,} passes; give fewer")
+    if value > MOST_PASSES:
+        raise ValueError(f"more than {MOST_PASSES:,} passes; give fewer")
     return value
 
 

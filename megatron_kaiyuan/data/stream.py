@@ -25,7 +25,7 @@ from megatron_kaiyuan.shards.source import Segment
 
 __all__ = ["Stream"]
 
-_KEPT_PASSES = 8
+_KEPT_PASSES = 32
 """Passes whose permutation is kept; a small one is a table."""
 
 

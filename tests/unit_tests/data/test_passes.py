@@ -1,5 +1,6 @@
 """What a phase shows in all: coverage, passes, exact budgets, for phases of either order."""
 
+import re
 import tempfile
 from collections import Counter
 from fractions import Fraction
@@ -144,10 +145,10 @@ def test_a_budget_is_refused_from_one_window_past_what_may_be_shown_on(tmp_path,
 
 
 def remedies(message):
-    """The budget and the repetition that an error proposes."""
-    budget = message.split("Lower the phase's tokens to ")[1].split(" ")[0].rstrip(",")
-    source = message.split("set sources.")[1].split(".max_repeat")[0]
-    return int(budget.replace(",", "")), source, float(message.rsplit(" ", 1)[1])
+    """The budget and, by source, the repetitions that an error proposes."""
+    budget = re.search(r"Lower the phase's tokens to ([\d,]+)", message)[1]
+    repeats = re.findall(r"sources\.(\w+)\.max_repeat to at least ([\d.]+\d)", message)
+    return int(budget.replace(",", "")), {source: float(repeat) for source, repeat in repeats}
 
 
 @settings(deadline=None, max_examples=40)
@@ -170,21 +171,14 @@ def test_a_budget_too_large_is_refused_with_numbers_that_work(sizes, excess, ord
         spec = plan_of(sources, phase_of(order, entries, tokens=tokens))
         with pytest.raises(PlanError, match=r"phase 'main': tokens [\d,]+ asks source 's\d' for") as caught:
             Plan.from_spec(spec)
-        budget, _, _ = remedies(str(caught.value))
+        budget, repeats = remedies(str(caught.value))
         assert "above its max_repeat 1.01" in str(caught.value) if capped else True
         lowered = plan_of(sources, phase_of(order, entries, tokens=budget))
         assert Plan.from_spec(lowered).num_samples == budget // 4  # first remedy
-        for _ in sizes:  # second remedy, source by source
-            try:
-                plan = Plan.from_spec(spec)
-                break
-            except PlanError as error:
-                _, source, repeat = remedies(str(error))
-                assert entries[source].get("max_repeat", 0) < repeat
-                entries[source]["max_repeat"] = repeat
-        else:
-            plan = Plan.from_spec(spec)
-        assert len(all_samples(spec)) == plan.num_samples == tokens // 4
+        assert repeats
+        for name, repeat in repeats.items():  # second remedy, for all sources that are short at once
+            entries[name]["max_repeat"] = repeat
+        assert Plan.from_spec(spec).num_samples == tokens // 4
 
 
 def test_a_budget_that_shows_a_source_not_even_once_is_refused(tmp_path):
@@ -195,3 +189,28 @@ def test_a_budget_that_shows_a_source_not_even_once_is_refused(tmp_path):
     spec = plan_of(sources, phase_of("shuffled", {"big": "all", "small": "all"}, tokens=40))
     with pytest.raises(PlanError, match="source 'small': a budget of 10 samples is too small to show it even once"):
         Plan.from_spec(spec)
+
+
+def test_a_budget_that_no_smaller_one_mends_says_so(tmp_path):
+    """Nine parts of ten from a source of one window: any budget that shows the other source asks it for more."""
+    sources = {
+        "s": write_source(tmp_path / "s", numbered_documents([5])),
+        "t": write_source(tmp_path / "t", numbered_documents([5] * 30)),
+    }
+    parts = {"s": {"weight": 9}, "t": {"weight": 1}}
+    with pytest.raises(PlanError, match=r"No smaller budget shows every source of the phase\. Set sources\.s\.max_r"):
+        Plan.from_spec(plan_of(sources, phase_of("shuffled", parts, tokens=40)))
+    with pytest.raises(PlanError, match=r"Set sources\.s\.weight lower, since a source has at most 1,000,000 passes"):
+        Plan.from_spec(plan_of(sources, phase_of("shuffled", parts, tokens=40_000_000)))
+
+
+def test_passes_shuffled_long_ago_are_forgotten(tmp_path):
+    sources = {"s": write_source(tmp_path / "s", numbered_documents([1] * 50))}
+    order = CurriculumDataset(
+        Plan.from_spec(plan_of(sources, phase_of("shuffled", {"s": {"repeat": 500}}), seq_length=1))
+    )
+    first = [order[sample]["tokens"][0] for sample in range(60)]
+    for sample in range(0, len(order), 7):
+        order[sample]
+    assert len(order.plan.phases[0].streams["s"]._permutations) <= 32
+    assert [order[sample]["tokens"][0] for sample in range(60)] == first

@@ -89,6 +89,7 @@ def test_segments_read_back_from_their_shards_are_the_tokens(case, order, number
             segments = order.segments(start, stop - start)
             assert all(isinstance(segment, Segment) and segment.start < segment.stop for segment in segments)
             tokens = []
+            assert [(shard, document, start, stop) for shard, document, start, stop in segments] == segments
             for segment in segments:
                 shard = shards[segment.shard]
                 first = int(shard.pointers[segment.document]) // shard.dtype.itemsize
