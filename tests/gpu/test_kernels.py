@@ -39,7 +39,7 @@ SUM = 2.0**-24
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("scale", [1.0, 3e4], ids=["", "near 65504"])
+@pytest.mark.parametrize("scale", [1.0, 3e4], ids=["near 1", "near 65504"])
 def test_norm_before_a_branch(rows: int, columns: int, dtype: torch.dtype, scale: float, device: str) -> None:
     torch.manual_seed(rows)
     x, gain = leaf(rows, columns, dtype=dtype, scale=scale, device=device), leaf(columns, dtype=dtype, device=device)
@@ -49,7 +49,7 @@ def test_norm_before_a_branch(rows: int, columns: int, dtype: torch.dtype, scale
 
 @each_dtype
 @each_shape
-@pytest.mark.parametrize("scale", [1.0, 3e4], ids=["", "near 65504"])
+@pytest.mark.parametrize("scale", [1.0, 3e4], ids=["near 1", "near 65504"])
 def test_norm_after_a_branch(rows: int, columns: int, dtype: torch.dtype, scale: float, device: str) -> None:
     torch.manual_seed(rows)
     residual, gain = leaf(rows, columns, dtype=dtype, device=device), leaf(columns, dtype=dtype, device=device)
@@ -124,9 +124,9 @@ def test_swiglu_recomputed_in_the_backward_pass_changes_no_bit(dtype: torch.dtyp
 
 
 @each_dtype
-@pytest.mark.parametrize("cap", [0.0, 30.0], ids=["", "soft-capped"])
+@pytest.mark.parametrize("cap", [0.0, 30.0], ids=["no cap", "soft-capped"])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 96), (37, 768)])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2], ids=["", "z-loss"])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2], ids=["no z-loss", "z-loss"])
 def test_output_head_and_loss(
     tokens: int, width: int, cap: float, z_loss: float, dtype: torch.dtype, device: str
 ) -> None:

@@ -27,7 +27,7 @@ from megatron_kaiyuan.host.atomic import write_text_atomically  # noqa: E402
 from tools.dev.versions import versions  # noqa: E402
 
 POLL_SECONDS = 0.3
-LONGEST_FIRST = ("two_gpus", "demo", "runs", "models", "large_kernels", "kernels")
+LONGEST_FIRST = ("two_gpus", "demo", "runs", "examples", "models", "large_kernels", "kernels")
 """Files of tests/gpu, so that the last to end is a short one."""
 THROUGHPUT_GIB = 60
 """Of GPU memory, for the 2B shape at micro-batch 2."""
