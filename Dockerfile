@@ -28,6 +28,7 @@ ENV XDG_CACHE_HOME=/tmp/cache \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
     HF_HOME=/tmp/cache/huggingface
 
+# `make demo`, `make test` and `make gpu-check` of a mounted checkout: KAIYUAN_PYTHON=python3 uses the image's Python.
 # The examples leave the .venv of a mounted checkout alone: its torch is not the image's.
 ENV KAIYUAN_IGNORE_VENV=1
 

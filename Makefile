@@ -22,7 +22,7 @@ env:  ## prepare .venv: find Python 3.12, create, install
 
 test check-slow gpu-check: export KAIYUAN_TESTS := 1
 
-demo: env  ## the main job on real text in minutes, on two CPU cores
+demo: env  ## the main job on real text in minutes, on two CPU cores or the GPUs that are there
 	@$(PYTHON_IN_VENV) examples/demo/run_demo.py $(ARGS)
 
 test: env  ## the tests, two files at a time, and those of a GPU where there is one; choose some with ARGS="-k name"

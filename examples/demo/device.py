@@ -41,7 +41,7 @@ def placed(settings: DemoSettings, asked: str | None, repository: Path) -> tuple
         os.environ["KAIYUAN_DEVICE"] = asked  # the commands that the demo starts obey it too
     # torch is asked only where it matters: to import it takes seconds.
     nothing_to_ask = not has_gpu() and os.environ.get("KAIYUAN_DEVICE", "cpu") == "cpu"
-    found = _Found("device: CPU", 0) if nothing_to_ask else _ask(repository)
+    found = _Found("device: CPU (this machine shows no GPU)", 0) if nothing_to_ask else _ask(repository)
     if not found.gpus:
         return settings, f"{found.said}: {settings.processes} processes"
     os.environ["KAIYUAN_DEVICE"] = "cuda"

@@ -43,7 +43,7 @@ def test_each_process_has_a_gpu_and_an_equal_part_of_the_batch(
 def test_without_a_gpu_two_processes_share_the_cpu_and_torch_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     monkeypatch.setattr(device, "_ask", lambda _root: pytest.fail("torch takes seconds"))
-    assert device.placed(QUICK, None, ROOT) == (QUICK, "device: CPU: 2 processes")
+    assert device.placed(QUICK, None, ROOT) == (QUICK, "device: CPU (this machine shows no GPU): 2 processes")
 
 
 def test_the_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
