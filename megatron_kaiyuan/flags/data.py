@@ -100,6 +100,36 @@ DATA: tuple[Rule, ...] = (
     ),
     Rule(Fate.HONOURED, ("eval_iters", "full_validation"), "which held-out windows an evaluation reads"),
     Rule(
+        Fate.REFUSED,
+        ("full_validation",),
+        "Megatron ends in an error at its first evaluation then; use --eval-iters, or a plan",
+        Condition(
+            "without --plan and --multiple-validation-sets",
+            lambda args: args.plan is None and not args.multiple_validation_sets,
+        ),
+    ),
+    Rule(
+        Fate.REFUSED,
+        ("multiple_validation_sets",),
+        "Megatron evaluates several sets as a whole only; give --full-validation too, or leave it out",
+        Condition("without --full-validation", lambda args: args.plan is None and not args.full_validation),
+    ),
+    Rule(
+        Fate.REFUSED,
+        ("multiple_validation_sets",),
+        "Megatron's ranks do not agree on how many batches they are then; leave it out",
+        Condition(
+            "with tensor or pipeline parallelism",
+            lambda args: args.plan is None and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1,
+        ),
+    ),
+    Rule(
+        Fate.REFUSED,
+        ("split",),
+        "Megatron parts its mock data evenly; leave it out",
+        Condition("with --mock-data", lambda args: bool(args.mock_data)),
+    ),
+    Rule(
         Fate.PASSED_ON,
         ("eval_interval", "start_eval_at_iter", "eval_global_batch_size", "eval_micro_batch_size", "skip_train"),
         "Megatron's training loop",

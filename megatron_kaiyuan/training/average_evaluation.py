@@ -38,7 +38,7 @@ def check_average_arguments(args: argparse.Namespace, *, planned: bool, held_out
     Args:
         args: Megatron's validated arguments.
         planned: the plan has an averaging section.
-        held_out: the plan holds documents out.
+        held_out: the plan holds documents out, and the run evaluates on them.
 
     Raises:
         ConfigError: names what is missing, or cannot be combined.
@@ -46,13 +46,8 @@ def check_average_arguments(args: argparse.Namespace, *, planned: bool, held_out
     if not args.kaiyuan_evaluate_average:
         return
     if not planned or not held_out:
-        missing = "an averaging section" if not planned else "a validation section"
+        missing = "an averaging section" if not planned else "a validation section, and --eval-iters above 0"
         raise ConfigError(f"--kaiyuan-evaluate-average needs a plan with {missing}; add it, or leave it out")
-    if args.full_validation or args.multiple_validation_sets:
-        raise ConfigError(
-            "--kaiyuan-evaluate-average evaluates as the run does, by --eval-iters; without --full-validation and "
-            "--multiple-validation-sets, or with tools/evaluate.py afterwards"
-        )
     unfit = {"--async-save": args.async_save, "FSDP": args.use_megatron_fsdp or args.use_torch_fsdp2}
     for name, is_on in unfit.items():
         if is_on and args.kaiyuan_evaluate_average == "always":

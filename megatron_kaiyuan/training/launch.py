@@ -39,6 +39,7 @@ from megatron_kaiyuan.training.memory import check_memory
 from megatron_kaiyuan.training.observation import build_held_out, build_monitor
 from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, validate
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
+from megatron_kaiyuan.training.plain_splits import settle_splits
 from megatron_kaiyuan.training.plan_arguments import (
     ShardRecords,
     check_plan_arguments,
@@ -47,6 +48,7 @@ from megatron_kaiyuan.training.plan_arguments import (
     plan_parser_defaults,
     read_shard_records,
 )
+from megatron_kaiyuan.training.plan_evaluations import settle_evaluations
 from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
@@ -73,7 +75,7 @@ def run_pretraining() -> None:
         return
     say_what_cannot_be_averaged(args, 0 if saved is None else saved.iteration)
     check_average_arguments(
-        args, planned=getattr(args, AVERAGING) is not None, held_out=plan is not None and bool(plan.validation)
+        args, planned=getattr(args, AVERAGING) is not None, held_out=plan is not None and bool(args.eval_iters)
     )
     keeper = keep_checkpoints(args)
     compat.end_at(last)
@@ -149,9 +151,8 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     if plan is not None:
         check_plan_arguments(args, plan)
         plan.check_vocabulary(get_tokenizer().vocab_size, records.largest_ids)
-        if not plan.validation:
-            print_rank_0("> the plan holds out no documents: no evaluation (--eval-iters 0)")
-            args.eval_iters = 0
+    if said := settle_splits(args) if plan is None else settle_evaluations(args, plan):
+        print_rank_0(f"> {said}")
     return args, plan, saved, start
 
 

@@ -12,6 +12,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.flags.complaints import megatron_checks
+from megatron_kaiyuan.training.parsing import known_flags
+
 __all__ = ["PlainDatasetsProvider"]
 
 
@@ -22,18 +26,29 @@ class PlainDatasetsProvider:
     """Tells Megatron to call this on all ranks."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        """Raise ConfigError where the flags of the datasets cannot work together, or a file cannot be read."""
         self.args = args
+        with megatron_checks(known_flags()):
+            self._config = self._configuration()
 
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
         """Train, validation and test datasets."""
         dataset = MockGPTDataset if self.args.mock_data else GPTDataset
         is_built_here = partial(_feeds_a_stage, vp_stage)
-        return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, self._config()).build()
+        train, valid, test = num_samples
+        if self.args.start_eval_at_iter is not None and valid is not None:
+            valid += test  # Megatron counts one evaluation too few where that step evaluates
+        builder = BlendedMegatronDatasetBuilder(dataset, (train, valid, test), is_built_here, self._config)
+        if not (
+            self.args.eval_iters or self.args.full_validation
+        ):  # nothing to build, and a part that rounds to no document would take for ever
+            parts = self._config.blend_per_split or self._config.split_matrix
+            parts[1:] = [None, None]
+        return builder.build()
 
-    def _config(self) -> GPTDatasetConfig:
+    def _configuration(self) -> GPTDatasetConfig:
         args = self.args
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-        sequences = args.per_dataset_sequences_path
         return GPTDatasetConfig(
             random_seed=args.seed,
             sequence_length=args.seq_length,
@@ -54,10 +69,23 @@ class PlainDatasetsProvider:
             mid_level_dataset_surplus=args.mid_level_dataset_surplus,
             allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
             fast_cache_load=args.dataloader_fast_cache_load,
-            sequences_per_dataset=json.loads(Path(sequences).read_text(encoding="utf-8")) if sequences else None,
+            sequences_per_dataset=_sequences(args.per_dataset_sequences_path),
             defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         )
 
 
 def _feeds_a_stage(vp_stage: int | None) -> bool:
     return bool(is_first_or_last_pipeline_stage(vp_stage)) and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _sequences(path: str | None) -> Any:
+    """Counts by prefix."""
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--per-dataset-sequences-path {path} cannot be read ({error}); write it again with Megatron-LM's "
+            "tools/build_sequences_per_dataset.py, or leave it out"
+        ) from error

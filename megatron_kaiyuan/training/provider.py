@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.training.document_ends import check_document_ends
+from megatron_kaiyuan.training.plan_evaluations import EVERY_WINDOW
 from megatron_kaiyuan.training.samples import SampleOptions, make_sample
 
 __all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
@@ -75,23 +76,27 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
         self,
         sources: Mapping[int, _Windows],
         options: SampleOptions,
-        num_samples: int | None,
+        num_samples: int,
         samples_per_evaluation: int,
+        *,
+        once: bool = False,
     ) -> None:
         """Interleave the sources.
 
         Args:
             sources: Held-out windows of each source, by its number in the plan.
             options: Document boundaries.
-            num_samples: Length of this dataset, over all evaluations of the run; None: each window once.
+            num_samples: Length of this dataset, over all evaluations of the run.
             samples_per_evaluation: Windows of one evaluation.
+            once: Windows that come again within an evaluation do not count.
         """
         self.numbers, self.sources = list(sources), list(sources.values())
         self.options = options
         self.order = spread_evenly([len(source) for source in self.sources])
-        self.period = min(samples_per_evaluation, len(self.order)) if num_samples is not None else len(self.order)
-        self.num_samples = len(self.order) if num_samples is None else num_samples
-        self.cycle = len(self.order) if num_samples is None else samples_per_evaluation
+        self.period = min(samples_per_evaluation, len(self.order))
+        self.num_samples = num_samples
+        self.cycle = samples_per_evaluation
+        self.once = once
 
     def __len__(self) -> int:
         return self.num_samples
@@ -102,8 +107,11 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
         `dataset_id` is the number of its source in the plan, int64 scalar; `token_bands` the quantile band of each
         predicted token, int8 `[seq_length]`, -1 for none.
         """
-        source, window = self.order[index % self.cycle % self.period].tolist()
+        place = index % self.cycle
+        source, window = self.order[place % self.period].tolist()
         sample = make_sample(self.sources[source][window]["tokens"], self.options)
+        if self.once and place >= self.period:
+            sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
         sample["dataset_id"] = torch.tensor(self.numbers[source])
         sample["token_bands"] = torch.from_numpy(self.sources[source].bands(window))
         return sample
@@ -143,8 +151,8 @@ class PlanDatasetsProvider:
         check_document_ends(plan, self.options)
 
     def __call__(
-        self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
-    ) -> tuple[PlanSamples | None, HeldOutSamples | list[HeldOutSamples] | None, None]:
+        self, num_samples: tuple[int, int, int], vp_stage: int | None = None
+    ) -> tuple[PlanSamples | None, HeldOutSamples | None, None]:
         """Train, validation and test datasets; a plan has no test documents."""
         if not self._feeds(vp_stage):
             return None, None, None
@@ -164,7 +172,7 @@ class PlanDatasetsProvider:
     def _batches(self, vp_stage: int | None) -> Iterator[dict[str, Tensor]] | None:
         if not self._feeds(vp_stage):
             return None
-        samples = HeldOutSamples(self._held_out_sources(), self.options, wanted := self._wanted(), wanted)
+        samples = self._held_out(self._held_out_sources(), wanted := self._wanted())
         size = self.args.eval_micro_batch_size
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         starts = range(rank * size, wanted, ranks * size)  # as Megatron's sampler deals them out
@@ -181,23 +189,20 @@ class PlanDatasetsProvider:
         numbers = {name: number for number, name in enumerate(self.plan.sources)}
         return {numbers[name]: HeldOutDataset(self.plan, name) for name in self.plan.validation}
 
-    def _validation(self, num_samples: int | None) -> HeldOutSamples | list[HeldOutSamples] | None:
+    def _validation(self, num_samples: int) -> HeldOutSamples | None:
         sources = self._held_out_sources()
-        if not sources:
+        if not sources or not self._wanted():
             return None
-        if self.args.multiple_validation_sets:
-            return [self._held_out({number: source}, num_samples) for number, source in sources.items()]
-        return self._held_out(sources, num_samples)
-
-    def _held_out(self, sources: Mapping[int, HeldOutDataset], num_samples: int | None) -> HeldOutSamples:
-        wanted = self._wanted() if num_samples is not None else 0
-        if num_samples is not None:
-            # The loop plans with the present --eval-interval, and starts after what evaluations at another one took.
-            num_samples += self.args.consumed_valid_samples
-        samples = HeldOutSamples(sources, self.options, num_samples, wanted)
-        if samples.period < wanted:
+        # The loop plans with the present --eval-interval, starts after what evaluations at another one took, and counts
+        # one too few where --start-eval-at-iter is a step that evaluates.
+        samples = self._held_out(sources, num_samples + self._wanted() + self.args.consumed_valid_samples)
+        if samples.period < self._wanted() and not samples.once:
             print_rank_0(
-                f"> the plan holds out {samples.period} windows, an evaluation asks for {wanted}: some are used again; "
-                "lower --eval-iters, or hold out more documents"
+                f"> the plan holds out {samples.period} windows, an evaluation asks for {self._wanted()}: some are "
+                "used again; lower --eval-iters, or hold out more documents"
             )
         return samples
+
+    def _held_out(self, sources: Mapping[int, HeldOutDataset], num_samples: int) -> HeldOutSamples:
+        once = getattr(self.args, EVERY_WINDOW)
+        return HeldOutSamples(sources, self.options, num_samples, self._wanted(), once=once)

@@ -226,6 +226,17 @@ def test_held_out_losses_are_told_by_source_and_band(single: tuple[Path, Finishe
     assert "held-out loss at step 6 by source (by quantile band): scored " in finished.output
 
 
+def test_a_full_validation_reads_each_window_once_on_two_tensor_parallel_ranks(plan: Path, tmp_path: Path) -> None:
+    """Their number is no multiple of the batch, and the second rank loads none of them."""
+    windows = {name: len(HeldOutDataset(plan, name)) for name in ("scored", "plain")}
+    assert sum(windows.values()) % BATCH
+    flags = ("--plan", str(plan), "--full-validation", "--tensor-model-parallel-size", "2", "--exit-interval", "1")
+    metrics = ("--kaiyuan-metrics", str(tmp_path / "saved" / "metrics.jsonl"), "--eval-interval", "1")
+    train_well(tmp_path, *flags, *metrics, processes=2)
+    told = {name: source["tokens"] for name, source in held_out_lines(tmp_path)[1].items()}
+    assert told == {name: number * 32 for name, number in windows.items()}
+
+
 def test_fused_kernels_with_overlapped_gathers_on_two_ranks_train_as_one_unfused_rank(
     single: tuple[Path, Finished], plan: Path, tmp_path: Path
 ) -> None:

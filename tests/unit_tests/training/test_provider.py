@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megatron_kaiyuan.training.provider import HeldOutSamples, PlanDatasetsProvider, PlanSamples, spread_evenly
 from megatron_kaiyuan.training.samples import SampleOptions
@@ -60,20 +61,27 @@ def test_an_evaluation_larger_than_what_is_held_out_starts_over() -> None:
     assert first_tokens(samples, 10) == [0, 1, 0, 1, 0] * 2, "and the next one sees the same"
 
 
-def test_a_full_validation_sees_each_window_once() -> None:
-    samples = HeldOutSamples({0: Windows(3, 0), 1: Windows(2, 100)}, SampleOptions(), None, samples_per_evaluation=0)
-    assert sorted(first_tokens(samples, len(samples))) == [0, 1, 2, 100, 101]
+def test_a_full_validation_counts_each_window_once() -> None:
+    """Two batches of four for five windows: three of the second batch come again and do not count."""
+    sources = {0: Windows(3, 0), 1: Windows(2, 100)}
+    samples = HeldOutSamples(sources, SampleOptions(), 16, samples_per_evaluation=8, once=True)
+    for evaluation in (range(8), range(8, 16)):
+        counted = [samples[index]["tokens"][0].item() for index in evaluation if samples[index]["loss_mask"].any()]
+        assert sorted(counted) == [0, 1, 2, 100, 101]
 
 
-def test_rarer_evaluations_after_a_resume_have_samples_left() -> None:
+def test_rarer_evaluations_after_a_resume_have_samples_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """60 evaluations of 3 windows were made; at the new interval Megatron asks for 6 in all."""
-    args = Namespace(eval_iters=3, eval_global_batch_size=1, consumed_valid_samples=180)
+    args = Namespace(eval_iters=3, eval_global_batch_size=1, consumed_valid_samples=180, kaiyuan_every_window=False)
     flags = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask", "create_attention_mask_in_dataloader")
     vars(args).update(dict.fromkeys(flags, False))
     plan: Any = None
     sources: Any = {0: Windows(4, 0)}
-    samples = PlanDatasetsProvider(plan, args, None)._held_out(sources, 18)
-    assert len(samples) == 180 + 18
+    provider = PlanDatasetsProvider(plan, args, None)
+    monkeypatch.setattr(provider, "_held_out_sources", lambda: sources)
+    samples = provider._validation(18)
+    assert samples is not None
+    assert len(samples) >= 180 + 18
     assert [int(samples[180 + step]["tokens"][0]) for step in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
