@@ -52,8 +52,9 @@ def build_phase(
             f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {plan.seq_length}; "
             "raise it"
         )
-    used = prefix_counts(rates, num_samples)
     most = [_most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
+    rates = _filled(rates, [part.spec.fill is not None for part in parts], most, num_samples)
+    used = prefix_counts(rates, num_samples)
     if np.any(used > most):
         _refuse_budget(spec, streams, rates, most, num_samples)
     for part, count in zip(parts, used.tolist(), strict=True):
@@ -65,6 +66,26 @@ def build_phase(
     fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
     first_sample = earlier[-1].first_sample + earlier[-1].num_samples if earlier else 0
     return Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
+
+
+def _filled(
+    rates: NDArray[np.float64], may_run_out: Sequence[bool], most: Sequence[int], samples: int
+) -> NDArray[np.float64]:
+    """The rates at which every source that may run out shows at most what it has, and the others share the rest.
+
+    A source that runs out is spread over the whole phase, so that its best data comes last in a curriculum too.
+    """
+    rooms = np.array(most, dtype=np.float64)
+    short = np.zeros(len(rates), dtype=bool)
+    found = rates
+    while True:
+        over = (prefix_counts(found, samples) > most) & np.array(may_run_out)
+        if not over.any():
+            return found
+        rooms[over & short] -= 1  # rounded up to one more than it has
+        short |= over
+        found = rates * (samples - float(rooms[short].sum())) / float(rates[~short].sum())
+        found[short] = np.maximum(rooms[short], 0.5)
 
 
 def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int) -> None:

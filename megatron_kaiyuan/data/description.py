@@ -82,6 +82,7 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
     used = int(phase.used[number])
     return {
         "draw": phase.spec.sources[name].draw,
+        "fill": phase.spec.sources[name].fill,
         "from": phase.spec.sources[name].start,
         "keep": phase.spec.sources[name].kept,
         "repeat": float(stream.repeat),
@@ -91,6 +92,7 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "samples": used,
         "tokens": used * stream.seq_length,
         "share": used / phase.num_samples,
+        "share_asked": _share_asked(phase, name),
         "epochs": used * stream.seq_length / stream.selected.num_tokens,
         "shown": _times_shown(version, stream, used),
         "bands": stream.num_bands if stream.ascending else None,
@@ -98,6 +100,12 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "tokens_left_over": stream.leftover,
         "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
     }
+
+
+def _share_asked(phase: Phase, name: str) -> float | None:
+    """The share of the phase that the weight of a source asks for; None without weights."""
+    weights = {one: part.weight for one, part in phase.spec.sources.items() if part.weight is not None}
+    return float(weights[name] / sum(weights.values())) if weights else None
 
 
 def _times_shown(version: int, stream: Stream, used: int) -> list[dict[str, int]] | None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["mean_rate", "rate_at", "rate_warnings"]
+__all__ = ["batch_warnings", "mean_rate", "rate_at", "rate_warnings"]
 
 _BEST_FROM = 0.8
 """The best data of an ascending stream: its last fifth."""
@@ -68,3 +68,25 @@ def rate_warnings(description: Mapping[str, Any]) -> list[str]:
                 "average the last checkpoints"
             )
     return warnings
+
+
+def batch_warnings(description: Mapping[str, Any], global_batch_size: int) -> list[str]:
+    """Say what the last, partial global batch of a run holds, which is never trained on.
+
+    Args:
+        description: What `Plan.describe` returns.
+        global_batch_size: Sequences a step.
+    """
+    lost = description["samples"] % global_batch_size
+    last = description["phases"][-1]
+    if not lost or description["samples"] < global_batch_size:
+        return []
+    best = any(row["order"] == "ascending quality" for row in last["sources"].values())
+    what = ", the best data of its curriculum," if best else ""
+    kept = last["samples"] - lost
+    budgets = [kept * description["seq_length"], (kept + global_batch_size) * description["seq_length"]]
+    remedy = f"{budgets[0]:,} or {budgets[1]:,}" if kept > 0 else f"{budgets[1]:,}"
+    return [
+        f"the last {lost:,} samples of phase {last['name']!r}{what} fill no global batch of {global_batch_size:,} and "
+        f"are never trained on: give the phase tokens: {remedy}, which are whole batches"
+    ]

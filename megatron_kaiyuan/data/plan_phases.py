@@ -42,6 +42,8 @@ class PhaseSourceSpec(Strict):
     """How many passes a token budget larger than the streams may stretch `repeat` to."""
     weight: Weight | None = None
     """Share of the phase's tokens, relative to the other weights; None: the natural size of the stream."""
+    fill: Literal["others"] | None = None
+    """Who fills the share of a weighted source that has less than it: the others, by weight; None: that is refused."""
     sorted: bool = True
     """In a curriculum: ascending quality (True) or random order (False)."""
     start: Literal["all", "unseen"] = Field(default="all", alias="from")
@@ -151,4 +153,9 @@ class PhaseSpec(Strict):
             )
         if weighted and self.tokens is None:
             raise ValueError("weights need a token budget; add tokens: to the phase")
+        filled = [name for name, source in self.sources.items() if source.fill is not None]
+        if filled and not weighted:
+            raise ValueError(f"{filled[0]} has fill and no weight, so it has no share to hand on; give it a weight")
+        if filled and len(filled) == len(self.sources):
+            raise ValueError("every source has fill: others, so nobody is left to fill; leave it out of one")
         return self

@@ -6,7 +6,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from megatron_kaiyuan.data.learning_rate import rate_warnings
+from megatron_kaiyuan.data.learning_rate import batch_warnings, rate_warnings
 
 __all__ = ["format_tokens", "plan_tables", "print_plan", "times_shown"]
 
@@ -35,7 +35,10 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
     if any(source["bands"] for source in description["sources"].values()):
         parts.append(_bands_table(description))
     parts.append(_summary(description, global_batch_size))
+    parts += [Text(line) for line in fill_notes(description)]
     parts += [Text(f"warning: {line}", style="yellow") for line in rate_warnings(description)]
+    lost = batch_warnings(description, global_batch_size) if global_batch_size else []
+    parts += [Text(f"warning: {line}", style="yellow") for line in lost]
     return Group(*parts)
 
 
@@ -120,6 +123,17 @@ def _phase_table(phase: dict[str, Any]) -> Table:
             times_shown(row),
         )
     return table
+
+
+def fill_notes(description: dict[str, Any]) -> list[str]:
+    """Sources that have less than their weight asks for, where others fill the rest."""
+    return [
+        f"phase {phase['name']!r}: {name} is exhausted at {row['share']:.1%} of the phase, its weight asks for "
+        f"{row['share_asked']:.1%}; the others fill the rest"
+        for phase in description["phases"]
+        for name, row in phase["sources"].items()
+        if row["fill"] and row["share"] < row["share_asked"] - row["mix_bound_samples"] / phase["samples"]
+    ]
 
 
 def times_shown(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import yaml
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import PlanError
-from megatron_kaiyuan.reporting.plan_table import format_tokens, times_shown
+from megatron_kaiyuan.reporting.plan_table import fill_notes, format_tokens, times_shown
 
 TEXT = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
 BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
@@ -82,3 +82,16 @@ def test_the_selections_take_what_stands_beside_them():
     assert [f"{count:,}".replace(",", " ") for count in counts] == written[:4]
     assert counts[1:] == [300_000, 290_000, 250_000]
     assert abs(told["phases"][0]["sources"]["web"]["unique_tokens"] - 100_000_000) < 20_000
+
+
+def test_the_mixture_of_bands_is_what_its_example_says():
+    block = next(block for block in BLOCKS if "web_best" in block.get("sources", {}))
+    content = block | {"seq_length": 1000}
+    with pytest.raises(PlanError, match=r"source 'web_best' for 240,\d+,\d+ tokens.*max_repeat to at least 1\.21"):
+        told_of(content)
+    block["phases"][0]["sources"]["web_best"]["max_repeat"] = 1.21
+    told = told_of(content)
+    rows = told["phases"][0]["sources"]
+    assert rows["code"]["samples"] == 399_999
+    assert [f"{row['share']:.1%}" for row in rows.values()] == ["24.0%", "36.0%", "40.0%"]
+    assert len(fill_notes(told)) == 1

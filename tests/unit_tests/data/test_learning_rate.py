@@ -1,14 +1,17 @@
 """Rates that continue from phase to phase, and the warning about a decay that meets a curriculum's best data."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_kaiyuan.data.learning_rate import mean_rate, rate_at, rate_warnings
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data.learning_rate import batch_warnings, mean_rate, rate_at, rate_warnings
 from megatron_kaiyuan.data.plan_schema import parse_plan_spec
 from megatron_kaiyuan.errors import PlanError
+from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
 
 
 def spec_of(*rates: dict[str, Any] | None) -> dict[str, Any]:
@@ -105,3 +108,19 @@ def test_a_warning_tells_the_rate_its_share_and_what_to_do() -> None:
     (told,) = rate_warnings(described((ASCENDING, line(1.0, 0.0))))
     assert "mean learning rate of 0.1, 10% of the run's highest (1)" in told
     assert "end at a third of the highest rate or above" in told
+
+
+def test_the_dry_run_says_which_data_fill_no_last_batch(tmp_path: Path) -> None:
+    """40 samples of 4 tokens and 30 that ascend; batches of 16: the last 6 samples, the best ones, are lost."""
+    source = {"s": write_source(tmp_path / "s", numbered_documents([4] * 41), range(41))}
+    phases = [phase_of("shuffled", {"s": "all"}, "a"), phase_of("curriculum", {"s": "all"}, "b", tokens=120)]
+    told = Plan.from_spec(plan_of(source, *phases)).describe()
+    assert batch_warnings(told, 10) == []
+    (line,) = batch_warnings(told, 16)
+    assert line.startswith(
+        "the last 6 samples of phase 'b', the best data of its curriculum, fill no global batch of 16"
+    )
+    for tokens in (96, 160):
+        assert f"{tokens}" in line
+        whole = plan_of(source, phases[0], phases[1] | {"tokens": tokens})
+        assert Plan.from_spec(whole).num_samples % 16 == 0
