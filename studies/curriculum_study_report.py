@@ -1,10 +1,10 @@
 """Tables and a plot of the curriculum study: held-out loss of each arm, and paired differences to the first arm.
 
 Runs of one seed share their first weights, their batch and their budget, so arms are compared seed by seed. The gain of
-an arm with a seed is the first arm's loss less its own. Its variance between seeds is pooled over the arms compared
-(`megatron_kaiyuan/quantile/statistics.py` says why three seeds need that, and what it assumes), intervals are
-Student's t at 95 %, p-values are corrected over the arms after Holm. The gains share the first arm's noise, so they
-are not independent of each other; each by itself is right.
+an arm with a seed is the first arm's loss less its own. All gains hold the noise of the first arm's runs, so together
+they are no better evidence of it than one of them: each arm has a paired t test of its own, with one degree of freedom
+less than seeds. Intervals are at 95 %, p-values are corrected over the arms after Holm. Beside it stands what needs no
+variance: how often the first arm's runs would all end up above the others' by chance.
 """
 
 import math
@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import ttest_1samp
 
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.quantile.statistics import Estimate, Measure, contrast, holm, variance_ratio
+from megatron_kaiyuan.quantile.statistics import holm
 from studies.curriculum_study_runs import ARMS, Arm
 
-__all__ = ["ArmSummary", "Gain", "draw", "gains", "print_report", "summaries"]
+__all__ = ["ArmSummary", "Gain", "draw", "gains", "print_report", "rank_statement", "summaries"]
 
 CONFIDENCE = 0.95
 METRICS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
@@ -102,8 +104,8 @@ def summaries(results: Results) -> list[ArmSummary]:
     return found
 
 
-def gains(results: Results, domain: str, metric: str) -> tuple[list[Gain], float]:
-    """Gain of every arm over the first; and the largest over the smallest variance that was pooled.
+def gains(results: Results, domain: str, metric: str) -> list[Gain]:
+    """Return the gain of every arm over the first.
 
     Raises:
         StudyError: the first arm, or any other, has no seed in common with it.
@@ -117,23 +119,41 @@ def gains(results: Results, domain: str, metric: str) -> tuple[list[Gain], float
         if seeds:
             pairs = [(results[first.key, seed], results[arm.key, seed]) for seed in seeds]
             own = [final_value(a, first, domain, metric) - final_value(b, arm, domain, metric) for a, b in pairs]
-            cells.append(np.array(own)[:, None])
+            cells.append(np.array(own))
             compared.append(arm)
     if not cells:
         raise StudyError(f"no seed has results of both {ARMS[0].key} and another arm: train more, then report")
-    measure = Measure(metric, cells, np.ones(1))
-    estimates = [contrast(measure, np.eye(len(cells))[number]) for number in range(len(cells))]
-    corrected = holm([estimate.p_value for estimate in estimates])
-    found = [
-        _gain(arm.key, domain, metric, len(cell), estimate, p_value)
-        for arm, cell, estimate, p_value in zip(compared, cells, estimates, corrected, strict=True)
+    tested = [_paired_t(own) for own in cells]
+    corrected = holm([p_value for _, p_value in tested])
+    return [
+        Gain(arm.key, domain, metric, len(own), float(own.mean()), half, p_value)
+        for arm, own, (half, _), p_value in zip(compared, cells, tested, corrected, strict=True)
     ]
-    return found, variance_ratio(measure)
 
 
-def _gain(arm: str, domain: str, metric: str, seeds: int, estimate: Estimate, p_value: float) -> Gain:
-    half = estimate.half_width(CONFIDENCE)
-    return Gain(arm, domain, metric, seeds, estimate.value, half, p_value)
+def _paired_t(own: NDArray[np.float64]) -> tuple[float, float]:
+    """Half of the confidence interval and the two-sided p-value of the mean gain; NaN and 1 for one seed."""
+    if len(own) < 2:
+        return math.nan, 1.0
+    if np.ptp(own) == 0:
+        return 0.0, 0.0 if own[0] else 1.0
+    test = ttest_1samp(own, 0.0)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return float(high - low) / 2, float(test.pvalue)
+
+
+def rank_statement(results: Results, metric: str = "loss") -> tuple[bool, float]:
+    """Return whether every run of all ascending arms ends below every uniform run of the first arm, and its chance.
+
+    The chance is that of this one among all ways to choose the first arm's runs, if nothing differs.
+    """
+    first = ARMS[0]
+    ascending = {arm.key: arm for arm in arms_of(results) if arm.ascending}
+    uniform = [final_value(result, first, "all", metric) for (key, _), result in results.items() if key == first.key]
+    others = [
+        final_value(result, ascending[key], "all", metric) for (key, _), result in results.items() if key in ascending
+    ]
+    return max(others) < min(uniform), 1 / math.comb(len(uniform) + len(others), len(uniform))
 
 
 def print_report(results: Results, told: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
@@ -155,11 +175,17 @@ def print_report(results: Results, told: Mapping[str, Any], console: Console | N
         (domain, metric): gains(results, domain, metric) for domain in domains_of(results) for metric in METRICS
     }
     _print_gains(console, results, compared)
+    apart, chance = rank_statement(results)
+    console.print(
+        f"{'Every' if apart else 'Not every'} ascending run is below every run of {ARMS[0].name}, mean of all domains"
+        + (f"; by chance once in {1 / chance:,.0f}." if apart else ".")
+    )
     return {
         "study": dict(told),
         "arms": [asdict(row) for row in found],
-        "gains": [asdict(gain) for rows, _ in compared.values() for gain in rows],
-        "variance_ratio": {f"{domain} {metric}": ratio for (domain, metric), (_, ratio) in compared.items()},
+        "gains": [asdict(gain) for rows in compared.values() for gain in rows],
+        "all_ascending_below_all_uniform": apart,
+        "chance_of_that": chance,
     }
 
 
@@ -168,9 +194,7 @@ def _cell(loss: ArmSummary, bits: ArmSummary) -> str:
     return f"{loss.mean:.4f}{spread} ({bits.mean:.4f})"
 
 
-def _print_gains(
-    console: Console, results: Results, compared: Mapping[tuple[str, str], tuple[Sequence[Gain], float]]
-) -> None:
+def _print_gains(console: Console, results: Results, compared: Mapping[tuple[str, str], Sequence[Gain]]) -> None:
     table = Table(
         title=f"Gain over {ARMS[0].name} (positive: lower loss), nats/token, 95 % interval", title_justify="left"
     )
@@ -178,7 +202,7 @@ def _print_gains(
         table.add_column(name, justify="left" if name in ("arm", "domain") else "right")
     names = {arm.key: arm.name for arm in ARMS}
     for domain in domains_of(results):
-        for gain in compared[domain, "loss"][0]:
+        for gain in compared[domain, "loss"]:
             interval = (
                 "one seed: none"
                 if math.isnan(gain.half_width)
@@ -201,9 +225,7 @@ def draw(results: Results, told: Mapping[str, Any]) -> Any:
     titles = ("Gain over (a), held-out, nats/token, 95 %", "Held-out loss of each run, all domains",
               "Training loss (of what the order shows then)", "Learning rate")  # fmt: skip
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.14, horizontal_spacing=0.09)
-    rows = {
-        (gain.arm, gain.domain): gain for domain in domains_of(results) for gain in gains(results, domain, "loss")[0]
-    }
+    rows = {(gain.arm, gain.domain): gain for domain in domains_of(results) for gain in gains(results, domain, "loss")}
     for arm in arms_of(results):
         color = COLORS[ARMS.index(arm)]
         own = [(domain, rows[arm.key, domain]) for domain in domains_of(results) if (arm.key, domain) in rows]

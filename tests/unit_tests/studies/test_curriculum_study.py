@@ -16,7 +16,7 @@ from megatron_kaiyuan.errors import StudyError
 from studies import curriculum_study, curriculum_study_data
 from studies.curriculum_study import pack
 from studies.curriculum_study_data import DOMAINS, StudyData, build, collect
-from studies.curriculum_study_report import draw, final_value, gains, print_report
+from studies.curriculum_study_report import _paired_t, draw, final_value, gains, print_report, rank_statement
 from studies.curriculum_study_runs import ARMS, SIZES, Clock, Run, Study, finished, plan_of
 
 TEXT = "value window sample order source number phase token weight document quality learning batch"
@@ -181,18 +181,40 @@ def test_an_arm_is_judged_by_the_weights_it_was_declared_with(results: dict[tupl
 def test_gains_are_paired_by_seed_and_their_interval_is_students(
     results: dict[tuple[str, int], dict[str, Any]],
 ) -> None:
-    """By hand: both arms have gains of variance 0.01, so s = 0.1 with 4 degrees of freedom; t(0.975, 4) = 2.776445."""
-    found, ratio = gains(results, "clean_code", "loss")
+    """By hand: both arms have gains of variance 0.01, so s = 0.1 with 2 degrees of freedom; t(0.975, 2) = 4.302653."""
+    found = gains(results, "clean_code", "loss")
     assert [gain.value for gain in found] == pytest.approx([0.2, 0.6])
-    assert [gain.half_width for gain in found] == pytest.approx([2.776445 * 0.1 / 3**0.5] * 2)
-    assert ratio == pytest.approx(1.0)
-    # t = 0.2 / 0.057735 = 3.4641 with 4 degrees of freedom: p = 0.025720; the other is the smaller and counts twice
-    assert found[0].p_value == pytest.approx(0.02572, rel=1e-3)
-    assert found[1].p_value < 2 * 0.001
+    assert [gain.half_width for gain in found] == pytest.approx([4.302653 * 0.1 / 3**0.5] * 2)
+    # t = 0.2 / 0.057735 = 3.4641 with 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2) = 0.0742; the larger of both
+    assert found[0].p_value == pytest.approx(1 - 3.4641 / (2 + 12) ** 0.5, rel=1e-3)
+    assert found[1].p_value == pytest.approx(2 * (1 - 10.3923 / (2 + 108) ** 0.5), rel=1e-3)
+
+
+def test_the_intervals_of_three_arms_over_one_baseline_cover_what_they_say() -> None:
+    """Noise of the baseline alone: pooling the gains' variances took its three draws for nine."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        baseline = rng.normal(size=3)
+        half, _ = _paired_t(baseline + 0.1 * rng.normal(size=3))
+        covered += abs(baseline.mean()) < half
+    assert covered / 1000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_ranks_need_no_variance(results: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Three uniform runs above six ascending ones: one of 84 ways to choose three of nine."""
+    assert not rank_statement(results)[0]
+    for (arm, _), result in results.items():
+        if arm == "uniform_wsd":
+            for told in result["held_out"]["last"].values():
+                told["loss"] += 100
+    apart, chance = rank_statement(results)
+    assert apart
+    assert chance == pytest.approx(1 / 84)
 
 
 def test_one_seed_gives_no_interval(results: dict[tuple[str, int], dict[str, Any]]) -> None:
-    found, _ = gains({key: value for key, value in results.items() if key[1] == 1}, "all", "loss")
+    found = gains({key: value for key, value in results.items() if key[1] == 1}, "all", "loss")
     assert [gain.value for gain in found] == pytest.approx([0.1, 0.5])
     assert all(np.isnan(gain.half_width) and gain.p_value == 1 for gain in found)
 
