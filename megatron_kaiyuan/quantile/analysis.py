@@ -284,7 +284,8 @@ def _metrics(study: Study, cells: Sequence[Sequence[RunResult]]) -> tuple[Metric
         weights = np.ones(bits[0].shape[1])
         measure = Measure(task, [-cell for cell in bits], weights)
         metrics.append(Metric(f"{task}: bits per byte of the answer", capability, "bits/byte", True, True, measure))
-        for metric in first.tasks[task].metrics:
+        everywhere = [result.tasks[task].metrics for runs in cells for result in runs]
+        for metric in (name for name in everywhere[0] if all(name in one for one in everywhere)):
             values = [np.array([result.tasks[task].metrics[metric] for result in runs]) for runs in cells]
             name = f"{task}: {metric.replace('_', ' ')}"
             metrics.append(Metric(name, capability, metric, False, False, Measure(name, values, weights)))

@@ -184,10 +184,10 @@ def _further_curves(analysis: Analysis, metrics: Sequence[Metric]) -> list[str]:
     return [
         f"<details{' open' if len(metrics) <= _MOST_OPEN else ''}><summary>Accuracy and margin (shown, not used for "
         "decisions: they move late in small models)</summary>",
-        '<p class="read">Accuracy: the likeliest answer is the right one; per byte: with likelihoods divided by the '
-        "answer&#39;s length. Share of probability: what the right answer has of all answers together; margin: how far "
-        "it is ahead of the best wrong one; both with likelihoods per character. A model that guesses has one over the "
-        "number of answers in all but the margin.</p>",
+        '<p class="read">Accuracy: the likeliest answer is the right one; norm: with likelihoods divided by the '
+        "characters of the choice, as lm-eval&#39;s acc_norm. Share of probability: what the right answer has of all "
+        "answers together; margin: how far it is ahead of the best wrong one; both with likelihoods per character. A "
+        "model that guesses has one over the number of answers in all but the margin.</p>",
         *_plots(analysis, metrics),
         "</details>",
     ]

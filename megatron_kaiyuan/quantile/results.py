@@ -67,7 +67,8 @@ class TaskResult:
     answer_bits_per_byte: tuple[float, ...]
     """Minus the log likelihood of the right answer, per byte of it: lower is better."""
     metrics: Mapping[str, tuple[float, ...]]
-    """Other scores by name, higher is better: `accuracy`, `accuracy_per_byte`, `margin`, ..."""
+    """Other scores by name, higher is better: `accuracy`, `accuracy_norm`, `margin`, ... Results before 2026-12 have
+    `accuracy_per_byte` instead, per byte of the answer with the space before it."""
 
 
 @dataclass(frozen=True, slots=True)

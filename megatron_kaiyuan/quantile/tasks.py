@@ -164,7 +164,8 @@ def _choice_items(language_model: Any, name: str, task: Any, limit: int | None) 
         arguments = sample["arguments"][:choices]  # with mutual information, unconditional requests follow
         likelihoods = [float(response[0]) for response in sample["filtered_resps"][:choices]]
         answers = [argument[1] for argument in arguments]
-        row = choice_scores(likelihoods, answers, _gold(task, document, sample["target"]))
+        gold = _gold(task, document, sample["target"])
+        row = choice_scores(likelihoods, answers, gold, choices=[str(one) for one in task.doc_to_choice(document)])
         items.append((f"{arguments[0][0]}\n{answers}", row))
     return items
 
@@ -180,28 +181,32 @@ def _gold(task: Any, document: Any, target: Any) -> int:
     return int(target)
 
 
-def choice_scores(likelihoods: Sequence[float], answers: Sequence[str], gold: int) -> dict[str, float]:
-    """Scores of one multiple-choice item.
+def choice_scores(
+    likelihoods: Sequence[float], answers: Sequence[str], gold: int, choices: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return the scores of one multiple-choice item.
 
     Args:
         likelihoods: Log likelihood of each answer, nats.
-        answers: Their texts.
+        answers: Their texts as the model reads them, which may begin with a space.
         gold: Number of the right one.
+        choices: Their texts as the task has them; None: the same.
 
     Returns:
-        `answer_bits_per_byte` (lower is better); `accuracy` and `accuracy_per_byte`, 0 or 1; of the answers'
-        per-character normalised probabilities, `share_of_probability` (the right one's of their sum, in [0, 1]) and
-        `margin` (the right one's less the best wrong one's, in [-1, 1]).
+        `answer_bits_per_byte` (lower is better); `accuracy` and `accuracy_norm`, 0 or 1, which are lm-eval's `acc` and
+        `acc_norm` (likelihoods divided by the characters of the choices, without the space before them); of the
+        answers' per-character normalised probabilities, `share_of_probability` (the right one's of their sum, in
+        [0, 1]) and `margin` (the right one's less the best wrong one's, in [-1, 1]).
     """
     sizes = [max(1, len(answer.encode())) for answer in answers]
-    per_byte = [value / size for value, size in zip(likelihoods, sizes, strict=True)]
+    normal = [value / max(1, len(choice)) for value, choice in zip(likelihoods, choices or answers, strict=True)]
     characters = [max(1, len(answer)) for answer in answers]
     normalised = [math.exp(value / count) for value, count in zip(likelihoods, characters, strict=True)]
     others = [value for number, value in enumerate(normalised) if number != gold]
     return {
-        "answer_bits_per_byte": -per_byte[gold] / math.log(2),
+        "answer_bits_per_byte": -likelihoods[gold] / sizes[gold] / math.log(2),
         "accuracy": float(max(range(len(answers)), key=lambda number: likelihoods[number]) == gold),
-        "accuracy_per_byte": float(max(range(len(answers)), key=lambda number: per_byte[number]) == gold),
+        "accuracy_norm": float(max(range(len(answers)), key=lambda number: normal[number]) == gold),
         "share_of_probability": normalised[gold] / sum(normalised),
         "margin": normalised[gold] - max(others, default=0.0),
     }

@@ -22,10 +22,17 @@ def test_scores_of_a_choice_are_those_computed_by_hand() -> None:
     scores = choice_scores([-2.0, -3.0, -1.0], ["ab", "abcdef", "é"], gold=1)
     assert scores["answer_bits_per_byte"] == pytest.approx(3.0 / 6 / math.log(2))
     assert scores["accuracy"] == 0.0  # the third is likeliest
-    assert scores["accuracy_per_byte"] == 1.0  # -1, -0.5 and -0.5 for the two bytes of the third; the first wins a tie
+    assert scores["accuracy_norm"] == 1.0  # -1, -0.5 and -1 for each character
     normalised = [math.exp(-1), math.exp(-0.5), math.exp(-1)]
     assert scores["margin"] == pytest.approx(normalised[1] - normalised[0])
     assert scores["share_of_probability"] == pytest.approx(normalised[1] / sum(normalised))
+
+
+def test_accuracy_norm_divides_by_the_choice_as_lm_eval_does_and_not_by_the_space_before_it() -> None:
+    """lm-eval takes argmax(log likelihood / len(choice)): -3 / 1 loses to -5 / 2, and with the spaces it would win."""
+    scores = choice_scores([-3.0, -5.0], [" a", " bc"], gold=1, choices=["a", "bc"])
+    assert scores["accuracy_norm"] == 1.0
+    assert choice_scores([-3.0, -5.0], [" a", " bc"], gold=0)["accuracy_norm"] == 1.0
 
 
 def test_tasks_without_the_harness_say_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
