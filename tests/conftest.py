@@ -23,6 +23,8 @@ THIRD_PARTY_WARNINGS = (
     "ignore:Only transformer-engine>=1.7.0 supports MoE experts:UserWarning",
     # torch 2.11, about modules of its own, when something compiled is defined, as megatron-core does at import.
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    # Transformer Engine 2.12, at its import: an error there leaves half a package behind.
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
     # megatron-core's own argument parser.
     "ignore:'type' is deprecated as of Python 3.12:DeprecationWarning",
     # megatron-core, about its own imports, and about a model this package does not use.

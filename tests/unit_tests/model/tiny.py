@@ -89,12 +89,17 @@ def unpacked(value: Any) -> Any:
 
 
 def initialize_parallel(tensor_parallel: int, pipeline_parallel: int) -> None:
-    """(Re)make Megatron's process groups and random state."""
+    """Make Megatron's process groups, unless they are there, and its random state anew."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+    there = parallel_state.model_parallel_is_initialized() and (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if there != (tensor_parallel, pipeline_parallel):  # each set of groups keeps its communicators, and GPU memory
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     model_parallel_cuda_manual_seed(1234)
 
 
