@@ -14,13 +14,13 @@ from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
-from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_kaiyuan.model.document_attention import document_boundaries
 from megatron_kaiyuan.monitoring.diagnosis import why_loss_is_not_finite
 from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.monitoring.monitor import RunMonitor
+from megatron_kaiyuan.training.stages import predicts_further_tokens, sees_data
 
 __all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 
@@ -124,9 +124,9 @@ def _batch_on_this_rank(
     data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, micro_batch_size: int
 ) -> dict[str, Tensor | None]:
     """Tensors [b, s] that this rank's stage uses; None for the others, and for all of them on a middle stage."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(_MODEL_KEYS)
     args = get_args()
+    if not sees_data(args, vp_stage):
+        return dict.fromkeys(_MODEL_KEYS)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     loaded = _next_batch(data_iterator) if tensor_rank == 0 else {}
     batch = {key: loaded[key] for key in _MODEL_KEYS} if loaded else {}
@@ -141,7 +141,7 @@ def _batch_on_this_rank(
         tp_rank=tensor_rank,
         micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts_further_tokens(args, vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),

@@ -54,6 +54,7 @@ from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
 from megatron_kaiyuan.training.schedule_arguments import check_rates_of_plan, continue_schedule, steps_in_samples
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
+from megatron_kaiyuan.training.stages import embedding_ranks
 
 __all__ = ["run_pretraining"]
 
@@ -104,6 +105,7 @@ def run_pretraining() -> None:
         ModelType.encoder_or_decoder,
         ForwardStep(build_monitor(args, plan), held_out),
         model_provider=partial(kaiyuan_builder, args),
+        get_embedding_ranks=partial(embedding_ranks, args),
     )
     say_how_to_average(args)
 

@@ -6,15 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.flags.complaints import megatron_checks
 from megatron_kaiyuan.training.parsing import known_flags
+from megatron_kaiyuan.training.stages import loads_data
 
 __all__ = ["PlainDatasetsProvider"]
 
@@ -34,7 +34,7 @@ class PlainDatasetsProvider:
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
         """Train, validation and test datasets."""
         dataset = MockGPTDataset if self.args.mock_data else GPTDataset
-        is_built_here = partial(_feeds_a_stage, vp_stage)
+        is_built_here = partial(loads_data, self.args, vp_stage)
         train, valid, test = num_samples
         if self.args.start_eval_at_iter is not None and valid is not None:
             valid += test  # Megatron counts one evaluation too few where that step evaluates
@@ -72,10 +72,6 @@ class PlainDatasetsProvider:
             sequences_per_dataset=_sequences(args.per_dataset_sequences_path),
             defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         )
-
-
-def _feeds_a_stage(vp_stage: int | None) -> bool:
-    return bool(is_first_or_last_pipeline_stage(vp_stage)) and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def _sequences(path: str | None) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.utils import Split
-from megatron.training.utils import is_first_or_last_pipeline_stage, print_rank_0
+from megatron.training.utils import print_rank_0
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -18,6 +18,7 @@ from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.training.document_ends import check_document_ends
 from megatron_kaiyuan.training.plan_evaluations import EVERY_WINDOW
 from megatron_kaiyuan.training.samples import SampleOptions, make_sample
+from megatron_kaiyuan.training.stages import loads_data
 
 __all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
 
@@ -179,7 +180,7 @@ class PlanDatasetsProvider:
         return (default_collate([samples[start + place] for place in range(size)]) for start in starts)
 
     def _feeds(self, vp_stage: int | None) -> bool:
-        return bool(is_first_or_last_pipeline_stage(vp_stage) and parallel_state.get_tensor_model_parallel_rank() == 0)
+        return loads_data(self.args, vp_stage)
 
     def _wanted(self) -> int:
         """Samples of one evaluation."""
