@@ -26,8 +26,10 @@ demo: env  ## the main job on real text in minutes, on two CPU cores or the GPUs
 	@$(PYTHON_IN_VENV) examples/demo/run_demo.py $(ARGS)
 
 test: env  ## the tests, two files at a time, and those of a GPU where there is one; choose some with ARGS="-k name"
-	@$(if $(ARGS),,$(PYTHON_IN_VENV) tools/dev/gpu_check.py --where-there-is-one --without-throughput)
-	@$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@failed=0; \
+	$(if $(ARGS),,$(PYTHON_IN_VENV) tools/dev/gpu_check.py --where-there-is-one --without-throughput || failed=1;) \
+	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS) || failed=1; \
+	exit $$failed
 
 gpu-check: env  ## what only a GPU shows, one line a check, and a row of throughput; ARGS="-k name"
 	@$(PYTHON_IN_VENV) tools/dev/gpu_check.py $(ARGS)

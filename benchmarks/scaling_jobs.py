@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.failures import line_that_matters
 from megatron_kaiyuan.quantile.reference_model import ReferenceModel
 from tests.unit_tests.data.tiny import write_shard
 
@@ -291,10 +292,9 @@ def tail(log: Path, lines: int) -> str:
 
 
 def reason_in(log: Path) -> str:
-    """The first line that names an error, or the end of the log."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    named = [line for line in text.splitlines() if re.search(r"(Error|OutOfMemory)\b.*:", line)]
-    return (named or [tail(log, 3)])[0][:300]
+    """The error of the rank that failed first, or the end of the log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return (line_that_matters(lines) or tail(log, 3))[:300]
 
 
 def read_steps(log: Path, warm_up: int, last: int) -> dict[str, float]:

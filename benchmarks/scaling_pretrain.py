@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan import pretrain
-from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
 __all__ = ["record_samples"]
@@ -18,7 +18,7 @@ __all__ = ["record_samples"]
 
 def record_samples(folder: Path) -> None:
     """From now on, this process writes the numbers of its training samples to a file of its own in `folder`."""
-    cpu_platform.install()
+    start_device()
     with quiet_megatron_import():  # importing Megatron reads what the CPU platform replaces
         from megatron_kaiyuan.training.provider import PlanSamples
     folder.mkdir(parents=True, exist_ok=True)

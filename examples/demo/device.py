@@ -60,4 +60,5 @@ def _ask(repository: Path) -> _Found:
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeviceRefused(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "torch does not start")
-    return _Found(**json.loads(done.stdout.splitlines()[-1]))
+    told = json.loads(done.stdout.splitlines()[-1])
+    return _Found(told["said"], len(told["gpus"]))

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -90,9 +90,10 @@ def require_memory(needed_bytes: float, what: str, remedy: str) -> None:
 
 
 def _main() -> None:
-    """Print what `start_device` says and the number of GPUs, as JSON, for a process that must not start CUDA itself."""
+    """Print what `start_device` says and the GPUs, as JSON, for a process that must not start CUDA itself."""
     said = start_device()
-    print(json.dumps({"said": said, "gpus": 0 if cpu_platform.is_installed() else len(visible_gpus())}))
+    gpus = [] if cpu_platform.is_installed() else visible_gpus()
+    print(json.dumps({"said": said, "gpus": [asdict(gpu) for gpu in gpus]}))
 
 
 def _asked_device() -> str:

@@ -22,6 +22,7 @@ from typing import IO
 
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.failures import line_that_matters
 from megatron_kaiyuan.quantile.runs import Run, run_folder, training_command
 from megatron_kaiyuan.quantile.study import Study
 
@@ -253,7 +254,9 @@ def _outcome(study: Study, one: _Active) -> RunOutcome:
     folder = run_folder(study, one.run)
     saved = _saved_step(folder / "checkpoints")
     if one.process.returncode != 0 or saved != study.steps:
-        lines = one.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+        lines = one.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = line_that_matters(lines)
+        lines = lines[-_TAIL_LINES:] if told is None else [told]
         reason = f"exit code {one.process.returncode}, checkpoint at step {saved} of {study.steps}"
         return RunOutcome(one.run, "failed", "\n".join([reason, *lines]), str(one.log))
     steps = [float(ms) for _, _, ms in _STEP.findall(one.log.read_bytes())]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kaiyuan.host.devices import Gpu
 from tools.dev import gpu_check, versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,11 +84,14 @@ def test_a_check_is_one_line(entry: dict[str, object], expected: str) -> None:
 def test_without_a_gpu_the_check_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_check, "visible_gpus", list)
-    for flags, code in (([], 1), (["--where-there-is-one"], 0)):
+    where = ["--where-there-is-one"]
+    broken = ([], "error: this machine has an NVIDIA GPU that torch cannot use")
+    none = ([], gpu_check.NO_GPU)
+    for found, flags, code in ((none, [], 1), (none, where, 0), (broken, where, 1)):
+        monkeypatch.setattr(gpu_check, "visible_gpus", lambda found=found: found)
         monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path), *flags])
         assert gpu_check.main() == code
-        assert "torch finds no GPU here" in capsys.readouterr().out
+        assert f"gpu-check: {found[1]}; the tests that need a GPU are left out" in capsys.readouterr().out
 
 
 def test_the_files_of_the_check_are_those_that_have_a_place_in_its_order() -> None:
@@ -107,3 +111,9 @@ for number in range(3):
     results.touch()
     process = subprocess.Popen([sys.executable, "-c", code, str(results)])
     assert [entry["number"] for entry in gpu_check.followed(results, process)] == [0, 1, 2]
+
+
+def test_the_gpus_are_described_as_the_module_of_devices_tells_them() -> None:
+    one = {"name": "NVIDIA H200", "capability": [9, 0], "total_bytes": 139 * 2**30}
+    assert gpu_check.describe([one, one]) == "2 x NVIDIA H200 (139 GiB, compute capability 9.0)"
+    assert set(one) == set(Gpu.__dataclass_fields__)

@@ -23,19 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megatron_kaiyuan.host import machine  # noqa: E402
 from megatron_kaiyuan.host.atomic import write_text_atomically  # noqa: E402
 from tools.dev.versions import versions  # noqa: E402
 
+NO_GPU = "this machine shows no GPU, or KAIYUAN_DEVICE=cpu leaves it alone"
 POLL_SECONDS = 0.3
 LONGEST_FIRST = ("two_gpus", "demo", "runs", "examples", "models", "large_kernels", "kernels")
 """Files of tests/gpu, so that the last to end is a short one."""
 THROUGHPUT_GIB = 60
 """Of GPU memory, for the 2B shape at micro-batch 2."""
-DEVICES = """
-import json, torch
-found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-print(json.dumps([[one.name, one.total_memory, f"{one.major}.{one.minor}"] for one in found]))
-"""
 
 
 def main() -> int:
@@ -43,15 +40,15 @@ def main() -> int:
     args = parsed_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    gpus = [] if args.device == "cpu" else visible_gpus()
+    gpus, why = ([], "") if args.device == "cpu" else visible_gpus()
     if not gpus and args.device != "cpu":
-        print("gpu-check: torch finds no GPU here, so the tests that need one are left out", flush=True)
-        return 0 if args.where_there_is_one else 1
+        print(f"gpu-check: {why}; the tests that need a GPU are left out", flush=True)
+        return 0 if args.where_there_is_one and why == NO_GPU else 1
     setting = {"device": describe(gpus), "versions": versions(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
     print("gpu-check: " + "; ".join(setting.values()), flush=True)
     entries, complete = run_tests(args)
     if gpus and not args.without_throughput:
-        entries.append(throughput(args.output, gpus[0][1] / 2**30))
+        entries.append(throughput(args.output, gpus[0]["total_bytes"] / 2**30))
         print(line_of(entries[-1]), flush=True)
     seconds = time.monotonic() - started
     counts = Counter(entry["outcome"] for entry in entries)
@@ -78,18 +75,24 @@ def parsed_arguments() -> argparse.Namespace:
     return args
 
 
-def visible_gpus() -> list[list[Any]]:
-    """Name, bytes and compute capability of each; asked in another process, so that this one starts no CUDA."""
-    done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, check=False)
-    return list(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 and done.stdout else []
+def visible_gpus() -> tuple[list[dict[str, Any]], str]:
+    """The GPUs, or why there are none; asked in another process, so that this one starts no CUDA."""
+    if not machine.has_gpu() or os.environ.get("KAIYUAN_DEVICE") == "cpu":
+        return [], NO_GPU
+    command = [sys.executable, "-m", "megatron_kaiyuan.host.devices"]
+    done = subprocess.run(command, env=environment_with_checkout(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        return [], done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "torch does not start"
+    return list(json.loads(done.stdout.splitlines()[-1])["gpus"]), NO_GPU
 
 
-def describe(gpus: list[list[Any]]) -> str:
+def describe(gpus: list[dict[str, Any]]) -> str:
     """How many of which."""
     if not gpus:
         return "no GPU: the twins of the tests"
-    name, size, capability = gpus[0]
-    return f"{len(gpus)} x {name} ({size / 2**30:.0f} GiB, compute capability {capability})"
+    one = gpus[0]
+    capability = ".".join(map(str, one["capability"]))
+    return f"{len(gpus)} x {one['name']} ({one['total_bytes'] / 2**30:.0f} GiB, compute capability {capability})"
 
 
 def commit() -> str:

@@ -87,7 +87,7 @@ def test_a_row_is_read_from_its_log_and_its_metrics(tmp_path: Path) -> None:
             "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate\nChildFailedError: x",
             "out of memory",
         ),
-        ("[rank0]: TypeError: no float\nE1 torchrun failed\ntorch.ChildFailedError: x", "[rank0]: TypeError: no float"),
+        ("[rank0]: TypeError: no float\nE1 torchrun failed\ntorch.ChildFailedError: x", "TypeError: no float"),
     ],
 )
 def test_a_row_without_numbers_names_its_first_error(tmp_path: Path, said: str, expected: str) -> None:

@@ -65,7 +65,6 @@ assert dict(vars(torch.cuda)) == before and not cpu_platform.is_installed()
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is for machines without CUDA")
 def test_installing_twice_changes_nothing_more() -> None:
     assert_runs(
         SNAPSHOT
@@ -80,7 +79,6 @@ assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is for machines without CUDA")
 def test_installing_after_megatron_is_refused() -> None:
     finished = run_python(
         "import megatron.core\nfrom megatron_kaiyuan.host import cpu_platform\ncpu_platform.install()\n"

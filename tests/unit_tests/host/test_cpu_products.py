@@ -12,8 +12,6 @@ from torch.nn import functional
 
 from tests.helpers import run_distributed
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is for machines without CUDA")
-
 
 def half(*shape: int) -> Tensor:
     return torch.randn(*shape).half()

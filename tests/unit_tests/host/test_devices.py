@@ -1,6 +1,7 @@
 """Which device is chosen and said, and which machines are refused in one sentence before any model is built."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,21 @@ def test_a_run_says_its_device_first_and_a_refused_one_says_why_in_one_line(tmp_
     assert refused.stderr.startswith("ConfigError: this machine has an NVIDIA GPU that torch cannot use: ")
     assert refused.stderr.count("\n") == 1
     assert chosen.stdout.splitlines()[0] == "> device: CPU (NO GPU IS USED: KAIYUAN_DEVICE=cpu asks for that)"
+
+
+def test_whatever_computes_on_a_device_chooses_it_here() -> None:
+    """`install()` alone takes the CPU without a word; these others compute nothing on a device."""
+    root = Path(__file__).resolve().parents[3]
+    rooms = ("megatron_kaiyuan", "benchmarks", "studies", "tools", "examples")
+    calling = {
+        str(path.relative_to(root))
+        for room in rooms
+        for path in (root / room).rglob("*.py")
+        if re.search(r"^\s*(if )?cpu_platform\.install\(\)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    assert calling == {
+        "megatron_kaiyuan/host/devices.py",
+        "megatron_kaiyuan/commands/average.py",  # sums on the CPU
+        "megatron_kaiyuan/commands/convert.py",  # copies tensors
+        "benchmarks/training_throughput.py",  # asks Megatron for the class of its optimizer
+    }
