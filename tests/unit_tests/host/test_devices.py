@@ -202,5 +202,6 @@ def test_whatever_computes_on_a_device_chooses_it_here() -> None:
         "megatron_kaiyuan/host/devices.py",
         "megatron_kaiyuan/commands/average.py",  # sums on the CPU
         "megatron_kaiyuan/commands/convert.py",  # copies tensors
+        "megatron_kaiyuan/commands/inspect_checkpoint.py",  # reads
         "benchmarks/training_throughput.py",  # asks Megatron for the class of its optimizer
     }
