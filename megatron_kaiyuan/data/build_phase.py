@@ -8,10 +8,11 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.amended import amended_phase
 from megatron_kaiyuan.data.continued import continued_stream
 from megatron_kaiyuan.data.interleave import prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
-from megatron_kaiyuan.data.parts import Part, build_stream, fitted_stream
+from megatron_kaiyuan.data.parts import Part, build_stream, fitted_stream, most_windows
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_fields import MOST_PASSES
 from megatron_kaiyuan.data.plan_phases import PhaseSourceSpec, PhaseSpec
@@ -52,7 +53,7 @@ def build_phase(
             f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {plan.seq_length}; "
             "raise it"
         )
-    most = [_most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
+    most = [most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
     rates = _filled(rates, [part.spec.fill is not None for part in parts], most, num_samples)
     used = prefix_counts(rates, num_samples)
     if np.any(used > most):
@@ -65,7 +66,8 @@ def build_phase(
             )
     fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
     first_sample = earlier[-1].first_sample + earlier[-1].num_samples if earlier else 0
-    return Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
+    phase = Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
+    return amended_phase(phase, parts, spec.amended) if spec.amended else phase
 
 
 def _filled(
@@ -97,14 +99,6 @@ def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int
             f"has at most {_MOST_SAMPLES:,} samples and {_MOST_TOKENS:,} tokens: lower repeat or tokens, or make "
             "several phases of it"
         )
-
-
-def _most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
-    """How many windows of a stream a budget may ask for."""
-    if stream.seen.windows and (stream.ascending or stream.seen.levels):
-        return stream.available
-    stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
-    return max(stream.num_windows, stretched // stream.seq_length) - stream.seen.windows
 
 
 def _largest_budget(rates: NDArray[np.float64], most: Sequence[int], samples: int) -> int:

@@ -64,6 +64,8 @@ def continued_stream(part: Part, earlier: Sequence[Phase]) -> Stream:
     last = shown[-1]
     _check_others(part, shown)
     _check_same(part, last)
+    if last.stream.ascending and last.phase.spec.amended:
+        _refuse(part, f"phase {last.phase.name!r} was amended, so what it left is no even part", "leave out from")
     seen = _seen_after(last)
     stream = _of_part(part, last, seen)
     if stream.available < 1:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.amended import AmendedPhase
 from megatron_kaiyuan.data.constraints import bounded_shares, describe_bound, domain_samples
-from megatron_kaiyuan.data.interleave import prefix_bound
+from megatron_kaiyuan.data.interleave import prefix_bound, prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
@@ -16,6 +17,10 @@ from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.documents.runs import DocumentRuns
 
 __all__ = ["ResolvedPlan", "band_edges", "describe_plan"]
+
+
+_PLACES = 2048
+"""Windows of a stretch that are looked up to tell the bands of an amended curriculum."""
 
 
 class ResolvedPlan(NamedTuple):
@@ -176,10 +181,25 @@ def _band_tokens(
     Exact for streams in rank order, but for windows that cross an edge; a random part in storage order takes its
     share of each band in expectation. A budget's thinning is even, so it scales all bands alike.
     """
+    if isinstance(phase, AmendedPhase) and stream.ascending:
+        return _amended_tokens(phase, number, edges)
     whole = _pass_tokens(stream, stream.selected, edges, tokens) * stream.whole_passes
     extra = _pass_tokens(stream, stream.extra, edges, tokens) if stream.extra else 0.0
     used: NDArray[np.float64] = (whole + extra) * (int(phase.used[number]) / stream.num_windows)
     return used
+
+
+def _amended_tokens(phase: AmendedPhase, number: int, edges: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Tokens of each band that an ascending stream of several stretches shows, by the middles of some windows."""
+    found = np.zeros(len(edges) - 1)
+    for stretch in phase.stretches:
+        stream, used = stretch.stream_list[number], int(stretch.used[number])
+        shown = int(prefix_counts(stretch.rates, stretch.num_samples)[number])
+        places = [shown * (2 * part + 1) // (2 * min(shown, _PLACES)) for part in range(min(shown, _PLACES))]
+        middles = [stream.middle_position(stream.window(place, used)) for place in places]
+        bands = np.searchsorted(edges, middles, side="right") - 1
+        found += np.bincount(bands, minlength=len(found)) * (shown * stream.seq_length / max(len(places), 1))
+    return found
 
 
 def _pass_tokens(

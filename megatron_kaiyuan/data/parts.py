@@ -5,6 +5,7 @@ curriculum alike. Version 2 draws independently, shows what is unseen before it 
 selection rise together.
 """
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
@@ -21,7 +22,7 @@ from megatron_kaiyuan.documents.permutation import derive_key
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.errors import PlanError
 
-__all__ = ["Part", "build_stream", "fitted_stream"]
+__all__ = ["Part", "build_stream", "fitted_stream", "most_windows"]
 
 _FEWEST_OF_BAND = 4
 """Windows that a band of a ranked repetition has at least, on the average, so that copies are not neighbours."""
@@ -113,6 +114,14 @@ def fitted_stream(part: Part, stream: Stream, used: int) -> Stream:
         return stream if stream.whole_passes == 0 else _with_bands(part, replace(stream, whole_passes=1, extra=None))
     extra = _of_at_least(part, stream.selected, missing) if missing else None
     return _with_bands(part, replace(stream, whole_passes=whole, extra=extra))
+
+
+def most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
+    """How many windows of a stream a budget may ask for."""
+    if stream.seen.windows and (stream.ascending or stream.seen.levels):
+        return stream.available
+    stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
+    return max(stream.num_windows, stretched // stream.seq_length) - stream.seen.windows
 
 
 def _select(available: DocumentRuns, part: Part) -> DocumentRuns:

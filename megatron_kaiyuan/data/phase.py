@@ -104,4 +104,4 @@ class Phase:
     @cached_property
     def _lifted(self) -> list[int]:
         """Ascending streams that go on with what earlier phases left, by number; mostly none."""
-        return [number for number, stream in enumerate(self.stream_list) if stream.ascending and stream.seen.levels]
+        return [number for number, stream in enumerate(self.stream_list) if stream.ascending and stream.seen.windows]

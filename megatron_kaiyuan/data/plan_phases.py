@@ -18,7 +18,7 @@ from megatron_kaiyuan.data.plan_fields import (
 )
 from megatron_kaiyuan.data.selection import Keep
 
-__all__ = ["LearningRateSpec", "PhaseSourceSpec", "PhaseSpec", "Strict"]
+__all__ = ["AmendmentSpec", "LearningRateSpec", "PhaseSourceSpec", "PhaseSpec", "Strict"]
 
 _SPACING = Fraction(1, 20)
 
@@ -133,6 +133,15 @@ class LearningRateSpec(Strict):
         return self
 
 
+class AmendmentSpec(Strict):
+    """Another length of a curriculum that has begun."""
+
+    at: int = Field(gt=0, strict=True)
+    """Samples that the run had consumed."""
+    tokens: Tokens
+    """Of the whole phase, from then on."""
+
+
 class PhaseSpec(Strict):
     """One stretch of training with a fixed mix and order."""
 
@@ -141,7 +150,17 @@ class PhaseSpec(Strict):
     tokens: Tokens | None = None
     """Predicted tokens of the phase; None: all that the selections amount to."""
     lr: LearningRateSpec | None = None
+    amended: list[AmendmentSpec] = Field(default_factory=list)
+    """Lengths that it got after it had begun, in turn."""
     sources: dict[str, PhaseSourceSpec] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _only_curricula_are_amended(self) -> "PhaseSpec":
+        if self.amended and self.order != "curriculum":
+            raise ValueError("amended is for a curriculum that has begun; a shuffled phase just gets other tokens")
+        if self.amended and any(part.fill is not None for part in self.sources.values()):
+            raise ValueError("amended and fill: others do not go together: the mix depends on the whole length")
+        return self
 
     @model_validator(mode="after")
     def _weights_go_together(self) -> "PhaseSpec":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_kaiyuan.data.amended import AmendedPhase
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 
@@ -42,10 +43,13 @@ def quality_over_run(
 
 def _at(phase: Phase, source: OpenedSource, sample: int) -> float:
     """Of the window that an ascending stream shows nearest to a sample of its phase."""
+    if isinstance(phase, AmendedPhase):
+        stretch = phase.stretch_of(sample)
+        phase, sample = stretch, sample + phase.first_sample - stretch.first_sample
     number = phase.source_list.index(source.name)
     stream, used = phase.stream_list[number], int(phase.used[number])
-    window = stream.window(min(sample * used // phase.num_samples, used - 1), used)
-    return stream.middle_position(window) / source.source.num_documents
+    own = int(sample * phase.rates[number] / phase.rates.sum())
+    return stream.middle_position(stream.window(min(own, used - 1), used)) / source.source.num_documents
 
 
 def _mean(phase: Phase, bands: Sequence[Mapping[str, Any]]) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_kaiyuan.data.amended import AmendedPhase
 from megatron_kaiyuan.data.interleave import prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
@@ -42,15 +43,26 @@ def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Seq
 
 
 def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource], version: int) -> dict[str, Any]:
-    return {
+    """The phase as it was planned, and the lengths that it got after it had begun."""
+    planned, samples = phase, phase.num_samples
+    amended: dict[str, Any] = {}
+    if isinstance(phase, AmendedPhase):
+        planned, samples = phase.stretches[0], phase.planned_samples
+        length = planned.stream_list[0].seq_length
+        starts = [stretch.first_sample - phase.first_sample for stretch in phase.stretches[1:]]
+        lengths = [amendment.tokens // length for amendment in phase.spec.amended]
+        amended = {"amended": [list(pair) for pair in zip(starts, lengths, strict=True)]}
+    return amended | {
         "name": phase.name,
         "order": phase.order,
-        "samples": phase.num_samples,
+        "samples": samples,
         "merge_order": list(phase.streams),  # ties between streams go by their number
         "sources": {
-            name: _stream_record(phase, name, stream, rate, int(used), opened[name])
-            | (_second_record(phase, name, stream) if version > 1 else {})
-            for (name, stream), rate, used in zip(phase.streams.items(), phase.rates.tolist(), phase.used, strict=True)
+            name: _stream_record(planned, name, stream, rate, int(used), opened[name])
+            | (_second_record(planned, name, stream) if version > 1 else {})
+            for (name, stream), rate, used in zip(
+                planned.streams.items(), planned.rates.tolist(), planned.used, strict=True
+            )
         },
     }
 
@@ -124,12 +136,25 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_sample
         if number >= len(current["phases"]):
             _refuse(where, "present", "missing", consumed_samples)
         new = current["phases"][number]
-        last_begun = first + old["samples"] >= consumed_samples
-        if last_begun and first + new["samples"] < consumed_samples:
-            _refuse(f"{where}.samples", old["samples"], new["samples"], consumed_samples)
+        last_begun = first + _length(old) >= consumed_samples
+        if last_begun and first + _length(new) < consumed_samples:
+            _refuse(f"{where}.samples", _length(old), _length(new), consumed_samples)
+        _compare_amendments(where, old, new, consumed_samples, min(consumed_samples - first, _length(old)))
         here = consumed_samples - first if last_begun and old["order"] == "shuffled" else None
         _compare_phase(where, old, new, _Consumed(consumed_samples, here, current["seq_length"]))
-        first += old["samples"]
+        first += _length(old)
+
+
+def _length(phase: Mapping[str, Any]) -> int:
+    """Samples of a phase, with its last amendment."""
+    return int(phase["amended"][-1][1] if phase.get("amended") else phase["samples"])
+
+
+def _compare_amendments(where: str, old: Mapping[str, Any], new: Mapping[str, Any], consumed: int, here: int) -> None:
+    """Refuse another length that begins before the sample that was reached; `here`: consumed samples of the phase."""
+    before, now = ([pair for pair in phase.get("amended", []) if pair[0] < here] for phase in (old, new))
+    if before != now:
+        _refuse(f"{where}.amended", before, now, consumed)
 
 
 @dataclass(frozen=True, slots=True)

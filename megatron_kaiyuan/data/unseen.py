@@ -25,20 +25,24 @@ class Seen:
     """Of each phase that ascended, in turn: windows that were left, and how many of them it showed."""
     samples: int = 0
     """Shown in random order, after those."""
+    skipped: int = 0
+    """Of what the phases left, the first ones that an ascent has passed, shown or not."""
 
     @property
     def windows(self) -> int:
         """How many in all."""
-        return self.samples + sum(used for _, used in self.levels)
+        return self.samples + self.skipped + sum(used for _, used in self.levels)
 
     def lifted(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Windows of the stream, by their numbers among those that the ascending phases left."""
+        """Windows of the stream, by their numbers among those that are left."""
+        places = places + self.skipped
         for available, used in reversed(self.levels):
             places = left_out(places, used, available)
         return places
 
     def lifted_one(self, place: int) -> int:
         """`lifted` for one window, in plain integers."""
+        place += self.skipped
         for available, used in reversed(self.levels):
             place = left_out_one(place, used, available)
         return place

@@ -95,3 +95,12 @@ def test_the_mixture_of_bands_is_what_its_example_says():
     assert rows["code"]["samples"] == 399_999
     assert [f"{row['share']:.1%}" for row in rows.values()] == ["24.0%", "36.0%", "40.0%"]
     assert len(fill_notes(told)) == 1
+
+
+def test_the_amended_curriculum_is_what_its_example_says():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "ramp")
+    told = told_of(with_phases(phases))
+    assert told["samples"] == 200_000
+    epochs = [band["epochs"] for band in told["sources"]["web"]["bands"]]
+    assert [round(epoch, 2) for epoch in (epochs[0], epochs[1], *epochs[3:])] == [0.4, 0.4] + 7 * [0.13]
+    assert told["sources"]["web"]["quality"][-1] > 0.99
