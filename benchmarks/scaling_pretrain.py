@@ -5,7 +5,6 @@ n-th line of a rank is the n-th sample it trained on since it was started.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,4 +34,4 @@ def record_samples(folder: Path) -> None:
 if __name__ == "__main__":
     if "SCALING_SAMPLES" in os.environ:
         record_samples(Path(os.environ["SCALING_SAMPLES"]))
-    sys.exit(pretrain.main())
+    pretrain.main()

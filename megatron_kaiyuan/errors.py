@@ -14,6 +14,7 @@ __all__ = [
     "PreprocessError",
     "RankIndexError",
     "ResumeError",
+    "SaveError",
     "ScoreError",
     "ShardError",
     "StudyError",
@@ -47,6 +48,19 @@ class PlanError(KaiyuanError):
 
 class ShardError(KaiyuanError):
     """A `.bin`/`.idx` pair that is missing, truncated, of another format version, or inconsistent."""
+
+
+class SaveError(KaiyuanError):
+    """A checkpoint that cannot be written: the disk is full, or a file of it cannot be opened.
+
+    Args:
+        message: As for every error.
+        of_one_rank: The other ranks do not know of it.
+    """
+
+    def __init__(self, message: str, *, of_one_rank: bool = False) -> None:
+        super().__init__(message)
+        self.of_one_rank = of_one_rank
 
 
 class ScoreError(KaiyuanError):

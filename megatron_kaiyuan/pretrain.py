@@ -2,58 +2,84 @@
 
 import os
 import sys
+from collections.abc import Callable
 
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from megatron_kaiyuan.host.endings import end_helpers, end_process, record_reason
+from megatron_kaiyuan.host.parent_death import die_with_launcher
+from megatron_kaiyuan.host.stop_signals import end_at_interrupt
 
-from megatron_kaiyuan.errors import DeviceError, KaiyuanError, MetricsError, TrainingStopped
-from megatron_kaiyuan.host import cpu_platform
-from megatron_kaiyuan.host.devices import start_device
-from megatron_kaiyuan.host.quiet import quiet_megatron_import
+# Nothing above imports torch. That takes seconds, in which Ctrl-C would end in a traceback.
 
 __all__ = ["main"]
 
 
-def main() -> int:
-    """Train as the command line says.
+def main() -> None:
+    """Train as the command line says, and end the process.
 
-    Returns:
-        0 when the run is done; 1 after a mistake in the flags, the plan or the data, explained on stderr.
+    Its exit code is 0 when the run is done, or was asked to stop and has saved; 1 after a mistake or a fault, explained
+    on stderr; Megatron's own where it ends the run.
     """
+    end_at_interrupt()
+    die_with_launcher()
+    if code := _train_and_report():
+        end_process(code, _close_reports)
+    end_helpers()
+
+
+def _train_and_report() -> int:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_kaiyuan.host.rank_failures import failure_of
+
     store = _stand_alone_unless_launched()  # noqa: F841 - held until the run ends
     try:
-        _start()
-        with quiet_megatron_import():
-            # Not before: importing Megatron reads what the CPU platform replaces.
-            from megatron_kaiyuan.training.launch import run_pretraining
-
-        run_pretraining()
-        _leave_together()
-    except KaiyuanError as error:
-        if _tells(error):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return _train(_start())
+    except (Exception, CheckpointException) as error:
+        failure = failure_of(error)
+        if failure.is_told_here:
+            print(failure.text, file=sys.stderr, flush=True)
+        record_reason(failure.text, is_consequence=failure.is_consequence)
         return 1
-    return 0
 
 
-def _start() -> None:
-    """Choose the device; the first line of the log says which."""
+def _start() -> Callable[[], None]:
+    """Choose the device, and return what trains; the first line of the log says which device it is."""
+    from megatron_kaiyuan.host import cpu_platform
+    from megatron_kaiyuan.host.devices import start_device
+    from megatron_kaiyuan.host.quiet import quiet_megatron_import
+
     said = start_device()
     if os.environ["RANK"] == "0":
         print(f"> {said}", flush=True)
     if cpu_platform.is_installed():
         cpu_platform.keep_freed_memory()
+    with quiet_megatron_import():
+        # Not before: importing Megatron reads what the CPU platform replaces.
+        from megatron_kaiyuan.training.launch import run_pretraining
+
+    return run_pretraining
 
 
-def _tells(error: KaiyuanError) -> bool:
-    """Whether this process prints the error.
+def _train(run_pretraining: Callable[[], None]) -> int:
+    """Run to the end, or to where Megatron leaves by `sys.exit`: with 0 where the run was asked to stop."""
+    try:
+        run_pretraining()
+    except SystemExit as left:
+        if left.code:
+            return left.code if isinstance(left.code, int) else 1
+    _leave_together()
+    return 0
 
-    What is found before the start is found by all ranks, and told once a host: files may be missing on one of them
-    only. A metrics file is looked at by one rank, and once training has begun each rank reads its own samples.
-    """
-    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DeviceError | MetricsError):
-        return True
-    return torch.distributed.is_initialized() and not isinstance(error, TrainingStopped)
+
+def _close_reports() -> None:
+    """Write what TensorBoard and wandb still hold in memory."""
+    megatron = sys.modules.get("megatron.training.global_vars")
+    if megatron is None:  # the process ends before it has imported Megatron
+        return
+    if writer := megatron.get_tensorboard_writer():
+        writer.close()
+    if wandb := megatron.get_wandb_writer():
+        wandb.finish(exit_code=1)
 
 
 def _leave_together() -> None:
@@ -62,12 +88,14 @@ def _leave_together() -> None:
     Megatron leaves that to the interpreter, which may unload a group whose threads still run: torch then aborts a run
     that was done, or a rank fails because rank 0, which hosts the store, has left before it.
     """
+    import torch
+
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def _stand_alone_unless_launched() -> TCPStore | None:
+def _stand_alone_unless_launched() -> object:
     """Without a launcher, be the only process of a group of one, as torchrun would set it up.
 
     Returns:
@@ -75,6 +103,8 @@ def _stand_alone_unless_launched() -> TCPStore | None:
     """
     if "RANK" in os.environ:
         return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RESTART_COUNT="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
@@ -82,4 +112,4 @@ def _stand_alone_unless_launched() -> TCPStore | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -40,8 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests marked `gpu`, or all others: they never share a process (`tests/__init__.py` says why)."""
+    """Keep the tests marked `gpu`, or all others: they never share a process (`tests/__init__.py` says why).
+
+    Tests marked `slow` take minutes: `make check-slow` asks for them by SLOW_TESTS.
+    """
     chosen = [item for item in items if (item.get_closest_marker("gpu") is not None) == bool(GPU_TESTS)]
+    if not os.environ.get("SLOW_TESTS"):
+        chosen = [item for item in chosen if item.get_closest_marker("slow") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 

@@ -7,20 +7,23 @@ import argparse
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kaiyuan.checkpoints.averaging import is_average
 from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_NAME
 from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, read_tracker, saved_iterations
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.errors import ConfigError, SaveError
 from megatron_kaiyuan.host.atomic import rename_durably
 from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.stop_signals import may_be_killed_after
 from megatron_kaiyuan.monitoring.metrics_file import average_path, metrics_path, read_metrics
 from megatron_kaiyuan.training import compat
 
@@ -99,6 +102,8 @@ class CheckpointKeeper:
         self._writes = writes
         self._last_saved = 0
         self._listeners: list[Callable[[int], None]] = []
+        self._began = 0.0
+        self._is_warned = False
 
     def listen(self, listener: Callable[[int], None]) -> None:
         """Call `listener` with the iteration, on all ranks, when one of the averaged is saved and a step follows."""
@@ -126,19 +131,50 @@ class CheckpointKeeper:
                 path.unlink(missing_ok=True)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+        self._began = time.monotonic()
 
     def after_save(self, iteration: int) -> None:
         """Delete what is no longer kept."""
         self._last_saved = iteration
+        self._warn_of_launcher(time.monotonic() - self._began)
         if self._writes and self._keep is not None:
             gone = [self._set_aside(number) for number in self._superfluous(iteration, self._keep)]
             if gone:
                 threading.Thread(target=_remove, args=(gone,), name="delete checkpoints").start()
 
+    def not_saved(self, iteration: int, error: BaseException) -> SaveError:
+        """Say why a checkpoint could not be written, and where the run goes on; remove what there is of it."""
+        folder = iteration_folder(self._directory, iteration)
+        if isinstance(error, CheckpointException):
+            reasons = [f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in sorted(error.failures.items())]
+            reason = "; ".join(reasons) or "rank 0 says why"
+        else:
+            reason = str(error)
+        if self._writes:
+            shutil.rmtree(folder, ignore_errors=True)  # of no use, and it takes space that the next attempt needs
+        last = read_tracker(self._directory).iteration
+        return SaveError(
+            f"the checkpoint of iteration {iteration} was not written: {reason}. Make room or mend the disk, and start "
+            f"again with --load {self._directory}: the run then goes on from {last or 'its first sample'}",
+            of_one_rank=isinstance(error, OSError),
+        )
+
     def goes_on(self, iteration: int) -> None:
         """Tell who listens."""
         for listener in self._listeners if iteration in self._averaged else []:
             listener(iteration)
+
+    def _warn_of_launcher(self, seconds: float) -> None:
+        """Once, where a save takes longer than the launcher would wait for one after a stop signal."""
+        if self._writes and not self._is_warned and may_be_killed_after(seconds):
+            self._is_warned = True
+            print(
+                f"\nWARNING: this save took {seconds:.0f} s, and torchrun kills its ranks 30 s after it is signalled: "
+                "the last checkpoint would be lost. Start with python -m megatron_kaiyuan.host.torchrun in place of "
+                "torchrun: it waits\n",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _superfluous(self, iteration: int, keep: int) -> list[int]:
         """Older than the newest `keep` complete ones; iterations after the present one are of another attempt."""
@@ -157,6 +193,11 @@ class CheckpointKeeper:
             f"  deleting the checkpoint of iteration {iteration} (--kaiyuan-keep-checkpoints {self._keep})", flush=True
         )
         return rename_durably(folder, folder.with_name(f".{folder.name}.deleted"))
+
+
+def _reason(failure: BaseException) -> str:
+    """What `checkpoints/writing.py` says, without what Megatron puts before it."""
+    return str(failure.__cause__ or failure).removeprefix("Worker failure: ")
 
 
 def _remove(folders: list[Path]) -> None:

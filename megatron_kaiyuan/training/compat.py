@@ -6,10 +6,8 @@ But for those of `loop_observers.py`, which change nothing and listen, and those
 
 import argparse
 import functools
-import multiprocessing
 import signal
 from collections.abc import Callable, Mapping
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,23 +19,29 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_signal_handler, training
+from megatron.training.dist_signal_handler import all_gather_item
 from megatron.training.utils import print_rank_0
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.data import DataLoader
 
-from megatron_kaiyuan.host.parent_death import die_with_parent
+from megatron_kaiyuan.checkpoints import writing
+from megatron_kaiyuan.errors import SaveError
+from megatron_kaiyuan.host.stop_signals import StopRequests
 from megatron_kaiyuan.kernels import weight_gradient
 
 __all__ = [
     "Keeper",
     "end_at",
-    "end_save_helper_with_its_rank",
-    "exit_on_signal_too",
     "fuse_weight_gradients_without_apex",
+    "initialize_loader_workers",
     "keep_checkpoints",
     "keep_shipped_dataset_helpers",
     "rename_rates_of_groups",
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
+    "report_stop_signals",
     "use_scheduler",
+    "write_checkpoints",
 ]
 
 
@@ -128,6 +132,9 @@ class Keeper(Protocol):
     def after_save(self, iteration: int) -> None:
         """Called on all ranks; an asynchronous save may still be writing."""
 
+    def not_saved(self, iteration: int, error: BaseException) -> Exception:
+        """Return what to raise in place of the error of a save; called on the ranks that have one."""
+
     def goes_on(self, iteration: int) -> None:
         """Called on all ranks when the step has been saved, if it is to be, and another one follows."""
 
@@ -145,12 +152,15 @@ def keep_checkpoints(keeper: Keeper) -> None:
 
     @functools.wraps(save)
     def saved(iteration: int, *args: Any, **kwargs: Any) -> None:
-        persistent = not kwargs.get("non_persistent_ckpt")
-        if persistent:
-            keeper.before_save(iteration)
-        save(iteration, *args, **kwargs)
-        if persistent:
-            keeper.after_save(iteration)
+        if kwargs.get("non_persistent_ckpt"):
+            save(iteration, *args, **kwargs)
+            return
+        keeper.before_save(iteration)
+        try:
+            save(iteration, *args, **kwargs)
+        except (CheckpointException, SaveError, OSError) as error:
+            raise keeper.not_saved(iteration, error) from error
+        keeper.after_save(iteration)
 
     @functools.wraps(decide)
     def decided(
@@ -175,35 +185,78 @@ def keep_checkpoints(keeper: Keeper) -> None:
     checkpointing._async_delete_checkpoint_impl = deleted
 
 
-def end_save_helper_with_its_rank() -> None:
-    """Let no process be left of a rank that was killed after its first checkpoint.
+def write_checkpoints(*, asynchronous: bool) -> None:
+    """Write checkpoints as `checkpoints/writing.py` does.
 
-    Saving starts a process that holds a queue, half a gigabyte large. It goes with a rank that ends by itself, and
-    stays for good after one that gets SIGKILL.
+    Megatron's writer starts a helper process which any signal to the rank's process group kills, reports no reason of a
+    failure, and begins a save that the disk cannot hold. A second call changes the queue alone.
     """
 
-    @filesystem_async._disable_gc()  # type: ignore[untyped-decorator]
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(initializer=die_with_parent)
-            filesystem_async._results_queue = manager.Queue()
+            filesystem_async._results_queue = writing.results_queue(asynchronous=asynchronous)
         return filesystem_async._results_queue
 
+    writer = filesystem_async.FileSystemWriterAsync
+    prepare = getattr(writer.prepare_write_data, "__wrapped__", writer.prepare_write_data)
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, plan: Any, planner: Any) -> None:
+        prepare(self, plan, planner)
+        if not self.use_msc:
+            writing.check_space(Path(self.checkpoint_dir), self.write_buckets)
+
     filesystem_async.get_write_results_queue = get_write_results_queue
+    writer.prepare_write_data = prepared
+    writer.write_preloaded_data_multithread = staticmethod(writing.write_buckets)
 
 
-def exit_on_signal_too(number: signal.Signals) -> None:
-    """Let another signal save and end the run as `--exit-signal` does; Megatron listens to one.
+def report_stop_signals(requests: StopRequests) -> None:
+    """Let the loop save and end at a signal that `requests` notes, and name it; Megatron listens to one signal.
 
-    Slurm has SIGTERM for `scancel` and preemption, and the one that `--signal` names before the time limit.
+    All ranks learn of a signal that one of them received, and each learns its number.
     """
     handler = get_signal_handler()
+    requests.number = requests.number or handler.sig * handler._signal_received
+    print_datetime = getattr(training.print_datetime, "__wrapped__", training.print_datetime)
 
-    def note(_number: int, _frame: object) -> None:
-        handler._signal_received = True
+    def signals_received() -> list[int]:
+        numbers: list[int] = all_gather_item(requests.number, dtype=torch.int32)
+        requests.agreed = max(numbers)
+        return numbers
 
-    signal.signal(number, note)
+    @functools.wraps(print_datetime)
+    def named(text: str, *args: Any, **kwargs: Any) -> None:
+        if requests.agreed:
+            text = text.replace("receiving SIGTERM", f"receiving {signal.Signals(requests.agreed).name}")
+        print_datetime(text, *args, **kwargs)
+
+    handler.signals_received = signals_received
+    training.print_datetime = named
+
+
+def initialize_loader_workers(initialize: Callable[[], None]) -> None:
+    """Call `initialize` in each loader worker, after Megatron's own initialization.
+
+    That one gives a worker a handler for SIGTERM which only sets a flag. Python then waits for ever for the worker when
+    the rank exits.
+    """
+    build = getattr(training.build_pretraining_data_loader, "__wrapped__", training.build_pretraining_data_loader)
+
+    @functools.wraps(build)
+    def built(*args: Any, **kwargs: Any) -> Any:
+        loader = build(*args, **kwargs)
+        if isinstance(loader, DataLoader) and loader.num_workers:
+            loader.worker_init_fn = functools.partial(_initialize_worker, loader.worker_init_fn, initialize)
+        return loader
+
+    training.build_pretraining_data_loader = built
+
+
+def _initialize_worker(first: Callable[[int], None] | None, then: Callable[[], None], number: int) -> None:
+    if first is not None:
+        first(number)
+    then()
 
 
 def repair_distributed_torch_adam() -> None:

@@ -1,7 +1,6 @@
 """From the command line to Megatron's training loop. What can be wrong is looked at before the loop starts."""
 
 import argparse
-import signal
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.parent_death import become_helper
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
@@ -55,6 +55,7 @@ from megatron_kaiyuan.training.run_length import check_batch_arguments, final_it
 from megatron_kaiyuan.training.schedule_arguments import check_rates_of_plan, continue_schedule, steps_in_samples
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 from megatron_kaiyuan.training.stages import embedding_ranks
+from megatron_kaiyuan.training.stopping import stop_when_asked
 
 __all__ = ["run_pretraining"]
 
@@ -80,14 +81,13 @@ def run_pretraining() -> None:
     )
     keeper = keep_checkpoints(args)
     compat.end_at(last)
-    if args.exit_signal_handler:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            compat.exit_on_signal_too(number)
+    stop_when_asked(args)
     write_checkpoints_to_stay(args)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()
-    compat.end_save_helper_with_its_rank()
+    compat.write_checkpoints(asynchronous=args.async_save)
+    compat.initialize_loader_workers(become_helper)
     compat.fuse_weight_gradients_without_apex()
     if args.fp16:
         keep_partial_sums_in_fp32()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,23 +77,30 @@ def signal_at(folder: Path, marker: str, number: signal.Signals, *flags: str, to
 def test_a_run_killed_and_signalled_again_and_again_ends_bit_for_bit_alike(
     undisturbed: tuple[Path, str], plan: Path, tmp_path: Path
 ) -> None:
+    """The signals come after earlier saves and with loader workers, as in every run that is stopped on a cluster."""
     kills = kill_often(tmp_path, plan, STEPS, kills=3, interval=3, seed=4)
     assert [kill.how.startswith("while saving") for kill in kills] == [False, True, False]
-    rarely, killed = flags_of(plan, 100), saved_step(tmp_path)
-    code, output = signal_at(tmp_path, f"iteration {killed + 1:8d}/", signal.SIGUSR1, *rarely, to_ranks=True)
+    often, killed = [*flags_of(plan, 2), "--num-workers", "2"], saved_step(tmp_path)
+    code, output = signal_at(tmp_path, f"iteration {killed + 5:8d}/", signal.SIGUSR1, *often, to_ranks=True)
     assert code == 0, output[-3000:]
+    assert "exiting program after receiving SIGUSR1" in output, output[-3000:]
     second = saved_step(tmp_path)
-    assert killed < second < STEPS
-    code, output = signal_at(tmp_path, f"iteration {second + 1:8d}/", signal.SIGTERM, *rarely, to_ranks=False)
+    assert killed < second == reached_step(output) < STEPS
+    code, output = signal_at(tmp_path, f"iteration {second + 5:8d}/", signal.SIGTERM, *often, to_ranks=False)
     assert code == 1, "torchrun ends with an error when it is signalled, though its ranks have saved and succeeded"
     assert "exiting program after receiving SIGTERM" in output, output[-3000:]
-    assert second < saved_step(tmp_path) < STEPS
-    workers = ("--num-workers", "2")  # loader processes that a resumed run starts in the midst of a phase
-    output, _ = run_until(tmp_path, "never printed", 0, *rarely, *workers, "--kaiyuan-evaluate-average", "always")
+    assert second < saved_step(tmp_path) == reached_step(output) < STEPS
+    rarely = [*flags_of(plan, 100), "--num-workers", "2"]
+    output, _ = run_until(tmp_path, "never printed", 0, *rarely, "--kaiyuan-evaluate-average", "always")
     assert different_tensors(undisturbed[0], tmp_path, STEPS) == []
     assert "validation loss at the average of the checkpoints that the plan names, in saved-averaged/" in output
     assert "held-out loss of the average at step 48 by source (by quantile band): scored " in output
     assert_average_was_evaluated(tmp_path, plan)
+
+
+def reached_step(output: str) -> int:
+    """The last step that a run has logged."""
+    return int(re.findall(r"\] iteration +(\d+)/", output)[-1])
 
 
 def assert_average_was_evaluated(folder: Path, plan: Path) -> None:
@@ -132,5 +140,8 @@ def test_a_start_that_would_write_over_the_run_is_refused(undisturbed: tuple[Pat
     finally:
         end(process)
     assert process.returncode == 1
-    assert "ResumeError: --save saved already holds a run (its last checkpoint: 48): --load saved continues" in output
-    assert output.count("ResumeError") == 1
+    told, root_cause = output.split("Root Cause (first observed failure):")
+    message = "ResumeError: --save saved already holds a run (its last checkpoint: 48): --load saved continues"
+    assert told.split("Traceback")[0].count("ResumeError") == told.split("Traceback")[0].count(message) == 1
+    assert message in root_cause
+    assert "To enable traceback" not in output

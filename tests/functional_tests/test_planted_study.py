@@ -17,7 +17,6 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="takes minutes; make check-slow runs it"),
 ]
 
 

@@ -1,7 +1,6 @@
-"""A rank that is killed after a checkpoint leaves no process behind."""
+"""A rank or a launcher that is killed leaves no process behind."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,33 +9,52 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[3]
-RANK = """
-import multiprocessing, time
-{install}
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-queue = filesystem_async.get_write_results_queue()
-queue.put("still a queue")
-assert queue.get() == "still a queue"
-[helper] = multiprocessing.active_children()
-print(helper.pid, flush=True)
-time.sleep(60)
+PARENT = """
+import multiprocessing, os, subprocess, sys, time
+from megatron_kaiyuan.host.parent_death import become_helper, die_with_launcher
+def work():
+    {install}
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if len(sys.argv) > 1:
+    work()
+elif {launched}:
+    subprocess.run([sys.executable, "-c", sys.orig_argv[2], "child"])
+else:
+    multiprocessing.get_context("fork").Process(target=work).start()
+    time.sleep(60)
 """
-INSTALL = "from megatron_kaiyuan.training import compat; compat.end_save_helper_with_its_rank()"
 
 
-@pytest.mark.parametrize(("install", "left"), [(INSTALL, False), ("", True)], ids=["ours", "Megatron's own"])
-def test_the_helper_of_saving_ends_with_a_killed_rank(*, install: str, left: bool) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", RANK.format(install=install)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as rank:
-        assert rank.stdout is not None
-        helper = int(rank.stdout.readline())
-        rank.kill()
-        rank.wait()
+@pytest.mark.parametrize(
+    ("install", "launched", "run_id", "left"),
+    [
+        ("become_helper()", False, "", False),
+        ("pass", False, "", True),
+        ("die_with_launcher()", True, "of torchrun", False),
+        ("die_with_launcher()", True, "", True),
+    ],
+    ids=["helper", "other child", "rank of torchrun", "process without a launcher"],
+)
+def test_what_a_killed_process_leaves(
+    install: str,
+    launched: bool,  # noqa: FBT001
+    run_id: str,
+    left: bool,  # noqa: FBT001
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    environment |= {"TORCHELASTIC_RUN_ID": run_id} if run_id else {}
+    command = [sys.executable, "-c", PARENT.format(install=install, launched=launched)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
         try:
-            assert is_alive(helper, patience=1.0 if left else 10.0) == left
+            assert is_alive(child, patience=1.0 if left else 10.0) == left
         finally:
             if left:
-                os.kill(helper, signal.SIGKILL)
+                os.kill(child, 9)
 
 
 def is_alive(pid: int, patience: float) -> bool:

@@ -3,10 +3,12 @@ import os
 import tempfile
 import threading
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kaiyuan.checkpoints.averaging import (
     PLANNED,
@@ -18,6 +20,7 @@ from megatron_kaiyuan.checkpoints.averaging import (
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, saved_iterations
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.monitoring.metrics_file import append_metrics, average_path
+from megatron_kaiyuan.training import checkpoint_keeping
 from megatron_kaiyuan.training.checkpoint_keeping import (
     AVERAGING,
     CheckpointKeeper,
@@ -222,3 +225,53 @@ def test_an_average_that_is_there_is_used_again_and_another_is_left_alone(tmp_pa
     os.utime(iteration_folder(run, 20) / "metadata.json", (later, later))  # the run was made again
     with pytest.raises(ConfigError, match="iter_0000020 exists; remove it"):
         complete_average(checkpoints, weights, output)
+
+
+def test_a_failed_save_leaves_no_folder_and_says_where_the_run_goes_on(tmp_path: Path) -> None:
+    pretend_saved(tmp_path, 4)
+    pretend_saved(tmp_path, 6)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    keeper = CheckpointKeeper(tmp_path, (), None, writes=True)
+    failure = RuntimeError("Worker failure: no room")
+
+    told = keeper.not_saved(6, CheckpointException("write", {3: (failure, StackSummary())}))
+
+    assert str(told) == (
+        "the checkpoint of iteration 6 was not written: rank 3: no room. Make room or mend the disk, and start again "
+        f"with --load {tmp_path}: the run then goes on from 4"
+    )
+    assert saved_iterations(tmp_path) == [4]
+    assert not told.of_one_rank
+    assert keeper.not_saved(6, OSError("of this rank alone")).of_one_rank
+
+
+@pytest.mark.parametrize(
+    ("seconds", "environment", "warned"),
+    [
+        (21.0, {"TORCHELASTIC_RUN_ID": "1"}, 1),
+        (19.0, {"TORCHELASTIC_RUN_ID": "1"}, 0),
+        (21.0, {"TORCHELASTIC_RUN_ID": "1", "KAIYUAN_LAUNCHER_WAITS": "1"}, 0),
+        (21.0, {}, 0),
+    ],
+    ids=["torchrun", "quick", "the launcher that waits", "no launcher"],
+)
+def test_a_save_that_torchrun_would_kill_is_warned_of_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seconds: float,
+    environment: dict[str, str],
+    warned: int,
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "KAIYUAN_LAUNCHER_WAITS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    clock = iter(range(100))
+    monkeypatch.setattr(checkpoint_keeping.time, "monotonic", lambda: next(clock) * seconds)
+    keeper = CheckpointKeeper(tmp_path, (), None, writes=True)
+    for iteration in (1, 2):
+        keeper.before_save(iteration)
+        keeper.after_save(iteration)
+
+    assert capsys.readouterr().err.count("torchrun kills its ranks 30 s after") == warned
