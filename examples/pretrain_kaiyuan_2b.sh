@@ -21,7 +21,7 @@ set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # The environment of `make env`, where there is one that starts: in a container which mounts the checkout, .venv names the
 # host's python. Our image sets KAIYUAN_IGNORE_VENV, because a .venv that does start would replace the image's torch.
-if [ -z "${KAIYUAN_IGNORE_VENV:-}" ] && "$ROOT/.venv/bin/torchrun" --help >/dev/null 2>&1; then
+if [ -z "${KAIYUAN_IGNORE_VENV:-}" ] && "$ROOT/.venv/bin/python" -c '' 2>/dev/null; then
     PATH="$ROOT/.venv/bin:$PATH"
 fi
 
@@ -146,7 +146,9 @@ EVAL_AND_LOGGING_ARGS=(
 )
 if [ -n "$KEEP_CHECKPOINTS" ]; then EVAL_AND_LOGGING_ARGS+=(--kaiyuan-keep-checkpoints "$KEEP_CHECKPOINTS"); fi
 
-exec torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_kaiyuan.pretrain \
+# torchrun as a module of ours, which waits until the ranks have saved: SIGTERM, SIGUSR1 or Ctrl-C to this script or to its
+# process group ends the run with a checkpoint, however long that takes. torchrun itself kills the ranks after 30 seconds.
+exec python -m megatron_kaiyuan.host.torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_kaiyuan.pretrain \
     "${GPT_MODEL_ARGS[@]}" \
     "${FEATURE_ARGS[@]}" \
     "${TRAINING_ARGS[@]}" \

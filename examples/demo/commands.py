@@ -36,7 +36,7 @@ def training_command(
         "--use-distributed-optimizer --num-workers 0 --log-interval 1 --eval-interval 80 --eval-iters 2"
     )
     storage = ["--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.processes)]
+    launcher = ["-m", "megatron_kaiyuan.host.torchrun", "--standalone", "--nproc-per-node", str(settings.processes)]
     return [
         *[sys.executable, *launcher, "-m", "megatron_kaiyuan.pretrain", "--plan", str(plan)],
         *settings.model.flags(),
@@ -102,7 +102,7 @@ def run_command(
                 lines.append(line)
                 on_line(line)
         except BaseException:
-            process.terminate()  # torchrun ends its workers
+            process.terminate()  # the launcher waits for its ranks
             raise
     if process.returncode:
         why = line_that_matters(lines) or "".join(lines[-_TAIL:]).rstrip()

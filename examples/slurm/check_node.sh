@@ -39,7 +39,7 @@ fi
     fail "$run has $free_gb GB free, $min_free_gb GB are asked for; remove old checkpoints, or set MIN_FREE_GB"
 
 # Which environment, by the rule of examples/pretrain_kaiyuan_2b.sh.
-if [ -z "${KAIYUAN_IGNORE_VENV:-}" ] && .venv/bin/torchrun --help >/dev/null 2>&1; then PATH="$PWD/.venv/bin:$PATH"; fi
+if [ -z "${KAIYUAN_IGNORE_VENV:-}" ] && .venv/bin/python -c '' 2>/dev/null; then PATH="$PWD/.venv/bin:$PATH"; fi
 [ -r "$plan" ] || fail "the plan $plan cannot be read; is its disk mounted here?"
 python -c 'import megatron_kaiyuan' || fail "megatron_kaiyuan is not installed; run make env, or start the container"
 python - "$gpus" <<'PYTHON' || fail "its GPUs are not fit for the run; see the line above"

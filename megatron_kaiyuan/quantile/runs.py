@@ -159,7 +159,7 @@ def my_share(runs: Sequence[Run], task: int, tasks: int) -> list[Run]:
 def training_command(study: Study, run: Run, python: str = sys.executable) -> list[str]:
     """The command line of a run; a second start continues from its last checkpoint."""
     training = study.training
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(training.processes)]
+    launcher = ["-m", "megatron_kaiyuan.host.torchrun", "--standalone", "--nproc-per-node", str(training.processes)]
     folder = run_folder(study, run)
     save_interval = training.save_interval or max(1, study.steps // _STATED_SAVES)
     return [

@@ -176,7 +176,7 @@ def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     training = study_content(tmp_path)["training"] | {"processes": 2, "micro_batch_size": 4}
     study, sliced = sliced_study(tmp_path, training=training)
     assert training_command(study, sliced.runs[0])[1:6] == [
-        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        *["-m", "megatron_kaiyuan.host.torchrun", "--standalone", "--nproc-per-node", "2"]
     ]
 
 
