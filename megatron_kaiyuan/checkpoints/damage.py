@@ -40,6 +40,7 @@ __all__ = [
     "Verifier",
     "check_format",
     "damage",
+    "is_legacy",
     "verify",
 ]
 
@@ -146,6 +147,8 @@ def check_format(folder: Path) -> None:
     Raises:
         CheckpointError: a file that is written last is missing, or tells of another format.
     """
+    if is_legacy(folder):
+        raise CheckpointError("is in Megatron's legacy format: train on with --ckpt-format torch")
     for name in (DESCRIPTION_NAME, METADATA_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(f"has no {name}: its save did not end, or it is not in torch_dist format")
@@ -156,6 +159,11 @@ def check_format(folder: Path) -> None:
     backend = description.get("sharded_backend") if isinstance(description, dict) else None
     if backend != _BACKEND:
         raise CheckpointError(f"has a {DESCRIPTION_NAME} of backend {backend!r}; only {_BACKEND} can be read")
+
+
+def is_legacy(folder: Path) -> bool:
+    """Whether a checkpoint is in the format of `--ckpt-format torch`, one folder for each model-parallel rank."""
+    return any(folder.glob("mp_rank_*"))
 
 
 def _check_small_files(folder: Path, sums: dict[str, FileSum]) -> None:

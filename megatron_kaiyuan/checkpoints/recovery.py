@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME, Verifier, damage, verify
+from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME, Verifier, damage, is_legacy, verify
 from megatron_kaiyuan.checkpoints.reading import (
     TRACKER_NAME,
     Checkpoint,
@@ -84,6 +84,11 @@ def choose_start(
     if tracker.text is None and not iterations:
         return Start()
     named, lost = tracker.iteration, []
+    if legacy := _legacy_checkpoint(directory):
+        raise ResumeError(
+            f"--load {directory}: {legacy} is in Megatron's legacy format; add --ckpt-format torch (with "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save DIR it is converted)"
+        )
     candidates = [number for number in iterations if named is None or number <= named]
     if named is not None and named not in iterations:
         lost = [f"{iteration_folder(directory, named)} is missing"]
@@ -101,6 +106,13 @@ def choose_start(
         f"--load {directory}: no intact checkpoint: {'; '.join(lost) or _of_tracker(directory, tracker)}. Restore one "
         "from a copy; to start at the first sample, name an empty directory"
     )
+
+
+def _legacy_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint that the tracker names, if it is in the format of `--ckpt-format torch`."""
+    named = read_tracker(directory).iteration
+    folder = None if named is None else iteration_folder(directory, named)
+    return folder if folder is not None and is_legacy(folder) else None
 
 
 def _check_asked(directory: Path, asked: int, iterations: list[int], look: Callable[[Path], str | None]) -> None:
@@ -169,7 +181,8 @@ def _decide(args: argparse.Namespace, look: Looker) -> dict[str, object]:
     try:
         if args.save:
             check_save_directory(Path(args.save), load, finetune=args.finetune)
-        start = Start() if load is None else choose_start(load, args.ckpt_step, look)
+        detected = load is not None and args.auto_detect_ckpt_format and _legacy_checkpoint(load) is not None
+        start = Start() if load is None or detected else choose_start(load, args.ckpt_step, look)
         if start.step is not None and (args.finetune or args.load != args.save):
             raise ResumeError(f"{start.announcement}, once you ask for it: --ckpt-step {start.step}")
     except ResumeError as error:

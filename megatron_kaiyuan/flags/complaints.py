@@ -6,7 +6,7 @@ the arguments they name tell which flags are at fault. So no list of checks is k
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -14,7 +14,7 @@ from megatron_kaiyuan.errors import ConfigError, KaiyuanError
 from megatron_kaiyuan.flags.failed_check import FailedCheck
 from megatron_kaiyuan.flags.spelling import Spelling, flags_among
 
-__all__ = ["megatron_checks", "sentence"]
+__all__ = ["megatron_checks", "no_silent_end", "sentence"]
 
 
 @contextmanager
@@ -37,6 +37,26 @@ def megatron_checks(flags: Mapping[str, Spelling]) -> Iterator[None]:
         raise ConfigError(sentence(stopped, flags, sys.argv[1:])) from stopped
     except Exception as error:
         raise ConfigError(sentence(error, flags, sys.argv[1:])) from error
+
+
+@contextmanager
+def no_silent_end(flags: Mapping[str, Spelling], may_end: Collection[str] = ()) -> Iterator[None]:
+    """Turn an exit of Megatron's with code 0 into a `ConfigError`, but for those that have done what was asked.
+
+    Args:
+        flags: The parser's flags by the name that argparse stores them under.
+        may_end: Names of Megatron's functions that end the program when all is done.
+
+    Raises:
+        ConfigError: Megatron left with an exit code that says that all is well.
+    """
+    try:
+        yield
+    except SystemExit as stopped:
+        checks = _checks_of(stopped.__traceback__)
+        if stopped.code not in (None, 0) or not checks or checks[0].function in may_end:
+            raise
+        raise ConfigError(sentence(stopped, flags, sys.argv[1:])) from stopped
 
 
 def sentence(error: BaseException, flags: Mapping[str, Spelling], words: list[str]) -> str:

@@ -30,6 +30,11 @@ class FailedCheck:
         """Where it stands."""
         return f"a check of Megatron's, {Path(self.frame.f_code.co_filename).name} line {self.line}"
 
+    @property
+    def function(self) -> str:
+        """Name of the function that it stands in."""
+        return self.frame.f_code.co_name
+
     def condition(self, flags: Mapping[str, str]) -> str:
         """Return the condition of a failed assertion, with flags in place of the arguments' names."""
         if not isinstance(self._statement, ast.Assert):

@@ -24,13 +24,22 @@ def _is_sharded_optimizer(args: argparse.Namespace) -> bool:
 
 
 _SAVING: tuple[Rule, ...] = (
-    Rule(Fate.HONOURED, ("save", "save_interval", "load", "ckpt_step", "finetune"), "our checks, then " + _CHECKPOINTS),
-    Rule(Fate.HONOURED, ("exit_on_missing_checkpoint",), "looked at before the model is built"),
+    Rule(Fate.HONOURED, ("save", "save_interval", "load"), "our checks, then " + _CHECKPOINTS),
+    *only_with(
+        "--load",
+        lambda args: args.load is not None,
+        ("ckpt_step", "exit_on_missing_checkpoint", "auto_detect_ckpt_format", "load_main_params_from_ckpt"),
+        "our checks, then " + _CHECKPOINTS,
+    ),
+    *only_with(
+        "--load or --pretrained-checkpoint",
+        lambda args: args.load is not None or args.pretrained_checkpoint is not None,
+        ("finetune", "no_load_optim", "no_load_rng"),
+        "our checks, then " + _CHECKPOINTS,
+    ),
     _passed_on(
         (
             "ckpt_format",
-            "auto_detect_ckpt_format",
-            "load_main_params_from_ckpt",
             "pretrained_checkpoint",
             "ckpt_fully_parallel_save",
             "ckpt_fully_parallel_load",
@@ -43,8 +52,6 @@ _SAVING: tuple[Rule, ...] = (
             "stream_ckpt_dequant",
             "no_save_optim",
             "no_save_rng",
-            "no_load_optim",
-            "no_load_rng",
         ),
         _CHECKPOINTS,
     ),

@@ -18,6 +18,7 @@ from megatron_kaiyuan.checkpoints.lineage import store_start
 from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data, write_checkpoints_to_stay
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.flags.complaints import no_silent_end
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.parent_death import become_helper
 from megatron_kaiyuan.model.builder import kaiyuan_builder
@@ -35,6 +36,7 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
     say_what_cannot_be_averaged,
 )
 from megatron_kaiyuan.training.forward_step import ForwardStep
+from megatron_kaiyuan.training.load_arguments import check_load
 from megatron_kaiyuan.training.memory import check_memory
 from megatron_kaiyuan.training.observation import build_held_out, build_monitor
 from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, validate
@@ -121,7 +123,9 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
         first_look.ckpt_step = start.step
     if first_look.save:
         defaults["exit_signal_handler"] = True  # of no use without a place to save
-    saved = saved_arguments(first_look)
+    check_load(first_look)
+    with no_silent_end(known_flags()):
+        saved = saved_arguments(first_look)
     plan = plan_as_begun(plan, saved)
     plan_values: dict[str, Any] = {}
     in_samples: dict[str, object] = {}

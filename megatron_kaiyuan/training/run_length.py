@@ -71,6 +71,7 @@ def is_complete(args: argparse.Namespace, saved: argparse.Namespace | None) -> b
     """Whether the run to continue has made its last step.
 
     A job that is queued again just after it has come to its end starts like this; Megatron's loader stops it with an
-    assertion.
+    assertion. Evaluating or converting its checkpoint is another job.
     """
-    return saved is not None and not args.skip_train and final_iteration(args, saved) <= saved.iteration
+    other_job = args.skip_train or args.ckpt_convert_format is not None
+    return saved is not None and not other_job and final_iteration(args, saved) <= saved.iteration

@@ -59,6 +59,18 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before_and_says_so(run: Path, h
     assert "FALLING BACK to the checkpoint of iteration 20" in start.announcement
 
 
+def test_a_checkpoint_of_the_legacy_format_is_not_called_torn(run: Path) -> None:
+    folder = iteration_folder(run, 30)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "mp_rank_00").mkdir()
+    with pytest.raises(ResumeError, match=r"iter_0000030 is in Megatron's legacy format; add --ckpt-format torch"):
+        choose_start(run, None)
+    assert damage(folder) == "is in Megatron's legacy format: train on with --ckpt-format torch"
+    args = arguments(run, None, auto_detect_ckpt_format=True)
+    assert agree_on_start(args).step is None, "Megatron detects it, as it was asked to"
+
+
 @pytest.mark.parametrize("how", TEARS)
 def test_a_torn_checkpoint_that_is_asked_for_is_an_error(run: Path, how: str) -> None:
     tear(iteration_folder(run, 20), how)
@@ -121,7 +133,7 @@ def test_checkpoints_that_had_ended_are_not_passed_over_because_the_tracker_is_g
 def arguments(load: Path | None, save: Path | None, **values: object) -> Namespace:
     defaults = {"ckpt_format": "torch_dist", "non_persistent_ckpt_type": None, "ckpt_step": None, "finetune": False}
     paths = {name: None if path is None else str(path) for name, path in (("load", load), ("save", save))}
-    return Namespace(**defaults | paths | values)
+    return Namespace(**defaults | {"auto_detect_ckpt_format": False} | paths | values)
 
 
 def test_the_fallback_mends_the_tracker_of_its_own_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

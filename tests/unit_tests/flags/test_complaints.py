@@ -3,12 +3,15 @@
 The checks are Megatron's real ones: none of them is named anywhere but here.
 """
 
+from pathlib import Path
+
 import pytest
+from megatron.training import checkpointing
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_kaiyuan.arguments import arguments_provider
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.flags.complaints import megatron_checks
+from megatron_kaiyuan.flags.complaints import megatron_checks, no_silent_end
 from megatron_kaiyuan.training.parsing import known_flags, parse
 
 GOOD = (
@@ -64,6 +67,17 @@ def test_a_mistake_is_one_sentence_with_flags_values_and_a_remedy(
         check(monkeypatch, words)
     assert "\n" not in str(refused.value)
     assert str(refused.value).endswith("or leave it out")
+
+
+def test_an_exit_with_code_0_in_the_midst_of_megatron_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its reader of the tracker prints a line and leaves, in the job of every rank."""
+    monkeypatch.setenv("RANK", "0")
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("thr")
+    with pytest.raises(ConfigError, match=r"ERROR: Invalid metadata file .*checkpointing.py line"), no_silent_end({}):
+        checkpointing.read_metadata(str(tracker))
+    with pytest.raises(SystemExit), no_silent_end({}, may_end=("read_metadata",)):
+        checkpointing.read_metadata(str(tracker))
 
 
 def test_a_flag_that_cannot_be_parsed_keeps_its_exit_code(

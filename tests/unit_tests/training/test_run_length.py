@@ -12,7 +12,7 @@ from megatron_kaiyuan.training.run_length import check_batch_arguments, final_it
 
 def arguments(**values: object) -> Namespace:
     defaults = {"train_samples": 47, "train_iters": None, "global_batch_size": 8, "skip_train": False, "load": "run"}
-    return Namespace(**{**defaults, "step_batch_size_schedule": None, **values})
+    return Namespace(**{**defaults, "step_batch_size_schedule": None, "ckpt_convert_format": None, **values})
 
 
 def after(iteration: int, consumed: int) -> Namespace:
@@ -56,6 +56,7 @@ def test_a_run_is_complete_when_no_whole_batch_is_left(iteration: int, consumed:
     saved = after(iteration, consumed)
     assert is_complete(arguments(), saved) is complete
     assert not is_complete(arguments(skip_train=True), saved)
+    assert not is_complete(arguments(ckpt_convert_format="torch"), saved), "its checkpoint can still be converted"
     assert not is_complete(arguments(), None)
 
 
