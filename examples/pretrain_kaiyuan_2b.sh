@@ -95,16 +95,11 @@ TRAINING_ARGS=(
 
 # FP16 with a dynamic loss scale. It starts at 2^16 instead of 2^32: each halving on the way down costs a step.
 # Gradients are summed in FP32: hundreds of micro-batches and ranks would lose bits, or overflow, in FP16.
-PRECISION=${PRECISION:-fp16} # or bf16, on GPUs that have it; the loss scale then has no effect
-PRECISION_ARGS=(
-    "--$PRECISION"
-    --initial-loss-scale 65536
-    --min-loss-scale 1
-    --loss-scale-window 1000
-    --hysteresis 2
-    --attention-softmax-in-fp32
-    --accumulate-allreduce-grads-in-fp32
-)
+PRECISION=${PRECISION:-fp16} # or bf16, on GPUs that have it, without a loss scale
+PRECISION_ARGS=("--$PRECISION" --attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32)
+if [ "$PRECISION" = fp16 ]; then
+    PRECISION_ARGS+=(--initial-loss-scale 65536 --min-loss-scale 1 --loss-scale-window 1000 --hysteresis 2)
+fi
 
 # 2e9 parameters fit one GPU: plain data parallelism with the optimizer's state spread over all ranks is fastest.
 MODEL_PARALLEL_ARGS=(

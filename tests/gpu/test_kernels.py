@@ -148,7 +148,7 @@ def test_output_head_and_loss(
     unit, largest = torch.finfo(dtype).eps, float((wide[0] @ wide[1].t()).detach().abs().max())
     spread = largest * unit * (2 + 4 * z_loss * 100) + 1e-4
     assert (result.losses.double() - expected).abs().max() <= spread
-    assert float(result.peak_logit) == pytest.approx(largest, rel=4 * unit)
+    assert float(result.peak_logit) == pytest.approx(largest, rel=4 * unit + width * SUM)
     for one, exact in zip((hidden, matrix), wide, strict=True):
         assert one.grad is not None
         assert exact.grad is not None

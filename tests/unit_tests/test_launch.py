@@ -155,6 +155,15 @@ def test_paths_with_spaces_stay_one_argument(workplace: Workplace) -> None:
     assert started[started.index("--plan") + 1] == "my plan.yaml"
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_loss_scale_is_that_of_fp16_alone(workplace: Workplace, precision: str) -> None:
+    """Training refuses flags that nothing reads."""
+    started = torchrun_arguments(workplace, PRECISION=precision)
+    assert f"--{precision}" in started
+    scaling = {"--initial-loss-scale", "--min-loss-scale", "--loss-scale-window", "--hysteresis"}
+    assert scaling & set(started) == (scaling if precision == "fp16" else set())
+
+
 def test_all_checkpoints_can_be_kept(workplace: Workplace) -> None:
     assert "--kaiyuan-keep-checkpoints" not in torchrun_arguments(workplace, KEEP_CHECKPOINTS="")
 
