@@ -7,7 +7,6 @@ conversion, and a new start with `--finetune` (or `--no-load-optim`).
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from megatron_kaiyuan.checkpoints.reading import (
 )
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
 from megatron_kaiyuan.data.resume import check_resume
+from megatron_kaiyuan.data.retention import averaging_weights
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 
@@ -56,7 +56,6 @@ _FORMAT = "megatron_kaiyuan.average/1"
 PLANNED = "kaiyuan_averaging"
 """Argument of a run that says what its plan wants averaged; see `checkpoint_keeping.AVERAGING`."""
 _PLAN_RECORD = "kaiyuan_plan_record"
-_EMA = re.compile(r"ema:([\d.]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +85,20 @@ def weights_of(kind: str, count: int) -> NDArray[np.float64]:
 
     Args:
         kind: `mean`: equal. `wma`: 1, 2, ..., count over their sum. `ema:A`: start with the oldest, then for each newer
-            one `average = A * newer + (1 - A) * average`; A = 1 keeps the newest alone.
+            one `average = A * newer + (1 - A) * average`; A = 1 keeps the newest alone. `decay:linear`, `decay:cosine`,
+            `decay:sqrt`: as if the rate had decayed to 0 between the oldest and the newest.
         count: Number of checkpoints, at least 1.
 
     Raises:
         ConfigError: an unknown kind, or A outside (0, 1].
     """
-    ema = _EMA.fullmatch(kind)
-    if kind == "mean":
-        raw = np.ones(count)
-    elif kind == "wma":
-        raw = np.arange(1, count + 1, dtype=np.float64)
-    elif ema and ema[1].count(".") <= 1 and 0.0 < float(ema[1]) <= 1.0:
-        alpha = float(ema[1])
-        raw = alpha * (1.0 - alpha) ** np.arange(count - 1, -1, -1, dtype=np.float64)
-        raw[0] /= alpha
-    else:
-        raise ConfigError(f"--weights {kind!r} is unknown; use mean, wma, or ema:A with 0 < A <= 1, such as ema:0.2")
-    return np.asarray(raw / raw.sum(), dtype=np.float64)
+    try:
+        return averaging_weights(kind, count)
+    except ValueError as error:
+        raise ConfigError(
+            f"--weights {kind!r} is unknown; use mean, wma, ema:A with 0 < A <= 1, such as ema:0.2, or decay:linear, "
+            "decay:cosine, decay:sqrt"
+        ) from error
 
 
 def choose_checkpoints(

@@ -21,10 +21,20 @@ def main() -> None:
         "--simulate", action="store_true", help="plan with the sources' expected sizes, before their shards exist"
     )
     parser.add_argument("--global-batch-size", type=int, help="sequences a step; adds the steps of each phase")
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        help="Megatron's flag; with --global-batch-size adds the weight that each band keeps in the final weights",
+    )
     args = parser.parse_args()
     if args.bands < 1 or (args.global_batch_size is not None and args.global_batch_size < 1):
         parser.error("--bands and --global-batch-size must be at least 1")
-    description = Plan.load(args.plan, simulate=args.simulate).describe(args.bands)
+    if args.weight_decay is not None and (args.global_batch_size is None or not 0 < args.weight_decay < 1):
+        parser.error("--weight-decay is between 0 and 1 and needs --global-batch-size, which tells the steps")
+    plan = Plan.load(args.plan, simulate=args.simulate)
+    description = plan.describe(args.bands)
+    if args.weight_decay is not None:
+        description["retained"] = plan.retained(args.global_batch_size, args.weight_decay, args.bands)
     if args.plot:
         write_plan_page(description, args.plot)
         print(f"wrote {args.plot}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The dry run: what a plan will show, phase by source by quantile band, as plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +12,14 @@ from megatron_kaiyuan.data.interleave import prefix_bound, prefix_counts
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
-from megatron_kaiyuan.data.quality import QUALITY_COLUMNS, quality_over_run
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.documents.runs import DocumentRuns
 
-__all__ = ["ResolvedPlan", "band_edges", "describe_plan"]
+__all__ = ["QUALITY_COLUMNS", "ResolvedPlan", "band_edges", "describe_plan", "quality_at"]
 
 
+QUALITY_COLUMNS = 96
+"""Places at which a description tells the quality of each scored source."""
 _PLACES = 2048
 """Windows of a stretch that are looked up to tell the bands of an amended curriculum."""
 
@@ -210,3 +211,49 @@ def _pass_tokens(
     fraction = documents.num_tokens / int(tokens.sum())
     share: NDArray[np.float64] = tokens.astype(np.float64) * fraction
     return share
+
+
+def quality_over_run(
+    phases: Sequence[Phase], source: OpenedSource, bands: Sequence[Mapping[str, Any]], columns: int
+) -> list[float | None]:
+    """Score quantile (0 = worst, 1 = best) of what a scored source shows at the middle of `columns` equal parts.
+
+    It is that of the document in the middle of the window shown there, where the stream ascends, and the mean of the
+    phase where it comes in random order. None where the source is not shown.
+
+    Args:
+        phases: of the plan.
+        source: one with scores.
+        bands: as described: `low`, `high` and, by phase, `seen`.
+        columns: how many places.
+    """
+    total = phases[-1].first_sample + phases[-1].num_samples
+    values: list[float | None] = []
+    for column in range(columns):
+        sample = total * (2 * column + 1) // (2 * columns)
+        phase = next(phase for phase in phases if sample < phase.first_sample + phase.num_samples)
+        if source.name not in phase.streams:
+            values.append(None)
+        elif phase.streams[source.name].ascending:
+            values.append(quality_at(phase, source, sample - phase.first_sample))
+        else:
+            values.append(_mean(phase, bands))
+    return values
+
+
+def quality_at(phase: Phase, source: OpenedSource, sample: int) -> float:
+    """Of the window that an ascending stream shows nearest to a sample of its phase."""
+    if isinstance(phase, AmendedPhase):
+        stretch = phase.stretch_of(sample)
+        phase, sample = stretch, sample + phase.first_sample - stretch.first_sample
+    number = phase.source_list.index(source.name)
+    stream, used = phase.stream_list[number], int(phase.used[number])
+    own = int(sample * phase.rates[number] / phase.rates.sum())
+    return stream.middle_position(stream.window(min(own, used - 1), used)) / source.source.num_documents
+
+
+def _mean(phase: Phase, bands: Sequence[Mapping[str, Any]]) -> float | None:
+    tokens = [band["seen"].get(phase.name, 0) for band in bands]
+    middles = [(band["low"] + band["high"]) / 2 for band in bands]
+    total = sum(tokens)
+    return sum(middle * count for middle, count in zip(middles, tokens, strict=True)) / total if total else None

@@ -16,9 +16,9 @@ from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_sources
 from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan_phases import AveragingSpec
 from megatron_kaiyuan.data.plan_rules import check_first_version, otherwise_in_second
 from megatron_kaiyuan.data.plan_schema import (
-    AveragingSpec,
     PlanSpec,
     SourceSpec,
     TokenizerSpec,
@@ -27,9 +27,10 @@ from megatron_kaiyuan.data.plan_schema import (
     parse_plan_spec,
 )
 from megatron_kaiyuan.data.resume import check_resume, order_record, version_of_record
+from megatron_kaiyuan.data.retention import kept_weights, retained_by_band
 from megatron_kaiyuan.data.simulation import SimulatedSource, simulate_plan_sources
 from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
-from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.errors import PlanError, ResumeError
 
 __all__ = ["Plan"]
 
@@ -177,6 +178,28 @@ class Plan:
     def describe(self, bands: int = 10) -> dict[str, Any]:
         """The dry run as plain data: per phase, source and quantile band, unique and repeated tokens and epochs."""
         return describe_plan(ResolvedPlan(self.spec, self.opened, self.phases, self.fingerprint), bands)
+
+    def retained(self, global_batch_size: int, weight_decay: float, bands: int = 10) -> list[dict[str, Any]]:
+        """Return what weight the tokens of each phase, source and quality band keep in the final weights.
+
+        Args:
+            global_batch_size: samples of a step.
+            weight_decay: Megatron's `--weight-decay`, above 0.
+            bands: equal score bands of a scored source.
+
+        Raises:
+            PlanError: the plan gives no learning rates, or the averaged checkpoints reach back before its start.
+        """
+        if self.phases[0].lr is None:
+            raise PlanError("the weight that data keep depends on the learning rate, and the plan has none; add lr")
+        steps, averaging = self.num_samples / global_batch_size, self.averaging
+        if averaging is not None and (averaging.last - 1) * averaging.every >= steps:
+            raise PlanError(
+                f"averaging: {averaging.last} checkpoints, {averaging.every:,} steps apart, reach back before "
+                f"the first of {steps:,.0f} steps; lower one of them"
+            )
+        kept = kept_weights(self.phases, global_batch_size, weight_decay, averaging)
+        return retained_by_band(self.phases, self.opened, kept, bands)
 
 
 def _held_out(spec: PlanSpec, name: str) -> int:

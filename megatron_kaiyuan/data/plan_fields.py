@@ -33,7 +33,7 @@ REST_OF = "rest of "
 MOST_PASSES = 1_000_000
 """Of a source in a phase."""
 _NAME_SHARDS = "name a prefix, a directory or a glob (. is the working directory), or a list of them"
-_WEIGHTS = re.compile(r"mean|wma|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
+_WEIGHTS = re.compile(r"mean|wma|decay:(linear|cosine|sqrt)|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
 
 
 def _parse_tokens(value: object) -> object:
@@ -94,8 +94,19 @@ def _some(value: Fraction) -> Fraction:
 
 def _check_weights(value: str) -> str:
     if not _WEIGHTS.fullmatch(value) or (value.startswith("ema:") and float(value[4:]) == 0):
-        raise ValueError(f"{value!r} is not a weighting; write mean, wma, or ema:ALPHA with 0 < ALPHA <= 1")
+        raise ValueError(
+            f"{value!r} is not a weighting; write mean, wma, ema:ALPHA with 0 < ALPHA <= 1, or {{as_decay: linear}}, "
+            "cosine or sqrt"
+        )
     return value
+
+
+def _as_decay(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"as_decay"}:
+        raise ValueError(f"{value!r} is not a weighting; write {{as_decay: linear}}, cosine or sqrt")
+    return f"decay:{value['as_decay']}"
 
 
 def _few_passes(value: Fraction) -> Fraction:
@@ -146,7 +157,7 @@ Share = Annotated[Fraction, BeforeValidator(_parse_share)]
 Spacing = Annotated[Share, AfterValidator(_some)]
 Selection = Annotated[Keep, BeforeValidator(_parse_selection)]
 Exclusion = Annotated[Selection, AfterValidator(_by_quality)]
-Weighting = Annotated[str, AfterValidator(_check_weights)]
+Weighting = Annotated[str, BeforeValidator(_as_decay), AfterValidator(_check_weights)]
 Shards = Annotated[str | list[str], BeforeValidator(_parse_shards)]
 DrawName = Annotated[str, AfterValidator(_check_draw)]
 ScoreName = Annotated[str, AfterValidator(_check_score)]

@@ -15,10 +15,11 @@ from megatron_kaiyuan.data.plan_fields import (
     Spacing,
     Tokens,
     Weight,
+    Weighting,
 )
 from megatron_kaiyuan.data.selection import Keep
 
-__all__ = ["AmendmentSpec", "LearningRateSpec", "PhaseSourceSpec", "PhaseSpec", "Strict"]
+__all__ = ["AmendmentSpec", "AveragingSpec", "LearningRateSpec", "PhaseSourceSpec", "PhaseSpec", "Strict"]
 
 _SPACING = Fraction(1, 20)
 
@@ -27,6 +28,31 @@ class Strict(BaseModel):
     """A part of a plan that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class AveragingSpec(Strict):
+    """Which checkpoints the final weights average."""
+
+    last: int = Field(gt=0)
+    every: int = Field(gt=0)
+    """Training steps between two averaged checkpoints."""
+    duration: int | None = Field(default=None, gt=0)
+    """Steps from the first averaged checkpoint to the last, instead of `last`."""
+    weights: Weighting = "mean"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_of_a_duration(cls, value: object) -> object:
+        if not isinstance(value, dict) or value.get("duration") is None:
+            return value
+        duration, every = value["duration"], value.get("every")
+        if "last" in value:
+            raise ValueError("last and duration say the same in two ways; leave one of them out")
+        if not isinstance(duration, int) or not isinstance(every, int) or every < 1 or duration % every:
+            raise ValueError(
+                f"duration {duration} is no multiple of every {every}; give whole numbers of steps that are"
+            )
+        return value | {"last": duration // every + 1}
 
 
 class PhaseSourceSpec(Strict):

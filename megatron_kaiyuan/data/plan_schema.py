@@ -9,8 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_kaiyuan.data.plan_fields import IndexPath, ScoreName, Shards, Share, Tokens, Weighting
-from megatron_kaiyuan.data.plan_phases import LearningRateSpec, PhaseSourceSpec, PhaseSpec, Strict
+from megatron_kaiyuan.data.plan_fields import IndexPath, ScoreName, Shards, Share, Tokens
+from megatron_kaiyuan.data.plan_phases import AveragingSpec, LearningRateSpec, PhaseSourceSpec, PhaseSpec, Strict
 from megatron_kaiyuan.data.plan_rules import check_draws, check_first_version, check_repeats, named_draws
 from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.errors import PlanError
@@ -107,15 +107,6 @@ class DomainBoundSpec(Strict):
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {float(self.min):.4g} is above max {float(self.max):.4g}; no share keeps both")
         return self
-
-
-class AveragingSpec(Strict):
-    """Which checkpoints the final weights average."""
-
-    last: int = Field(gt=0)
-    every: int = Field(gt=0)
-    """Training steps between two averaged checkpoints."""
-    weights: Weighting = "mean"
 
 
 class PlanSpec(Strict):

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_kaiyuan.data.learning_rate import batch_warnings, rate_warnings
+from megatron_kaiyuan.data.retention import retention_warnings
 
 __all__ = ["format_tokens", "plan_tables", "print_plan", "times_shown"]
 
@@ -34,9 +35,12 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
     parts += [_phase_table(phase) for phase in description["phases"]]
     if any(source["bands"] for source in description["sources"].values()):
         parts.append(_bands_table(description))
+    if description.get("retained"):
+        parts.append(_retained_table(description["retained"]))
     parts.append(_summary(description, global_batch_size))
     parts += [Text(line) for line in fill_notes(description)]
     parts += [Text(f"warning: {line}", style="yellow") for line in rate_warnings(description)]
+    parts += [Text(f"warning: {line}", style="yellow") for line in retention_warnings(description.get("retained", []))]
     lost = batch_warnings(description, global_batch_size) if global_batch_size else []
     parts += [Text(f"warning: {line}", style="yellow") for line in lost]
     return Group(*parts)
@@ -156,6 +160,23 @@ def _bands_table(description: dict[str, Any]) -> Table:
         table.add_column(f"{band['low'] * 100:.0f}-{band['high'] * 100:.0f}%", justify="right")
     for name, source in scored.items():
         table.add_row(name, *(f"{band['epochs']:.2f}" if band["tokens"] else "-" for band in reversed(source["bands"])))
+    return table
+
+
+def _retained_table(rows: list[dict[str, Any]]) -> Table:
+    """The weight that a token of each phase, source and band keeps in the final weights."""
+    table = Table(
+        title="Weight that a token keeps in the final weights, 1 = most (best band first)", title_justify="left"
+    )
+    table.add_column("phase")
+    table.add_column("source")
+    bands = len(rows[0]["bands"])
+    for name in ("all", *(f"{100 * band // bands}-{100 * (band + 1) // bands}%" for band in reversed(range(bands)))):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = ["-" if kept is None else f"{kept:.2f}" for kept in reversed(row["bands"])]
+        alike = [""] * bands
+        table.add_row(row["phase"], row["source"], f"{row['kept']:.2f}", *(cells if row["ascending"] else alike))
     return table
 
 

@@ -84,7 +84,7 @@ def test_ema_weights_are_those_of_the_recursion(alpha: float) -> None:
 
 @pytest.mark.parametrize("kind", ["median", "ema", "ema:0", "ema:1.5", "ema:0.2.3", "ema:-1", ""])
 def test_an_unknown_weighting_is_an_error(kind: str) -> None:
-    with pytest.raises(ConfigError, match="mean, wma, or ema"):
+    with pytest.raises(ConfigError, match="use mean, wma, ema:A"):
         weights_of(kind, 3)
 
 

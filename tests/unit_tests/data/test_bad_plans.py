@@ -103,9 +103,9 @@ WRONG_FIELDS = [
     ("phases.0.lr", {"start": -1, "end": 1}, "greater than"),
     ("validation", {"web": {"documents": 0}}, "greater than 0"),
     ("averaging", {"last": 8}, "Field required"),
-    ("averaging", {"last": 8, "every": 4, "weights": "ema:2"}, "write mean, wma, or ema:ALPHA"),
+    ("averaging", {"last": 8, "every": 4, "weights": "ema:2"}, "write mean, wma, ema:ALPHA"),
     ("averaging", {"last": 8, "every": 4, "weights": "ema:0.0"}, "ema:ALPHA with 0 < ALPHA <= 1"),
-    ("averaging", {"last": 8, "every": 4, "weights": "median"}, "write mean, wma, or ema:ALPHA"),
+    ("averaging", {"last": 8, "every": 4, "weights": "median"}, "write mean, wma, ema:ALPHA"),
     ("tokenizer", {"type": "HuggingFaceTokenizer"}, "Field required"),
 ]
 

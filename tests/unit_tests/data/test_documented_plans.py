@@ -104,3 +104,9 @@ def test_the_amended_curriculum_is_what_its_example_says():
     epochs = [band["epochs"] for band in told["sources"]["web"]["bands"]]
     assert [round(epoch, 2) for epoch in (epochs[0], epochs[1], *epochs[3:])] == [0.4, 0.4] + 7 * [0.13]
     assert told["sources"]["web"]["quality"][-1] > 0.99
+
+
+def test_the_weights_that_the_example_keeps_are_those_of_the_document():
+    rows = Plan.from_spec(EXAMPLE, simulate=True).retained(500, 0.1)
+    assert [round(row["kept"], 2) for row in rows[:2]] == [0.72, 0.72]
+    assert [kept and round(kept, 2) for kept in rows[2]["bands"]] == [None] * 7 + [0.91, 0.69, 0.26]

@@ -1,0 +1,143 @@
+"""What the schedule does to the data: the weight that each phase and quality band keeps in the final weights.
+
+AdamW is an exponential average of its updates: with rate `lr` and decoupled weight decay `wd` the update of step `t` is
+in the final weights with weight `lr(t) wd prod(1 - lr(s) wd)` over all steps `s` that follow (arXiv 2509.25380). An
+average of checkpoints is the same sum for each of them, weighted as they are. All is relative to the step that
+keeps most.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_kaiyuan.data.description import quality_at
+from megatron_kaiyuan.data.learning_rate import rate_at
+from megatron_kaiyuan.data.opened import OpenedSource
+from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.plan_phases import AveragingSpec
+
+__all__ = ["averaging_weights", "kept_weights", "retained_by_band", "retention_warnings"]
+
+_PLACES = 64
+"""Equal parts of a phase in which the rate, the quality and the weight are told."""
+_LEAST_SHARE = 1 / 3
+"""Of the largest weight: below, the best band of a curriculum is warned of."""
+
+
+def averaging_weights(kind: str, count: int) -> NDArray[np.float64]:
+    """Weights of `count` checkpoints, oldest first, summing to 1; float64 `[count]`.
+
+    Args:
+        kind: `mean`; `wma`, 1 to `count`; `ema:A`, each newer one `A * newer + (1 - A) * average`; `decay:SHAPE`, as if
+            the rate had decayed to 0 between the oldest and the newest: an update between two of them keeps
+            the rate's share in their middle (arXiv 2507.17634). SHAPE: `linear`, `cosine`, `sqrt`.
+        count: at least 1.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    name, _, detail = kind.partition(":")
+    if name == "decay" and detail in ("linear", "cosine", "sqrt"):
+        middles = [(number - 0.5) / (count - 1) for number in range(1, count)]
+        shares = np.array([1.0, *(rate_at(detail, 1.0, 0.0, middle) for middle in middles), 0.0])
+        return np.asarray(shares[:-1] - shares[1:], dtype=np.float64)
+    if name == "ema" and 0.0 < float(detail) <= 1.0:
+        raw = float(detail) * (1.0 - float(detail)) ** np.arange(count - 1, -1, -1, dtype=np.float64)
+        raw[0] /= float(detail)
+    elif kind in ("mean", "wma"):
+        raw = np.ones(count) if kind == "mean" else np.arange(1, count + 1, dtype=np.float64)
+    else:
+        raise ValueError(f"{kind!r} is no weighting of checkpoints")
+    return np.asarray(raw / raw.sum(), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bins:
+    """Equal parts of every phase, in the order of the run; `[phases * _PLACES]` each."""
+
+    starts: NDArray[np.float64]
+    """First step of each and, last, the end of the run; one more than bins."""
+    rates: NDArray[np.float64]
+
+
+def _bins(phases: Sequence[Phase], global_batch_size: int) -> _Bins:
+    starts: list[float] = []
+    rates = []
+    for phase in phases:
+        assert phase.lr is not None
+        for place in range(_PLACES):
+            starts.append((phase.first_sample + phase.num_samples * place / _PLACES) / global_batch_size)
+            rates.append(rate_at(phase.lr.shape, phase.lr.start, phase.lr.end, (place + 0.5) / _PLACES))
+    end = (phases[-1].first_sample + phases[-1].num_samples) / global_batch_size
+    return _Bins(np.array([*starts, end]), np.array(rates))
+
+
+def kept_weights(
+    phases: Sequence[Phase], global_batch_size: int, weight_decay: float, averaging: AveragingSpec | None
+) -> NDArray[np.float64]:
+    """Weight, in the final weights, of a step in the middle of each 64th of each phase; float64 `[phases, 64]`.
+
+    Args:
+        phases: of a plan with learning rates.
+        global_batch_size: samples of a step.
+        weight_decay: Megatron's `--weight-decay`.
+        averaging: which checkpoints the final weights average; None: they are the last ones.
+    """
+    bins = _bins(phases, global_batch_size)
+    widths = np.diff(bins.starts)
+    fading = np.append(0.0, np.cumsum(widths * np.log1p(-bins.rates * weight_decay)))
+    middles = (bins.starts[:-1] + bins.starts[1:]) / 2
+    kept = np.zeros(len(middles))
+    ends, shares = [bins.starts[-1]], np.ones(1)
+    if averaging is not None:
+        ends = [bins.starts[-1] - averaging.every * number for number in reversed(range(averaging.last))]
+        shares = averaging_weights(averaging.weights, averaging.last)
+    at_middle = np.interp(middles, bins.starts, fading)
+    for end, share in zip(ends, shares.tolist(), strict=True):
+        faded = np.exp(np.interp(end, bins.starts, fading) - at_middle)
+        kept += np.where(middles < end, share * bins.rates * weight_decay * faded, 0.0)
+    return kept.reshape(len(phases), _PLACES)
+
+
+def retained_by_band(
+    phases: Sequence[Phase], opened: Mapping[str, OpenedSource], kept: NDArray[np.float64], bands: int
+) -> list[dict[str, Any]]:
+    """The weight that a token of each band keeps, phase by phase and source by source, 1 for the step that keeps most.
+
+    A band that the phase does not show has None. All bands of a source in random order keep alike.
+    """
+    relative = kept / kept.max() if kept.max() > 0 else kept
+    rows = []
+    for phase, weights in zip(phases, relative, strict=True):
+        for number, name in enumerate(phase.source_list):
+            stream, row = phase.stream_list[number], {"phase": phase.name, "source": name, "ascending": False}
+            mean = float(weights.mean())
+            if stream.ascending:
+                row["ascending"] = True
+                places = [int(phase.num_samples * (place + 0.5) / _PLACES) for place in range(_PLACES)]
+                shown = [min(int(quality_at(phase, opened[name], at) * bands), bands - 1) for at in places]
+                found = [weights[[one == band for one in shown]] for band in range(bands)]
+                rows.append(
+                    row | {"kept": mean, "bands": [float(some.mean()) if len(some) else None for some in found]}
+                )
+            else:
+                rows.append(row | {"kept": mean, "bands": [mean] * bands})
+    return rows
+
+
+def retention_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Curricula whose best band keeps less than a third of what the step that keeps most does."""
+    lines = []
+    for row in rows:
+        best = next((kept for kept in reversed(row["bands"]) if kept is not None), None)
+        if row["ascending"] and best is not None and not math.isnan(best) and best < _LEAST_SHARE:
+            lines.append(
+                f"phase {row['phase']!r}, source {row['source']!r}: a token of its best band keeps {best:.0%} of the "
+                "weight that the step which keeps most has in the final weights; decay less where the best data is, "
+                "average over a shorter stretch, or show it earlier"
+            )
+    return lines
