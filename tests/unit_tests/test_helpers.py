@@ -1,6 +1,7 @@
 """The process runner itself: a test that cannot fail would hide every distributed bug."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -57,3 +58,13 @@ def test_a_rank_that_hangs_is_ended_after_the_timeout() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0\] did not finish within 4 s"):
         run_distributed(_sleep, 1, timeout=4)
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("module", ["benchmarks.training_throughput", "benchmarks.scaling", "studies.order_study"])
+def test_a_benchmark_that_borrows_from_the_tests_keeps_its_device(module: str) -> None:
+    code = f"import os, {module}; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('KAIYUAN_DEVICE'))"
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "KAIYUAN_DEVICE")
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["None", "None"]
