@@ -5,8 +5,9 @@
     .venv/bin/python examples/quantile/prepare.py domains      # for studies/quantile_study.yaml
 
 `planted`: docstrings of the installed packages, in which a share of the words has its letters shuffled. In `graded`
-the score falls as that share grows; in `blind` the same kind of text has scores drawn at random. `clean` is never
-trained on.
+the score falls as that share grows; in `blind` the same kind of text has scores drawn at random. `code` is pieces of
+Python files, undamaged and with scores drawn at random: a specialist, poor at prose and the best at code. `clean` and
+`clean_code` are never trained on.
 `domains`: Python files and docstrings with the demo's own quality scores, as they are.
 """
 
@@ -16,7 +17,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,9 @@ MOST_SHUFFLED = 0.9
 """Share of the words whose letters are shuffled in the worst documents."""
 CLEAN_EVERY = 12
 """One document in so many is kept clean and held out."""
+CODE_BYTES = 6_000_000
+PIECE = 1500
+"""Characters of a document of code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +59,20 @@ def main() -> None:
     budget = int((args.megabytes or (9 if planted else 60)) * 1e6)
     rows = planted_rows(output, budget) if planted else domain_rows(output, budget)
     vocabulary = args.vocab_size or (1024 if planted else 8192)
-    write_shards(output, rows, vocabulary, clean="clean" if planted else None)
+    write_shards(output, rows, vocabulary, clean=("clean", "clean_code") if planted else ())
 
 
 def planted_rows(output: Path, budget: int) -> dict[str, list[Row]]:
-    """`graded`, `blind` and `clean` documents."""
-    _, reference, _ = build_corpus(output / "corpus", CorpusBudget(code=1, reference=budget, packages=1))
+    """`graded`, `blind`, `code`, `clean` and `clean_code` documents."""
+    sizes = CorpusBudget(code=CODE_BYTES, reference=budget, packages=1)
+    _, reference, _ = build_corpus(output / "corpus", sizes)
     if reference.bytes < budget:
         raise SystemExit(
             f"prepare.py: asked for {budget / 1e6:g} MB of docstrings, and the packages of this Python hold "
             f"{reference.bytes / 1e6:.1f} MB; use the environment of `make env`, or give a smaller --megabytes and "
             "lower slices.tokens of the study in proportion"
         )
-    found: dict[str, list[Row]] = {"graded": [], "blind": [], "clean": []}
+    found: dict[str, list[Row]] = {"graded": [], "blind": [], "code": [], "clean": [], "clean_code": []}
     chance = random.Random(1234)
     for number, text in enumerate(texts_of(output / "corpus" / "reference.parquet")):
         if number % CLEAN_EVERY == 0:
@@ -77,6 +82,21 @@ def planted_rows(output: Path, budget: int) -> dict[str, list[Row]]:
         damaged = damage(text, MOST_SHUFFLED * (1.0 - quality), chance)
         name = "graded" if chance.random() < 0.5 else "blind"
         found[name].append(Row(damaged, quality if name == "graded" else chance.random()))
+    for number, text in enumerate(texts_of(output / "corpus" / "code.jsonl")):
+        # whole files, so that no held-out piece has its sister among those that are trained on
+        name = "clean_code" if number % CLEAN_EVERY == 0 else "code"
+        found[name] += [Row(piece, chance.random()) for piece in pieces(text)]
+    return found
+
+
+def pieces(text: str) -> list[str]:
+    """A file in runs of lines of about `PIECE` characters; short rests are left out."""
+    found, lines = [], []
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= PIECE:
+            found.append("".join(lines))
+            lines = []
     return found
 
 
@@ -118,9 +138,9 @@ def scored_rows(path: Path) -> Iterator[Row]:
             yield Row(row["text"], row["score"])
 
 
-def write_shards(output: Path, rows: Mapping[str, list[Row]], vocabulary: int, clean: str | None) -> None:
+def write_shards(output: Path, rows: Mapping[str, list[Row]], vocabulary: int, clean: Sequence[str]) -> None:
     """Tokenizer, shards and rank indexes through the tools that a user would run."""
-    train_on = rows[clean] if clean else [row for some in rows.values() for row in some]
+    train_on = [row for name in clean or rows for row in rows[name]]
     train_tokenizer((row.text for row in train_on), output / "tokenizer", vocabulary)
     for name, some in rows.items():
         write_jsonl(output / "text" / f"{name}.jsonl", some)
@@ -129,12 +149,12 @@ def write_shards(output: Path, rows: Mapping[str, list[Row]], vocabulary: int, c
         tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", output / "tokenizer"]
         paths = ["--input", output / "text" / f"{name}.jsonl", "--output-prefix", shard]
         tool("preprocess_data.py", *paths, *tokenizer, "--score-key", "score", "--append-eod", "--overwrite")
-        if name != clean:
+        if name not in clean:
             tool("rank_data.py", f"{shard}_text_document", "--score", "score")
         tokens = Path(f"{shard}_text_document.bin").stat().st_size // 2
         print(f"{name}: {len(some):,} documents, {tokens:,} tokens")
     if clean:
-        write_task(output / "tasks", [row.text for row in rows[clean]])
+        write_task(output / "tasks", [row.text for row in rows[clean[0]]])
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:

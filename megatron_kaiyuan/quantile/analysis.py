@@ -82,6 +82,7 @@ class Analysis:
     metrics: tuple[Metric, ...]
     scores: Mapping[str, Score]
     """`overall` first, then capabilities."""
+    design: Design
     trends: tuple[Shape, ...]
     bends: tuple[Shape, ...]
     pairs: tuple[Pair, ...]
@@ -212,6 +213,7 @@ def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult])
         seeds=seeds,
         metrics=metrics,
         scores=scores,
+        design=design,
         trends=tuple(shape for shape in shapes if shape.kind == "trend"),
         bends=tuple(shape for shape in shapes if shape.kind == "bend"),
         pairs=pairs_of(scores, PAIRS_SHARE * level),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_kaiyuan.quantile.study import Study
 
-__all__ = ["CostEstimate", "estimate_cost", "format_share"]
+__all__ = ["CostEstimate", "estimate_cost", "format_gpu_time", "format_share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,13 @@ class CostEstimate:
             f"of {self.parameters:,} parameters",
             f"{self.flops:.3g} FLOPs of training in all, {format_share(self.share_of_main_run)} of the main run's "
             f"{self.main_run_flops:.3g}",
-            f"{self.gpu_hours:,.2f} GPU hours at {self.tokens_per_second:,.0f} tokens/s ({self.assumption})",
+            f"{format_gpu_time(self.gpu_hours)} at {self.tokens_per_second:,.0f} tokens/s ({self.assumption})",
         ]
+
+
+def format_gpu_time(hours: float) -> str:
+    """GPU time in the unit that leaves a number to read."""
+    return f"{hours:,.2f} GPU hours" if hours >= 0.1 else f"{hours * 3600:,.0f} GPU seconds"
 
 
 def format_share(share: float) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "Shape",
     "pairs_of",
     "shapes_of",
+    "trend_terms",
     "unsteady_of",
 ]
 
@@ -127,6 +128,14 @@ def shapes_of(design: Design, scores: Mapping[str, Score], level: float) -> tupl
     return tuple(
         replace(shape, claim=_claim(shape.estimate, shape.adjusted, level, _NAMES[shape.kind])) for shape in gated
     )
+
+
+def trend_terms(design: Design) -> list[tuple[NDArray[np.float64], float]]:
+    """Return, of each source with a trend, the coefficients of the runs and its share of the level by `overall`."""
+    found = [one for source in dict.fromkeys(design.sources) if (one := _trend(design, source)) is not None]
+    bends = any(_bend(design, source) is not None for source in dict.fromkeys(design.sources))
+    share = SHAPES_SHARE * (_SHARES["trend"] if bends else 1.0)
+    return [(coefficients, share / len(found)) for coefficients in found]
 
 
 def _shape(design: Design, score: Score, source: str, kind: str, coefficients: NDArray[np.float64]) -> Shape:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, Metric
-from megatron_kaiyuan.quantile.cost import format_share
+from megatron_kaiyuan.quantile.claimable import smallest_claimable
+from megatron_kaiyuan.quantile.cost import format_gpu_time, format_share
 from megatron_kaiyuan.quantile.figures import (
     curve_figure,
     heat_figure,
@@ -20,7 +21,7 @@ from megatron_kaiyuan.quantile.inference import LEAST_RUNS, PAIRS_SHARE, SHAPES_
 from megatron_kaiyuan.quantile.proposal import Proposal, format_p
 from megatron_kaiyuan.quantile.results import RunResult
 from megatron_kaiyuan.quantile.runs import SlicedStudy
-from megatron_kaiyuan.quantile.statistics import variance_ratio, variance_ratio_bound
+from megatron_kaiyuan.quantile.statistics import typical_variance, variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.quantile.study import Study
 from megatron_kaiyuan.reporting.html_page import figure_block, html_card, html_list, html_page, html_table
 from megatron_kaiyuan.reporting.plan_table import format_tokens
@@ -47,6 +48,7 @@ def write_page(
         *(f'<p class="note refusal">{html.escape(line)}</p>' for line in analysis.refusals),
         *(f'<p class="note">{html.escape(line)}</p>' for line in analysis.warnings),
         _cards(analysis),
+        *_smallest(study, analysis),
         "<h2>What the results show</h2>",
         html_list([line for line in told if line not in analysis.refusals]),
         *_overview(analysis),
@@ -69,7 +71,7 @@ def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
         f"{len(results)} models of {format_tokens(cost['parameters'])} parameters, each trained on "
         f"{format_tokens(study.budget)} tokens of one slice ({format_tokens(study.slices.tokens)} unique). "
         f"{_power_of_ten(cost['flops'])} FLOPs in all, {format_share(cost['share_of_main_run'])} of the main run; "
-        f"{cost['gpu_hours']:,.2g} GPU hours as estimated."
+        f"{format_gpu_time(cost['gpu_hours'])} as estimated."
     )
 
 
@@ -100,6 +102,41 @@ def _cards(analysis: Analysis) -> str:
     if max(analysis.seeds) < 2:
         cards = [(analysis.cells[leader].name, "highest mean, of one seed: not a finding")]
     return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
+
+
+def _smallest(study: Study, analysis: Analysis) -> list[str]:
+    """What the study could have claimed, before what it claims."""
+    if max(analysis.seeds) < 2:
+        return []
+    sizes = smallest_claimable(analysis.design, study.level)
+    lines = [
+        f"By all measures together, {line}." for line in sizes.lines([float(cell) for cell in study.slices.tops], None)
+    ]
+    units = [
+        f"{metric.name} {math.sqrt(typical_variance(metric.measure.run_means)[0]):.2g}"
+        for metric in analysis.metrics
+        if metric.decides
+    ]
+    lines.append(f"A seed spread is, in the measures' own units: {'; '.join(units)}.")
+    return ["<h2>The smallest difference that could be claimed</h2>", html_list(lines)]
+
+
+def _means(analysis: Analysis) -> str:
+    """Means and spreads of the seeds, as the measures are known."""
+    deciding = [metric for metric in analysis.metrics if metric.decides or metric.unit == "accuracy"]
+    rows = [
+        [cell.name, str(analysis.seeds[number])]
+        + [
+            f"{metric.shown(number).mean():.4g}"
+            + (f" ± {metric.shown(number).std(ddof=1):.2g}" if analysis.seeds[number] > 1 else "")
+            for metric in deciding
+        ]
+        for number, cell in enumerate(analysis.cells)
+    ]
+    table = html_table(
+        ["slice", "seeds", *(metric.name for metric in deciding)], rows, numbers=set(range(1, len(deciding) + 2))
+    )
+    return f"<details><summary>Means and standard deviations over seeds in numbers</summary>{table}</details>"
 
 
 def _ranks(low: int, high: int) -> str:
@@ -173,6 +210,7 @@ def _curves(analysis: Analysis) -> list[str]:
         "between seeds, pooled over all slices). A triangle marks a slice that did better than its neighbour with the "
         "higher score: filled where that is claimed, open where it is not. A slice stands where its documents lie; at "
         "the ends that is further inwards than its name. Bits per byte fall towards the right where a score works.</p>",
+        _means(analysis),
         *_plots(analysis, main),
         *_further_curves(analysis, more),
     ]

@@ -27,7 +27,7 @@ from megatron_kaiyuan.quantile.held_out import LEAST_HELD_OUT
 from megatron_kaiyuan.quantile.study import Study, top_name
 from megatron_kaiyuan.shards.shard import resolve_prefixes
 
-__all__ = ["Slice", "choose_slices", "cut_band", "open_sources"]
+__all__ = ["Slice", "choose_slices", "cut_band", "open_sources", "stratum_centres"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +184,8 @@ def _parts(study: Study) -> int:
     return 1 if study.slices.documents == "shared" else len(study.training.seeds)
 
 
-def _centres(study: Study, top: Fraction) -> list[tuple[Fraction, int]]:
-    """Middles of the runs of documents of a quantile, from the best document, and how many slices each is cut into."""
+def stratum_centres(study: Study, top: Fraction) -> list[tuple[Fraction, int]]:
+    """Return the middles of a quantile's runs of documents, from the best document, and the slices in each."""
     if study.slices.documents != "spread":
         return [(top, _parts(study))]
     tops = sorted(study.slices.tops)
@@ -200,7 +200,7 @@ def _centres(study: Study, top: Fraction) -> list[tuple[Fraction, int]]:
 def _cut_top(study: Study, runs: DocumentRuns, top: Fraction, tokens: int) -> list[tuple[int, int]] | None:
     """First and last document of each slice of a quantile; None when they do not fit."""
     found: list[tuple[int, int]] = []
-    for centre, parts in _centres(study, top):
+    for centre, parts in stratum_centres(study, top):
         edges = cut_band(runs, round((1 - centre) * runs.num_documents), parts, tokens + 1)
         if edges is None:
             return None

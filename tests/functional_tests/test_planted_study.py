@@ -1,4 +1,5 @@
-"""examples/quantile/run.sh as a user starts it: the planted difference is found, and the blind score claims nothing.
+"""examples/quantile/run.sh as a user starts it: the planted difference is found, the blind score claims nothing, and
+the specialist is kept.
 
 Its size is the example's own, because that is what the page tells; about five minutes on two cores.
 """
@@ -30,9 +31,11 @@ def test_the_report_finds_the_planted_difference_and_refuses_to_claim_the_other(
     study = tmp_path / "runs" / "quantile" / "study"
     report = json.loads((study / "report.json").read_text())
     claims = {trend["source"]: trend["claim"] for trend in report["trends"] if trend["score"] == "overall"}
-    assert claims == {"graded": "rises", "blind": "none"}, report["conclusions"]
-    assert report["runs"] == 18
+    assert claims == {"graded": "rises", "blind": "none", "code": "none"}, report["conclusions"]
+    assert report["runs"] == 27
     assert not report["refusals"]
     best = yaml.safe_load((study / "proposed_plan.yaml").read_text())["phases"][-1]["sources"]
-    assert best["graded"]["keep"].startswith("top ")
-    assert best["blind"] == {"keep": "all", "sorted": False}
+    assert "code" in best, report["proposal"]
+    mixes = {mix["capability"]: mix["shares"] for mix in report["proposal"]["mixes"]}
+    assert mixes["code"] == {"graded": 0, "blind": 0, "code": 1}
+    assert mixes["prose"]["code"] == 0

@@ -257,3 +257,31 @@ def test_tasks_of_a_job_array_share_all_runs_between_them(tmp_path: Path) -> Non
     assert sorted(run.name for share in shares for run in share) == sorted(run.name for run in sliced.runs)
     with pytest.raises(StudyError, match="--task-id 4 of --num-tasks 4"):
         my_share(sliced.runs, 4, 4)
+
+
+def test_spread_seeds_lie_evenly_over_the_stratum_of_their_quantile(tmp_path: Path) -> None:
+    """Three seeds at 1/6, 3/6 and 5/6 of it; strata meet half way between the quantiles 0, 40 and 80 %."""
+    slices = study_content(tmp_path)["slices"] | {"documents": "spread"}
+    study, sliced = sliced_study(tmp_path, slices=slices)
+    strata = {0.0: (0.0, 0.2), 0.4: (0.2, 0.6), 0.8: (0.6, 1.0)}
+    for top, (best, worst) in strata.items():
+        runs = [run for run in sliced.runs if (run.source, run.top) == ("good", top)]
+        middles = sorted(float(sum(run.reach) / 2) for run in runs)
+        expected = [best + (worst - best) * share for share in (1 / 6, 1 / 2, 5 / 6)]
+        assert middles == pytest.approx(expected, abs=0.005)
+    ends = sorted(run.reach for run in sliced.runs if run.source == "good")
+    assert all(earlier[1] <= later[0] for earlier, later in pairwise(ends))
+    assert study.slices.documents == "spread"
+
+
+def test_spread_slices_that_do_not_fit_are_refused_with_a_size_that_does(tmp_path: Path) -> None:
+    slices = study_content(tmp_path)["slices"] | {"documents": "spread"}
+    only = {"good": study_content(tmp_path)["sources"]["good"]}  # each source has a size of its own
+    one = study_content(tmp_path)["training"] | {"micro_batch_size": 1, "global_batch_size": 1}
+    write_sources(tmp_path)
+    with pytest.raises(StudyError, match=r"lower slices\.tokens to at most [0-9,]+") as refused:
+        write_slices(tiny_study(tmp_path, sources=only, training=one, slices=slices | {"tokens": 4096}))
+    most = int(str(refused.value).split("at most ")[1].split(", name")[0].replace(",", ""))
+    write_slices(tiny_study(tmp_path, sources=only, training=one, slices=slices | {"tokens": most}))
+    with pytest.raises(StudyError):
+        write_slices(tiny_study(tmp_path, sources=only, training=one, slices=slices | {"tokens": most + 32}))
