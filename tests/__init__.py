@@ -19,9 +19,9 @@ GPU_TESTS = os.environ.get("KAIYUAN_GPU_TESTS", "")
 def _prepare() -> None:
     if GPU_TESTS not in ("", "cpu", "cuda"):
         raise ValueError(f"KAIYUAN_GPU_TESTS={GPU_TESTS}: give cuda or cpu, or leave it out")
+    os.environ["KAIYUAN_DEVICE"] = "cuda" if GPU_TESTS == "cuda" else "cpu"
     if GPU_TESTS != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ["KAIYUAN_DEVICE"] = "cpu"
     # Commands that the tests start find this checkout first, and whatever else this Python found its packages in.
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     folders = [str(REPOSITORY), *(folder for folder in inherited if folder and folder != str(REPOSITORY))]

@@ -11,7 +11,7 @@ import pytest
 from tests import GPU_TESTS, REPOSITORY
 from tests.gpu.machine import gpu_count
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.timeout(400)
 HUGGING_FACE_LOSS = """
 import json, sys
 import torch

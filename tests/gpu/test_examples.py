@@ -20,7 +20,6 @@ LENGTH = 8
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("quantile study")
 def test_a_quantile_study_from_slices_to_report(tmp_path: Path) -> None:
     """Two runs of 60 steps at a time, which share the GPU where there is one."""
     write_sources(tmp_path, names=("good",))

@@ -26,7 +26,6 @@ from tests.unit_tests.kernels.exact import (
 )
 from tests.unit_tests.model import test_document_attention as documents
 
-pytestmark = pytest.mark.xdist_group("kernels")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(1, 96), (3, 768), (131, 5000)] if GPU_TESTS == "cuda" else [(1, 96), (3, 768)]
 VOCABULARY = 8193

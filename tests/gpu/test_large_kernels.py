@@ -14,7 +14,6 @@ from tests import GPU_TESTS
 from tests.gpu.conftest import require_memory
 from tests.unit_tests.kernels.exact import EPS, exact_norm, exact_query_key_value, exact_swiglu
 
-pytestmark = pytest.mark.xdist_group("large kernels")
 MORE_THAN = 2**31 if GPU_TESTS == "cuda" else 2**14
 UNIT = 2.0**-10
 """Two roundings of FP16."""

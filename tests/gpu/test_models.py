@@ -39,7 +39,7 @@ def cases_of(spec: str, precision: str) -> list[Case]:
 
 CASES = [case for spec, precision in itertools.product(SPECS, PRECISIONS) for case in cases_of(spec, precision)]
 CASES.append(Case(name="local, FP32, all fusions", shape=SHAPE, features=KAIYUAN, fusions=FUSED))
-pytestmark = [pytest.mark.xdist_group("models"), pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 
 def attempt_steps(rank: int, cases: list[Case]) -> dict[str, Any]:

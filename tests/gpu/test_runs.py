@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ SAVING = shlex.split("--save saved --load saved --save-interval 100 --kaiyuan-ac
 FP16 = ("--fp16", "--initial-loss-scale", "4096")
 LOCAL = ("--transformer-impl", "local")
 ENGINE_SPEC = ("--transformer-impl", "transformer_engine")
-WAYS = {
-    "local, FP16": (*LOCAL, *FP16),
-    "local, bf16": (*LOCAL, "--bf16"),
-    "local, FP16, distributed optimizer, documents apart": (
-        *LOCAL, *FP16, "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable",
-        "--reset-position-ids", "--reset-attention-mask", "--no-create-attention-mask-in-dataloader",
-    ),
-    "Transformer Engine, FP16": (*ENGINE_SPEC, *FP16),
-    "Transformer Engine, bf16": (*ENGINE_SPEC, "--bf16"),
-}  # fmt: skip
+needs_engine = pytest.mark.skipif(bool(ENGINE), reason=ENGINE or "there")
 
 
 @pytest.fixture(autouse=True)
@@ -42,26 +32,46 @@ def run(folder: Path, plan: Path, *flags: str) -> Finished:
     return train_well(folder, "--plan", str(plan), *SAVING, "--deterministic-mode", *flags)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(
-            flags, id=name, marks=[pytest.mark.xdist_group(name), *([pytest.mark.skip(ENGINE)] if skipped else [])]
-        )
-        for name, flags in WAYS.items()
-        for skipped in [bool(ENGINE) and "transformer_engine" in flags]
-    ],
-)
-def test_a_run_that_is_resumed_ends_bit_for_bit_alike(flags: Sequence[str], tmp_path: Path) -> None:
-    """Weights, main weights, optimizer and loss scaler; and the monitor has read every layer."""
-    plan = write_corpus(tmp_path, end=VOCABULARY - 1)  # the tokenizer's own end of a document
-    whole = run(tmp_path / "whole", plan, *flags)
-    run(tmp_path / "parts", plan, *flags, "--exit-interval", "3")
-    run(tmp_path / "parts", plan, *flags)
-    assert different_tensors(tmp_path / "whole", tmp_path / "parts", STEPS) == []
-    losses = whole.logged("lm loss")
-    assert losses[STEPS] < losses[1]
-    assert_monitored(tmp_path / "whole" / "saved" / "metrics.jsonl")
+class Resumed:
+    """One way to train; a class each, because gpu-check runs classes and modules side by side."""
+
+    flags: tuple[str, ...]
+
+    def test_a_run_that_is_resumed_ends_bit_for_bit_alike(self, tmp_path: Path) -> None:
+        """Weights, main weights, optimizer and loss scaler; and the monitor has read every layer."""
+        plan = write_corpus(tmp_path, end=VOCABULARY - 1)  # the tokenizer's own end of a document
+        whole = run(tmp_path / "whole", plan, *self.flags)
+        run(tmp_path / "parts", plan, *self.flags, "--exit-interval", "3")
+        run(tmp_path / "parts", plan, *self.flags)
+        assert different_tensors(tmp_path / "whole", tmp_path / "parts", STEPS) == []
+        losses = whole.logged("lm loss")
+        assert losses[STEPS] < losses[1]
+        assert_monitored(tmp_path / "whole" / "saved" / "metrics.jsonl")
+
+
+class TestLocalFp16(Resumed):
+    flags = (*LOCAL, *FP16)
+
+
+class TestLocalBf16(Resumed):
+    flags = (*LOCAL, "--bf16")
+
+
+class TestDistributedOptimizerAndDocumentsApart(Resumed):
+    flags = (
+        *LOCAL, *FP16, "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable",
+        "--reset-position-ids", "--reset-attention-mask", "--no-create-attention-mask-in-dataloader",
+    )  # fmt: skip
+
+
+@needs_engine
+class TestTransformerEngineFp16(Resumed):
+    flags = (*ENGINE_SPEC, *FP16)
+
+
+@needs_engine
+class TestTransformerEngineBf16(Resumed):
+    flags = (*ENGINE_SPEC, "--bf16")
 
 
 def assert_monitored(path: Path) -> None:
@@ -73,12 +83,10 @@ def assert_monitored(path: Path) -> None:
     assert all(0 < peak < 65504 for peak in peaks.values())
 
 
-@pytest.mark.xdist_group("rising scale")
 def test_the_branch_scale_rises_and_stays_after_a_resume(tmp_path: Path) -> None:
     rising_scale.assert_scale_rises_and_stays(tmp_path, 1)
 
 
-@pytest.mark.xdist_group("fusions")
 def test_every_fusion_gives_the_losses_of_none(tmp_path: Path) -> None:
     """FP32 master weights of an FP16 model move by roundings of FP16 only, which six steps do not amplify."""
     plan = write_corpus(tmp_path)

@@ -25,7 +25,7 @@ from tests.helpers import run_distributed
 from tests.unit_tests.model import test_parallel, tiny
 from tests.unit_tests.model.test_model import assert_matches_reference
 
-pytestmark = [pytest.mark.usefixtures("two_gpus"), pytest.mark.timeout(400), pytest.mark.xdist_group("two GPUs")]
+pytestmark = [pytest.mark.usefixtures("two_gpus"), pytest.mark.timeout(400)]
 FP16 = ("--fp16", "--initial-loss-scale", "4096")
 ZERO = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 LONG_RUN = 240

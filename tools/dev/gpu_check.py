@@ -112,7 +112,7 @@ def run_tests(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"), key=lambda path: LONGEST_FIRST.index(path.stem[5:]))
     command = [
         *[sys.executable, "-m", "pytest", *map(str, files), "-p", "tests.gpu.lines", "-p", "no:cacheprovider"],
-        *["--numprocesses", str(args.workers), "--dist", "loadgroup", "--no-loadscope-reorder", "-k", args.expression],
+        *["--numprocesses", str(args.workers), "--dist", "loadscope", "--no-loadscope-reorder", "-k", args.expression],
     ]
     environment = os.environ | {
         "KAIYUAN_GPU_TESTS": args.device, "KAIYUAN_GPU_RESULTS": str(results.resolve()),
