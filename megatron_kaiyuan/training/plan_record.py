@@ -13,6 +13,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION
 from megatron_kaiyuan.errors import ResumeError
 
 __all__ = ["RECORD", "check_resume", "plan_as_begun", "saved_arguments", "store_record"]
@@ -44,19 +45,20 @@ def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
 
 
 def plan_as_begun(plan: Plan | None, saved: argparse.Namespace | None) -> Plan | None:
-    """The plan in the version of the plan language that the run to continue began with, and say so where it is old."""
+    """Return the plan in the version of the plan language that the run to continue began with."""
     record = getattr(saved, RECORD, None)
-    if plan is None or record is None:
-        return plan
-    begun = plan.as_begun(record)
-    if begun is not plan:
+    return plan if plan is None or record is None else plan.as_begun(record)
+
+
+def _say_version(plan: Plan) -> None:
+    """Tell what a new run would order otherwise, where this one goes on under an earlier version."""
+    if plan.spec.order_version < NEWEST_VERSION:
         print_rank_0(
-            f"> the run began under version {begun.spec.order_version} of the plan language and goes on with its "
-            f"order; write version: {begun.spec.order_version} into the plan to say so"
+            f"> the run began under version {plan.spec.order_version} of the plan language and goes on with its order; "
+            f"write version: {plan.spec.order_version} into the plan to say so"
         )
-    for line in begun.otherwise_in_newest():
+    for line in plan.otherwise_in_newest():
         print_rank_0(f">   a new run would differ: {line}")
-    return begun
 
 
 def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Namespace | None) -> None:
@@ -78,6 +80,7 @@ def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Na
     record = getattr(saved, RECORD, None)
     if plan is not None and record is not None:
         plan.check_resume(record, consumed)
+        _say_version(plan)
     elif plan is not None:
         raise ResumeError(
             f"--load {args.load}: {consumed:,} samples were trained on without a plan, so the place where --plan "

@@ -22,7 +22,8 @@ def saved_by(plan: Plan, consumed: int = 5) -> Namespace:
     return Namespace(**{RECORD: plan.order_record(), "consumed_train_samples": consumed, "padded_vocab_size": 64})
 
 
-def test_a_run_begun_under_version_1_resumes_without_a_change_of_its_plan(spec, capsys):
+def test_a_run_begun_under_version_1_resumes_without_a_change_of_its_plan(spec, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     begun = Plan.from_spec(spec | {"version": 1})
     saved, args = saved_by(begun), Namespace(load="runs/x", plan="plan.yaml", padded_vocab_size=64)
     plan = plan_as_begun(Plan.from_spec(spec), saved)
