@@ -27,7 +27,7 @@ from megatron_kaiyuan.evaluation.loading import (
     start_single_process,
 )
 from megatron_kaiyuan.evaluation.token_bytes import token_bytes
-from megatron_kaiyuan.quantile.held_out import HeldOutDocuments
+from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
 from megatron_kaiyuan.quantile.results import (
     HeldOutResult,
     Identity,
@@ -171,6 +171,12 @@ class _Evaluator:
         self._held_out = {
             name: HeldOutDocuments(plan, name, study.evaluation.max_windows) for name in study.evaluation.held_out
         }
+        told = study.evaluation.held_out
+        self._groups = {
+            name: group_numbers(plan, name, sidecar, documents.documents)
+            for name, documents in self._held_out.items()
+            if (sidecar := told[name].groups) is not None
+        }
         self._bytes = token_bytes(study.tokenizer.model) if study.tokenizer is not None else None
         start_single_process()
         self._arguments: argparse.Namespace | None = None
@@ -187,7 +193,7 @@ class _Evaluator:
             arguments = single_process_arguments(checkpoint.arguments)
             self._model, self._arguments = build_untrained(arguments), arguments
         load_weights(self._model, checkpoint)
-        held_out = {name: self._held_out_result(documents) for name, documents in self._held_out.items()}
+        held_out = {name: self._held_out_result(name, documents) for name, documents in self._held_out.items()}
         tasks, failed = self._suite.evaluate(self._model, self._study, self._arguments.max_position_embeddings)
         identity = Identity(
             tokenizer=self._sliced.tokenizer,
@@ -197,7 +203,7 @@ class _Evaluator:
         )
         return RunResult(run.name, run.digest, identity, held_out, tasks, failed, finished.tokens_per_second)
 
-    def _held_out_result(self, documents: HeldOutDocuments) -> HeldOutResult:
+    def _held_out_result(self, name: str, documents: HeldOutDocuments) -> HeldOutResult:
         nats, tokens, sizes = (np.zeros(documents.num_documents) for _ in range(3))
         for start in range(0, documents.num_windows, self._study.evaluation.batch_size):
             rows = documents.rows(start, min(start + self._study.evaluation.batch_size, documents.num_windows))
@@ -210,6 +216,7 @@ class _Evaluator:
             nats=tuple(round(value, 6) for value in nats.tolist()),
             tokens=tuple(int(value) for value in tokens),
             bytes=tuple(int(value) for value in sizes),
+            groups=self._groups.get(name, ()),
         )
 
 

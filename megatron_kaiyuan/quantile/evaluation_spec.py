@@ -37,6 +37,9 @@ class HeldOutSpec(StrictModel):
     """Shards of a set that is only evaluated on; None: part of the source of this name."""
     capability: str = "language modelling"
     """What it stands for in the ranking."""
+    groups: str | None = None
+    """Score sidecar with the number of the group of each document, such as its package or host: documents of one group
+    are one draw in the statistics. None: each document is by itself."""
 
 
 class TaskSpec(StrictModel):
@@ -94,7 +97,9 @@ class EvaluationSpec(StrictModel):
         content = self.model_dump(mode="json", include=names)
         for task in content["tasks"] if isinstance(content["tasks"], list | tuple) else ():
             del task["capability"]  # a label of the report; renaming it changes nothing that was measured
-        return [content, *([_files_of(self.task_folders)] if self.task_folders else [])]
+        groups = {name: told.groups for name, told in self.held_out.items() if told.groups is not None}
+        files = [_files_of(self.task_folders)] if self.task_folders else []
+        return [content, *files, *([groups] if groups else [])]  # absent where older results have none
 
 
 def _files_of(folders: tuple[str, ...]) -> list[list[str]]:

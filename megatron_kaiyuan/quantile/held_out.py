@@ -6,10 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data import HeldOutDataset, Plan
-from megatron_kaiyuan.errors import PlanError, StudyError
+from megatron_kaiyuan.errors import PlanError, ScoreError, StudyError
 
-__all__ = ["LEAST_HELD_OUT", "HeldOutDocuments"]
+__all__ = ["LEAST_GROUPS", "LEAST_HELD_OUT", "HeldOutDocuments", "group_numbers"]
 
+LEAST_GROUPS = 10
+"""Groups of the documents of a held-out set; of fewer the spread between groups is not known."""
 LEAST_HELD_OUT = 20
 """Documents of a held-out set; of fewer the spread between documents is not known."""
 
@@ -40,6 +42,7 @@ class HeldOutDocuments:
         self.num_windows = min(len(self._windows), max_windows or len(self._windows))
         owners = [self._windows.documents(window) for window in range(self.num_windows)]
         numbers, inverse = np.unique(np.concatenate(owners), return_inverse=True)
+        self._numbers = np.asarray(numbers, dtype=np.int64)
         self.num_documents = len(numbers)
         self._document = inverse.reshape(self.num_windows, plan.seq_length)
         if self.num_documents < least:
@@ -51,6 +54,11 @@ class HeldOutDocuments:
                 f"needed: {remedy}"
             )
 
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """Numbers in their source of the documents that come to be evaluated, ascending, `[num_documents]`."""
+        return self._numbers
+
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens of windows, int64 `[stop - start, seq_length + 1]`."""
         return np.stack([self._windows[window]["tokens"] for window in range(start, stop)])
@@ -59,3 +67,28 @@ class HeldOutDocuments:
         """Sums over the tokens of each document; `values` is `[windows, seq_length]` from window `start` on."""
         documents = self._document[start : start + len(values)]
         return np.bincount(documents.ravel(), weights=values.ravel(), minlength=self.num_documents)
+
+
+def group_numbers(plan: Plan, name: str, sidecar: str, documents: NDArray[np.int64]) -> tuple[int, ...]:
+    """Return the group of each document, from a score sidecar of the set.
+
+    Raises:
+        StudyError: the sidecar is missing, its numbers are not whole, or there are too few groups.
+    """
+    place = f"evaluation.held_out.{name}.groups"
+    try:
+        scores = plan.opened[name].source.scores_of(sidecar, documents)
+    except ScoreError as error:
+        raise StudyError(f"{place}: {error}") from error
+    if not (np.isfinite(scores) & (scores == np.round(scores))).all():
+        raise StudyError(
+            f"{place}: the sidecar {sidecar!r} holds numbers that are not whole; a group is a whole number, one for "
+            "all documents of one package, host or file"
+        )
+    found = len(np.unique(scores))
+    if found < LEAST_GROUPS:
+        raise StudyError(
+            f"{place}: {len(documents)} documents are of {found} group(s), too few to tell the spread between groups; "
+            f"{LEAST_GROUPS} are needed: hold out more documents, or documents of more groups"
+        )
+    return tuple(int(score) for score in scores)

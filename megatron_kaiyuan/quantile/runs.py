@@ -16,7 +16,7 @@ from megatron_kaiyuan.data.selection import parse_keep
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.quantile.cost import CostEstimate, estimate_cost
-from megatron_kaiyuan.quantile.held_out import HeldOutDocuments
+from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
 from megatron_kaiyuan.quantile.slices import Slice, choose_slices, open_sources
 from megatron_kaiyuan.quantile.study import Study, top_name
 from megatron_kaiyuan.shards.manifest import load_manifest, manifest_path
@@ -114,8 +114,11 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
             parts = [piece for piece in slices if piece.source == source and piece.top == top]
             for number, seed in enumerate(study.training.seeds):
                 runs.append(_write_run(study, parts[(number + order[top]) % len(parts)], seed))
-    for name in study.evaluation.held_out:  # before the training is paid for; all runs hold out the same
-        HeldOutDocuments(Plan.load(runs[0].plan), name, study.evaluation.max_windows)
+    for name, spec in study.evaluation.held_out.items():  # before the training is paid for; all runs hold out the same
+        plan = Plan.load(runs[0].plan)
+        documents = HeldOutDocuments(plan, name, study.evaluation.max_windows).documents
+        if spec.groups is not None:
+            group_numbers(plan, name, spec.groups, documents)
     costs = {**asdict(cost), "share_of_main_run": cost.share_of_main_run}
     sliced = SlicedStudy(study.training_digest, tokenizer, vocab_size, costs, tuple(runs), unmanifested)
     content = {"format": _FORMAT, **asdict(sliced)}

@@ -238,7 +238,7 @@ class Study(StrictModel):
             name: spec.model_dump(mode="json", exclude={"dataset"}) for name, spec in self.sources.items()
         }
         content["held_out"] = {
-            name: spec.model_dump(mode="json", exclude={"capability"})
+            name: spec.model_dump(mode="json", exclude={"capability", "groups"})
             for name, spec in self.evaluation.held_out.items()
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

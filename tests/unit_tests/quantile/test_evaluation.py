@@ -201,7 +201,7 @@ def evaluate_around_damage(_rank: int, folder: Path) -> None:
     assert outcome.failed.keys() == {cut.name, torn.name}
     for name, reason in (
         (cut.name, rf"has only [\d,]+ of [\d,]+ bytes in {data.name}"),
-        (torn.name, "unreadable metadata"),
+        (torn.name, r"metadata\.json that is unreadable"),
     ):
         told = outcome.failed[name]
         assert re.match(rf"ConfigError: {folders[name]}.* {reason}.*restore it", told), told
