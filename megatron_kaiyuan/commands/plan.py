@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_kaiyuan.commands.proxy import write_proxy
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.reporting.plan_page import write_plan_page
 from megatron_kaiyuan.reporting.plan_table import print_plan
@@ -26,7 +27,15 @@ def main() -> None:
         type=float,
         help="Megatron's flag; with --global-batch-size adds the weight that each band keeps in the final weights",
     )
+    parser.add_argument("--proxy", metavar="SHARE", help="write a smaller plan, such as 1/16 of this one, to --output")
+    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="the smaller plan of --proxy")
     args = parser.parse_args()
+    if (args.proxy is None) != (args.output is None):
+        parser.error("--proxy SHARE and --output FILE.yaml go together: the share of this plan, and the plan to write")
+    if args.proxy is not None:
+        write_proxy(args.plan, args.proxy, args.output)
+        print(f"wrote {args.output}", file=sys.stderr)
+        return
     if args.bands < 1 or (args.global_batch_size is not None and args.global_batch_size < 1):
         parser.error("--bands and --global-batch-size must be at least 1")
     if args.weight_decay is not None and (args.global_batch_size is None or not 0 < args.weight_decay < 1):

@@ -142,7 +142,8 @@ def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> di
         "held_out_elsewhere_documents": len(source.held_out_elsewhere),
         "denied_documents": len(source.denied),
         "tokens_seen": seen,
-        "epochs": seen / source.source.num_tokens,
+        "thin": None if source.spec.thin is None else float(source.spec.thin),
+        "epochs": seen / (source.source if source.spec.thin is None else source.trainable(ranked=False)).num_tokens,
         "bands": described,
         "quality": quality_over_run(plan.phases, source, described, QUALITY_COLUMNS) if described else [],
     }

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.documents.bands import BandEdges, band_edges
 from megatron_kaiyuan.documents.deny import read_denied
+from megatron_kaiyuan.documents.even_sample import every_nth
 from megatron_kaiyuan.documents.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
 from megatron_kaiyuan.documents.ranking import STRIDE
-from megatron_kaiyuan.documents.runs import DocumentRuns, trainable_runs
+from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count, trainable_runs
 from megatron_kaiyuan.errors import PlanError, ShardError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import real_files
@@ -55,7 +56,16 @@ class OpenedSource:
 
     def trainable(self, *, ranked: bool) -> DocumentRuns:
         """All documents but those held out of this source or of another with the same shards, by rank or as stored."""
+        if self.spec.thin is not None:
+            return self._thinned
         return self._trainable_ranked if ranked else self._trainable_stored
+
+    @cached_property
+    def _thinned(self) -> DocumentRuns:
+        """The same documents for every phase, at equal distances; by rank where there are ranks, in either order."""
+        assert self.spec.thin is not None
+        some = self._trainable_ranked if self.spec.score is not None else self._trainable_stored
+        return every_nth(some, max(1, nearest_count(self.spec.thin, some.num_documents)))
 
     @cached_property
     def _trainable_ranked(self) -> DocumentRuns:

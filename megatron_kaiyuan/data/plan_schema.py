@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_kaiyuan.data.plan_fields import IndexPath, ScoreName, Shards, Share, Tokens
+from megatron_kaiyuan.data.plan_fields import IndexPath, ScoreName, Shards, Share, Spacing, Tokens
 from megatron_kaiyuan.data.plan_phases import AveragingSpec, LearningRateSpec, PhaseSourceSpec, PhaseSpec, Strict
 from megatron_kaiyuan.data.plan_rules import check_draws, check_first_version, check_repeats, named_draws
 from megatron_kaiyuan.data.selection import Keep
@@ -76,6 +76,8 @@ class SourceSpec(Strict):
     """Group that reports and domain bounds sum over."""
     rank_index: IndexPath | None = None
     """Path of the rank index, when it is not beside the shards."""
+    thin: Spacing | None = None
+    """Share of its documents that the source consists of, at equal distances by rank; None: all of them."""
     deny: IndexPath | None = None
     """File that lists documents which no phase shows and no evaluation reads."""
     expected: ExpectedSpec | None = None

@@ -72,6 +72,8 @@ def _stream_record(
 ) -> dict[str, Any]:
     elsewhere = source.held_out_elsewhere
     shared = {"held_out_elsewhere": sha256(elsewhere.tobytes()).hexdigest()[:16]} if len(elsewhere) else {}
+    if source.spec.thin is not None:
+        shared["thin"] = str(source.spec.thin)
     if len(source.denied):
         shared["denied"] = sha256(source.denied.tobytes()).hexdigest()[:16]
     return {

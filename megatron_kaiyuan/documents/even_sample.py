@@ -6,10 +6,11 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.documents.draws import draw_block
 from megatron_kaiyuan.documents.permutation import mix64
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count
 
-__all__ = ["even_sample"]
+__all__ = ["even_sample", "every_nth"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
@@ -67,3 +68,23 @@ class _Blocks:
     @property
     def sizes(self) -> NDArray[np.int64]:
         return self.lasts - self.firsts
+
+
+def every_nth(runs: DocumentRuns, count: int) -> DocumentRuns:
+    """`count` documents at equal distances along a set, its last one among them: in any range to within one document.
+
+    Of a large source blocks of neighbours at equal distances, as large as those of a draw.
+    """
+    total, block = runs.num_documents, draw_block(runs.order)
+    blocks = -(-total // block)
+    chosen = -(-count // block)
+    while True:
+        numbers = (np.arange(chosen, dtype=np.int64) + 1) * blocks // chosen - 1
+        firsts = numbers * block
+        lasts = np.minimum(firsts + block, total)
+        missing = count - int((lasts - firsts).sum())
+        if missing <= 0:
+            break
+        chosen += 1  # the last block is a short one
+    firsts[0] = min(int(firsts[0]) - missing, int(lasts[0]))
+    return runs.at_indices(firsts, lasts)
