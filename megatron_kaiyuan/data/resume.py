@@ -26,7 +26,8 @@ _OPTIONAL = {
     "seen",
     "except",
     "denied",
-}  # only records of sources that have such documents, or such a past
+    "thin",
+}  # only records of parts that have it
 
 
 def order_record(spec: PlanSpec, opened: Mapping[str, OpenedSource], phases: Sequence[Phase]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron_kaiyuan.commands import plan as command
 from megatron_kaiyuan.commands.proxy import proxy_plan, write_proxy
 from megatron_kaiyuan.data import CurriculumDataset, Plan
 from megatron_kaiyuan.documents.even_sample import every_nth
-from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.errors import PlanError, ResumeError
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
 from tests.unit_tests.documents.test_draws import whole
 from tests.unit_tests.documents.test_runs import members
@@ -95,3 +95,10 @@ def test_the_command_writes_a_plan_that_reads_back(content, tmp_path, monkeypatc
             write_proxy(tmp_path / "plan.yaml", share, tmp_path / "no.yaml")
     with pytest.raises(PlanError, match="a plan of version 2 without amendments"):
         proxy_plan(content | {"version": 1}, Fraction(1, 2))
+
+
+def test_a_source_thinned_in_mid_run_is_refused_and_another_order(content):
+    whole_plan, half = (Plan.from_spec(content), Plan.from_spec(proxy_plan(content, Fraction(1, 2))))
+    with pytest.raises(ResumeError, match=r"phases\.0 \(broad\)"):
+        half.check_resume(whole_plan.order_record(), 1)
+    assert half.order_record()["phases"][0]["sources"]["web"]["thin"] == "1/2"
