@@ -7,8 +7,26 @@ from pathlib import Path
 
 from megatron_kaiyuan.commands.proxy import write_proxy
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.plan_page import write_plan_page
 from megatron_kaiyuan.reporting.plan_table import print_plan
+
+
+def check_as_training_would(plan: Plan, global_batch_size: int | None) -> None:
+    """Refuse what a run with no other flags would refuse once it has its tokenizer and its batch.
+
+    Raises:
+        ShardError: a token id outside the vocabulary that the manifests name.
+        PlanError: fewer samples than one batch.
+    """
+    if global_batch_size is not None and plan.num_samples < global_batch_size:
+        raise PlanError(
+            f"--global-batch-size {global_batch_size:,}: the plan has only {counted(plan.num_samples, 'sample')}; show "
+            "more tokens, or lower the batch"
+        )
+    if not plan.simulated and plan.tokenizer_record is not None:
+        plan.check_vocabulary(plan.tokenizer_record.vocab_size)
 
 
 def main() -> None:
@@ -41,6 +59,7 @@ def main() -> None:
     if args.weight_decay is not None and (args.global_batch_size is None or not 0 < args.weight_decay < 1):
         parser.error("--weight-decay is between 0 and 1 and needs --global-batch-size, which tells the steps")
     plan = Plan.load(args.plan, simulate=args.simulate)
+    check_as_training_would(plan, args.global_batch_size)
     description = plan.describe(args.bands)
     if args.weight_decay is not None:
         description["retained"] = plan.retained(args.global_batch_size, args.weight_decay, args.bands)

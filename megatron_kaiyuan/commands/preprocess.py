@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from megatron_kaiyuan.errors import ConfigError, PreprocessError, TokenizerError
 from megatron_kaiyuan.host.terminal import counted, visible
@@ -15,7 +15,7 @@ from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerC
 from megatron_kaiyuan.preprocess.config import SHARD_BYTES
 from megatron_kaiyuan.preprocess.dry_run import DryRun, dry_run
 from megatron_kaiyuan.preprocess.progress import ConsoleReporter
-from megatron_kaiyuan.shards.manifest import SpecialTokenRecord, special_token_facts
+from megatron_kaiyuan.shards.manifest import SpecialTokenRecord, merged_special_tokens, special_token_facts
 from megatron_kaiyuan.shards.tokenizer import TOKENIZER_TYPES
 
 _MOST_SHARDS_LISTED = 8
@@ -204,7 +204,7 @@ def print_summary(summary: RunSummary, seconds: float) -> None:
     documents = counted(sum(manifest.documents for manifest in found), "document")
     tokens = counted(sum(manifest.tokens for manifest in found), "token")
     print(f"{counted(len(found), 'shard')}: {documents}, {tokens}")
-    print_special_tokens([manifest.special_tokens for manifest in found if manifest.special_tokens])
+    print_special_tokens(manifest.special_tokens for manifest in found)
     print_skipped(summary.skipped, summary.rows, summary.examples)
     if summary.shards_of_others:
         print(f"left to other tasks: {counted(summary.shards_of_others, 'shard')}")
@@ -212,13 +212,12 @@ def print_summary(summary: RunSummary, seconds: float) -> None:
     print(f"built {summary.shards_built:,} in {seconds:.1f} s{kept}")
 
 
-def print_special_tokens(records: Sequence[SpecialTokenRecord]) -> None:
+def print_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> None:
     """What special tokens stood inside texts; nothing where none did."""
-    told = special_token_facts(records)
-    if told:
-        kept = any(record.occurrences for record in records)
-        remedy = "; kept as ids, as Megatron does: --split-special-tokens encodes them as text" if kept else ""
-        print(visible(f"special tokens: {told}{remedy}"))
+    record = merged_special_tokens(records)
+    if record is not None and (told := special_token_facts(record)):
+        kept = "; kept as ids, as Megatron does: --split-special-tokens encodes them as text"
+        print(visible(f"special tokens: {told}{kept if record.occurrences else ''}"))
 
 
 def print_skipped(skipped: Mapping[str, int], rows: int, examples: Mapping[str, str]) -> None:
@@ -232,7 +231,7 @@ def print_dry_run(told: DryRun, seconds: float) -> None:
     """What a run would write and leave out."""
     for key, tokens in told.tokens.items():
         print(visible(f"{key}: {counted(told.documents, 'document')}, {counted(tokens, 'token')}"))
-    print_special_tokens(list(told.special_tokens.values()))
+    print_special_tokens(told.special_tokens.values())
     print_skipped(told.skipped, told.rows, told.examples)
     print(f"dry run: {counted(told.shards, 'shard')} to build, nothing written, {seconds:.1f} s")
 

@@ -165,12 +165,6 @@ class HeldOutDataset:
             )
         runs = self.plan.opened[source].held_out_runs
         self._stream = Stream(runs, 1, None, Fraction(1), self.plan.seq_length, ascending=False, key=0)
-        if len(self) == 0:
-            raise PlanError(
-                f"validation.{source}: {runs.num_documents} held-out documents have {runs.num_tokens} tokens, one "
-                "window needs "
-                f"{self.plan.seq_length + 1}; hold out more documents"
-            )
 
     def __len__(self) -> int:
         return self._stream.num_windows

@@ -20,6 +20,7 @@ from megatron_kaiyuan.documents.rank_index import RankIndex, content_digests, da
 from megatron_kaiyuan.documents.ranking import STRIDE
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count, trainable_runs
 from megatron_kaiyuan.errors import PlanError, ShardError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import real_files
 from megatron_kaiyuan.shards.source import Source, open_sources
@@ -189,7 +190,7 @@ def open_plan_sources(
     """
     sources = open_sources({name: spec.shards for name, spec in specs.items()})
     shared = any(held_out.values()) or any(spec.deny for spec in specs.values())
-    files = {name: _files(source) for name, source in sources.items()} if shared else {}
+    files = _files(sources) if shared else {}
     denied = _denied(specs, sources, files)
     opened = {
         name: OpenedSource(
@@ -253,9 +254,39 @@ def _denied(
     return found
 
 
-def _files(source: Source) -> list[tuple[Hashable, int]]:
-    sizes = [shard.documents for shard in source.shards]
-    return list(zip(real_files([shard.prefix for shard in source.shards]), sizes, strict=True))
+def check_held_out(opened: Mapping[str, OpenedSource], seq_length: int) -> None:
+    """Refuse held-out documents too short for one window of `seq_length` tokens and a target.
+
+    Raises:
+        PlanError: names the source.
+    """
+    for name, source in opened.items():
+        if not len(source.held_out):
+            continue
+        tokens = source.held_out_runs.num_tokens
+        if tokens <= seq_length:
+            raise PlanError(
+                f"validation.{name}: {counted(len(source.held_out), 'held-out document')} with "
+                f"{counted(tokens, 'token')}, one window needs {seq_length + 1:,}; hold out more documents"
+            )
+
+
+def _files(sources: Mapping[str, Source]) -> dict[str, list[tuple[Hashable, int]]]:
+    """What tells each shard from all others, and its documents, by source: the file, or checksums where it has them.
+
+    A copy with a manifest is the same shard by its checksums, a link without one by its file.
+    """
+    shards = [shard for source in sources.values() for shard in source.shards]
+    files = dict(zip((shard.prefix for shard in shards), real_files([shard.prefix for shard in shards]), strict=True))
+    sums: dict[Hashable, Hashable] = {
+        files[shard.prefix]: (shard.record.bin_sha256, shard.record.idx_sha256)
+        for shard in shards
+        if shard.record is not None and shard.record.bin_sha256 is not None
+    }
+    return {
+        name: [(sums.get(files[shard.prefix], files[shard.prefix]), shard.documents) for shard in source.shards]
+        for name, source in sources.items()
+    }
 
 
 def _draw(source: Source, held_out: int, seed: int) -> NDArray[np.int64]:

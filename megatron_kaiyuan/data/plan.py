@@ -14,7 +14,7 @@ import numpy as np
 from megatron_kaiyuan.data.build_phase import build_phase
 from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
-from megatron_kaiyuan.data.opened import OpenedSource, open_plan_sources
+from megatron_kaiyuan.data.opened import OpenedSource, check_held_out, open_plan_sources
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_phases import AveragingSpec
 from megatron_kaiyuan.data.plan_rules import check_first_version, otherwise_in_second
@@ -31,6 +31,7 @@ from megatron_kaiyuan.data.retention import kept_weights, retained_by_band
 from megatron_kaiyuan.data.simulation import SimulatedSource, simulate_plan_sources
 from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
 from megatron_kaiyuan.errors import PlanError, ResumeError
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
 __all__ = ["Plan"]
 
@@ -66,6 +67,7 @@ class Plan:
         opened = (simulate_plan_sources if simulate else open_plan_sources)(spec.sources, held_out, spec.seed)
         if not simulate:
             check_tokenizers(opened, spec.tokenizer)
+        check_held_out(opened, spec.seq_length)
         phases: list[Phase] = []
         for phase in spec.phases:
             phases.append(build_phase(phase, spec, opened, phases))
@@ -163,17 +165,19 @@ class Plan:
         """
         check_resume(record, self.order_record(), consumed_samples)
 
-    def check_vocabulary(self, vocab_size: int, recorded: Mapping[str, int] | None = None) -> None:
-        """Refuse shards with token ids outside the vocabulary.
+    @property
+    def tokenizer_record(self) -> TokenizerRecord | None:
+        """The tokenizer that the manifests of all shards name; None where no shard has one."""
+        shards = (shard for source in self.opened.values() for shard in source.source.shards)
+        return next((shard.record.tokenizer for shard in shards if shard.record is not None), None)
 
-        Args:
-            vocab_size: ids must be below it.
-            recorded: largest token id by prefix, of every shard that has a manifest; None: the manifests are read.
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse shards with token ids outside the vocabulary, of which ids must be below `vocab_size`.
 
         Raises:
             ShardError: names the shard and the id.
         """
-        check_vocabulary(self.opened, vocab_size, recorded)
+        check_vocabulary(self.opened, vocab_size)
 
     def describe(self, bands: int = 10) -> dict[str, Any]:
         """The dry run as plain data: per phase, source and quantile band, unique and repeated tokens and epochs."""

@@ -1,12 +1,10 @@
 """The plan file: YAML validated field by field, unknown keys refused, errors with the path of the field."""
 
 import math
-from collections.abc import Hashable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_kaiyuan.data.plan_fields import IndexPath, ScoreName, Shards, Share, Spacing, Tokens
@@ -14,6 +12,7 @@ from megatron_kaiyuan.data.plan_phases import AveragingSpec, LearningRateSpec, P
 from megatron_kaiyuan.data.plan_rules import check_draws, check_first_version, check_repeats, named_draws
 from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.yaml_file import NotYamlError, read_yaml
 
 __all__ = [
     "NEWEST_VERSION",
@@ -34,9 +33,6 @@ __all__ = [
 
 NEWEST_VERSION = 2
 """Of the plan language."""
-
-# PyYAML lets errors of Python's own through where a value is not of the type it looks like, such as 2024-13-45
-_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class TokenizerSpec(Strict):
@@ -190,27 +186,6 @@ class PlanSpec(Strict):
                 raise ValueError(f"{where}.{name}: no such source; known are {', '.join(self.sources)}")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a plan that names a source twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` is resolved by the parent class
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"a key is a {type(key).__name__}; keys are names", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_plan_spec(path: str | Path) -> PlanSpec:
     """Read and validate a plan file.
 
@@ -218,11 +193,10 @@ def load_plan_spec(path: str | Path) -> PlanSpec:
         PlanError: no such file, not YAML, or fields that are wrong, missing or unknown; names every one of them.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        raw = yaml.load(text, _UniqueKeyLoader)
+        raw = read_yaml(path)
     except OSError as error:
         raise PlanError(f"plan {path}: cannot be read ({error.strerror}); give the path of a YAML plan") from error
-    except _NOT_YAML as error:
+    except NotYamlError as error:
         raise PlanError(f"plan {path}: not YAML: {error}; docs/plan.md shows a whole plan") from error
     return parse_plan_spec(raw, str(path))
 

@@ -9,7 +9,6 @@ whole or absent; several builders at once write the same bytes.
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.documents.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
-from megatron_kaiyuan.errors import RankIndexError, ShardError
+from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.atomic import atomic_file
 from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.files import is_read_only, open_regular
 from megatron_kaiyuan.host.maps import map_array
+from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import Shard
 from megatron_kaiyuan.shards.shard_files import Meter, SilentMeter
@@ -106,8 +107,24 @@ def write_rank_index(source: Source, score: str, path: Path, seed: int = 0, mete
 
     Raises:
         ScoreError, ShardError: as `build_rank_index`.
-        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind then.
+        RankIndexError: the folder cannot be written; says how to store the index elsewhere.
+        OSError: the folder is missing, or the disk is full; nothing is left behind then.
     """
+    try:
+        _write_rank_index(source, score, path, seed, meter or SilentMeter())
+    except OSError as error:
+        if not is_read_only(error):
+            raise
+        small = ""
+        if source.num_documents <= _SMALL_SOURCE:
+            small = f" (with up to {_SMALL_SOURCE:,} documents, as here, a plan ranks them itself and needs no index)"
+        raise RankIndexError(
+            f"{path}: cannot be written ({error.strerror}){small}; give another file and name it in the plan, as "
+            f"rank_index: FILE of the source:\n  {_command(source, score, None)} --output FILE"
+        ) from error
+
+
+def _write_rank_index(source: Source, score: str, path: Path, seed: int, meter: Meter) -> None:
     digest = content_digest(source, score)
     ranking = prepare_ranking(source.load_scores(score), seed)
     first_order = _HEADER_BYTES + 8 * (-(-ranking.count // STRIDE) + 1)
@@ -117,7 +134,7 @@ def write_rank_index(source: Source, score: str, path: Path, seed: int = 0, mete
         def store(first: int, documents: NDArray[np.unsignedinteger]) -> None:
             _write_at(descriptor, documents, first_order + width * first)
 
-        marks = _hand_out(ranking, source, store, meter or SilentMeter())
+        marks = _hand_out(ranking, source, store, meter)
         stream.write(_header(ranking.count, int(marks[-1]), ranking.dtype, seed, digest))
         stream.write(marks.data)
 
@@ -137,11 +154,7 @@ def _hand_out(ranking: Ranking, source: Source, take: Take, meter: Meter) -> NDA
         ranking.hand_out(take_and_count, meter.advance)
     np.cumsum(marks, out=marks)
     if marks[-1] != source.num_tokens:
-        raise ShardError(
-            f"source {source.name!r}: the lengths in its .idx files add up to {marks[-1]:,} tokens, its .bin files "
-            f"hold {source.num_tokens:,}; find the damaged shard with\n"
-            f"  {python_command()} tools/inspect_data.py {shlex.join(source.named)} --verify"
-        )
+        raise source.damaged(f"lengths add up to {marks[-1]:,} tokens, the .bin files hold {source.num_tokens:,}")
     return marks
 
 
@@ -178,7 +191,7 @@ def _probe_shard(file: tuple[Shard, str | None]) -> bytes:
 def _probe(path: str) -> bytes:
     """Size, beginning, middle and end of a file; a missing file is an empty one."""
     try:
-        with Path(path).open("rb", buffering=0) as stream:
+        with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             places = (0, (size - _PROBE_BYTES) // 2, size - _PROBE_BYTES)
             pieces = [os.pread(stream.fileno(), _PROBE_BYTES, max(place, 0)) for place in places]
@@ -252,9 +265,11 @@ def damaged_index(index: RankIndex, source: Source, score: str, where: str = "")
     )
 
 
-def _command(source: Source, score: str, path: Path) -> str:
-    command = f"{python_command()} tools/rank_data.py {shlex.join(source.named)} --score {score}"
-    return command if path == index_path(source, score) else f"{command} --output {shlex.quote(str(path))}"
+def _command(source: Source, score: str, path: Path | None) -> str:
+    command = f"{python_command()} tools/rank_data.py {shell_command(*source.named, '--score', score)}"
+    if path is None or path == index_path(source, score):
+        return command
+    return f"{command} --output {shell_command(path)}"
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -6,7 +6,14 @@ import stat
 from io import FileIO
 from pathlib import Path
 
-__all__ = ["open_regular", "read_regular"]
+__all__ = ["is_read_only", "open_regular", "read_regular"]
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether a folder cannot be written to, rather than a disk that is full or a path that is not there."""
+    return error.errno in _READ_ONLY
 
 
 def open_regular(path: str | os.PathLike[str]) -> FileIO:

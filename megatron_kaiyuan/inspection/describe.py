@@ -14,7 +14,7 @@ from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.inspection.distribution import Distribution
 from megatron_kaiyuan.inspection.shard_check import Finding, without_file
 from megatron_kaiyuan.inspection.verify import compare_shards, folder_findings
-from megatron_kaiyuan.shards.manifest import Manifest, load_manifest
+from megatron_kaiyuan.shards.manifest import Manifest, load_manifest, merged_special_tokens
 from megatron_kaiyuan.shards.shard import Shard, open_shard, resolve_prefixes
 from megatron_kaiyuan.shards.shard_files import (
     Meter,
@@ -86,6 +86,7 @@ def describe_source(
         "named": named,
         "shards": len(files),
         "documents": source.num_documents,
+        "index_documents": sum(shard.boundaries - 1 for shard in opened.values()),
         "tokens": source.num_tokens,
         "bytes": sum(shard.tokens * shard.dtype.itemsize for shard in opened.values()),
         "dtypes": dict(Counter(shard.dtype.name for shard in opened.values())),
@@ -153,6 +154,7 @@ def _describe_manifests(files: Sequence[ShardFiles], manifests: Mapping[str, Man
     skipped: Counter[str] = Counter()
     for manifest in manifests.values():
         skipped.update(manifest.skipped)
+    special = merged_special_tokens(manifest.special_tokens for manifest in manifests.values())
     parts = {(record.name, record.start): record for manifest in manifests.values() for record in manifest.inputs}
     inputs = {record.name: record for record in parts.values()}
     return {
@@ -165,7 +167,22 @@ def _describe_manifests(files: Sequence[ShardFiles], manifests: Mapping[str, Man
         "input_rows": sum(record.rows for record in parts.values()),
         "input_bytes": sum(record.bytes for record in inputs.values()),
         "skipped": dict(skipped.most_common()),
+        "left_out": dict(_left_out(manifests).most_common()),
+        "special_tokens": None if special is None else special.model_dump(),
     }
+
+
+def _left_out(manifests: Mapping[str, Manifest]) -> Counter[str]:
+    """Entries of searched folders that were no input, by reason; all shards of a build name the same ones."""
+    records = {
+        (reason, record.count, tuple(record.names))
+        for manifest in manifests.values()
+        for reason, record in manifest.left_out.items()
+    }
+    total: Counter[str] = Counter()
+    for reason, count, _ in records:
+        total[reason] += count
+    return total
 
 
 def _measure(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_kaiyuan.errors import ScoreError, ShardError
-from megatron_kaiyuan.inspection.shard_scan import count_missing_scores, hash_file, index_faults, scan_tokens
+from megatron_kaiyuan.inspection.shard_scan import count_missing_scores, hash_file, scan_tokens
+from megatron_kaiyuan.shards.index_check import index_faults
 from megatron_kaiyuan.shards.manifest import FileRecord, Manifest
 from megatron_kaiyuan.shards.shard import Shard, open_shard
 from megatron_kaiyuan.shards.shard_files import ShardFiles
@@ -94,7 +95,7 @@ class ShardCheck:
 
     def _check_index(self) -> Iterator[Finding]:
         if self.shard is not None:
-            for fault in index_faults(self.shard):
+            for fault in index_faults(self.shard, one_each=True):
                 yield Finding("index", str(self.files.idx), f"{fault}; {_REMEDY}")
         if self.files.idx.is_file():
             yield from self._compare("idx", self.files.idx, hash_file(self.files.idx, self.advance))

@@ -1,4 +1,4 @@
-"""Reading every byte of one shard: is its index consistent, are its tokens in range, are its scores numbers?"""
+"""Reading every byte of one shard: its checksums, whether its tokens are in range and its scores are numbers."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_kaiyuan.shards.shard import INDEX_HEADER, Shard
-from megatron_kaiyuan.shards.shard_files import read_lengths, read_numbers, read_scores_in_chunks
+from megatron_kaiyuan.shards.shard_files import read_scores_in_chunks
 
-__all__ = ["TokenScan", "count_missing_scores", "hash_file", "index_faults", "scan_tokens"]
+__all__ = ["TokenScan", "count_missing_scores", "hash_file", "scan_tokens"]
 
 _BLOCK_BYTES = 1 << 22
 
@@ -56,36 +54,6 @@ def scan_tokens(path: Path, dtype: np.dtype[np.generic], vocab_size: int, advanc
     return TokenScan(digest.hexdigest(), largest, outside, first_outside)
 
 
-def index_faults(shard: Shard) -> Iterator[str]:
-    """What is inconsistent in the arrays of an `.idx`, one sentence each."""
-    end = bad_lengths = bad_pointers = first = 0
-    examples: dict[str, str] = {}
-    for lengths, pointers in zip(read_lengths(shard), _read_pointers(shard), strict=True):
-        ends = pointers + lengths.astype(np.int64) * shard.dtype.itemsize
-        wrong = pointers != np.concatenate([[end], ends[:-1]])
-        negative = lengths < 0
-        if negative.any() and not bad_lengths:
-            at = int(negative.argmax())
-            examples["length"] = f"document {first + at:,} has {int(lengths[at])}"
-        if wrong.any() and not bad_pointers:
-            at = int(wrong.argmax())
-            examples["pointer"] = f"document {first + at:,} begins at byte {int(pointers[at]):,}"
-            examples["end"] = f"{int(ends[at - 1]) if at else end:,}"
-        bad_lengths += int(negative.sum())
-        bad_pointers += int(wrong.sum())
-        end, first = int(ends[-1]), first + len(lengths)
-    if bad_lengths:
-        yield f"negative lengths: {bad_lengths:,}, the first: {examples['length']}"
-    if bad_pointers:
-        yield (
-            f"documents that do not begin where the one before ends: {bad_pointers:,}, the first: "
-            f"{examples['pointer']}, not at {examples['end']}"
-        )
-    bad_boundaries = _count_bad_boundaries(shard)
-    if bad_boundaries:
-        yield f"document boundaries that are not one sequence apart: {bad_boundaries:,}"
-
-
 def count_missing_scores(path: Path, documents: int) -> tuple[int, int]:
     """How many scores of a sidecar are NaN, and the first document among them (-1 for none).
 
@@ -101,20 +69,6 @@ def count_missing_scores(path: Path, documents: int) -> tuple[int, int]:
         missing += int(nan.sum())
         seen += len(scores)
     return missing, first
-
-
-def _read_pointers(shard: Shard) -> Iterator[NDArray[np.int64]]:
-    place = INDEX_HEADER.size + 4 * shard.documents
-    return read_numbers(Path(f"{shard.prefix}.idx"), np.dtype(np.int64), shard.documents, place)
-
-
-def _count_bad_boundaries(shard: Shard) -> int:
-    place = INDEX_HEADER.size + 12 * shard.documents
-    bad = first = 0
-    for stored in read_numbers(Path(f"{shard.prefix}.idx"), np.dtype(np.int64), shard.documents + 1, place):
-        bad += int((stored != np.arange(first, first + len(stored))).sum())
-        first += len(stored)
-    return bad
 
 
 def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[memoryview]:

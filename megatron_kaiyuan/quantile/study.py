@@ -7,12 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from megatron_kaiyuan.data.plan_schema import TokenizerSpec, Tokens, _UniqueKeyLoader
+from megatron_kaiyuan.data.plan_schema import TokenizerSpec, Tokens
 from megatron_kaiyuan.data.selection import parse_fraction
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.yaml_file import NotYamlError, read_yaml
 from megatron_kaiyuan.quantile.evaluation_spec import EvaluationSpec, StrictModel
 from megatron_kaiyuan.quantile.reference_model import ReferenceModel, preset_model
 
@@ -285,10 +285,10 @@ def load_study(path: str | Path) -> Study:
         StudyError: no such file, not YAML, or fields that are wrong, missing or unknown; names every one of them.
     """
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        raw = read_yaml(path)
     except OSError as error:
         raise StudyError(f"study {path}: cannot be read ({error.strerror}); give the path of a YAML study") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NotYamlError as error:
         raise StudyError(f"study {path}: not YAML: {error}") from error
     return parse_study(raw, str(path))
 

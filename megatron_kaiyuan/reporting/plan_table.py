@@ -8,6 +8,7 @@ from rich.text import Text
 
 from megatron_kaiyuan.data.learning_rate import batch_warnings, rate_warnings
 from megatron_kaiyuan.data.retention import retention_warnings
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["format_tokens", "plan_tables", "print_plan", "times_shown"]
 
@@ -197,7 +198,7 @@ def _summary(description: dict[str, Any], batch: int | None) -> Text:
     steps = f", {description['samples'] / batch:,.1f} steps of {batch:,}" if batch else ""
     return Text(
         f"{description['samples']:,} samples of {description['seq_length']:,} tokens = "
-        f"{format_tokens(description['tokens'])} tokens{steps}; {held_out:,} documents held out{elsewhere}\n"
+        f"{format_tokens(description['tokens'])} tokens{steps}; {counted(held_out, 'document')} held out{elsewhere}\n"
         f"over the run: {_shares(description['domains'])}\n"
         f"seed {description['seed']}, version {description['version']}{written}, fingerprint "
         f"{description['fingerprint']}"

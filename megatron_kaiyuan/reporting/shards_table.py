@@ -8,7 +8,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.plan_table import format_tokens
+from megatron_kaiyuan.shards.manifest import SpecialTokenRecord, special_token_facts
 
 __all__ = ["format_bytes", "format_number", "print_findings", "print_source", "report_console", "source_facts"]
 
@@ -51,6 +53,14 @@ def source_facts(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("ids", ", ".join(f"{dtype} in {count:,} shards" for dtype, count in described["dtypes"].items()) or "none"),
         ("manifests", _manifest_counts(manifests)),
     ]
+    if described["index_documents"] != described["documents"]:
+        facts.append(
+            (
+                "sequences",
+                f"{described['documents']:,} sequences in {counted(described['index_documents'], 'document')}; a plan "
+                "takes each sequence as a document, as Megatron does, and passes over documents without one",
+            )
+        )
     facts += [("tokenizer", _tokenizer(row)) for row in manifests["tokenizers"]]
     if manifests["present"]:
         facts.append(("largest id", f"{manifests['max_token_id']:,}"))
@@ -62,6 +72,12 @@ def source_facts(described: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
         facts.append(("skipped rows", f"{sum(manifests['skipped'].values()):,}"))
+        if manifests["left_out"]:
+            told = ", ".join(f"{count:,} {reason}" for reason, count in manifests["left_out"].items())
+            facts.append(("left out of --input", told))
+        if manifests["special_tokens"] is not None:
+            record = SpecialTokenRecord.model_validate(manifests["special_tokens"])
+            facts.append(("special tokens", special_token_facts(record) or "none inside texts"))
     for score, told in described["scores"].items():
         facts.append((f"score {score}", _score_fact(told, described["shards"])))
         facts.append((f"rank index by {score}", _rank_index(told["rank_index"])))

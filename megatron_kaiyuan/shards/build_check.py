@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.files import read_regular
 from megatron_kaiyuan.host.threads import side_by_side
 
 __all__ = ["BUILD_FILE", "FolderState", "folder_state", "mixed_keys", "named_folders", "require_whole_folder"]
@@ -81,7 +82,7 @@ def folder_state(folder: Path, pattern: str = "*") -> FolderState | None:
 def _read_build(folder: Path) -> _Build | None:
     path = folder / BUILD_FILE
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(read_regular(path))
         keys = [str(key) for key in record["settings"]["json_keys"]]
         return _Build(keys, len(record["shards"]), max(int(record["num_tasks"]), 1))
     except (FileNotFoundError, NotADirectoryError):
@@ -163,7 +164,7 @@ def _key_by_name(prefix: str, builds: Mapping[str, _Build | None]) -> str:
 def _recorded_key(prefix: str) -> str:
     """The text key that a manifest tells, empty where there is none."""
     try:
-        key = json.loads(Path(f"{prefix}.manifest.json").read_text(encoding="utf-8"))["json_key"]
+        key = json.loads(read_regular(f"{prefix}.manifest.json"))["json_key"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return key if isinstance(key, str) and prefix.endswith(f"_{key}_document") else ""

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.files import read_regular
 
 __all__ = ["BUILD_FILE", "BuildInput", "BuildRecord", "build_fingerprint", "load_build", "shard_name", "shard_prefix"]
 
@@ -103,7 +104,7 @@ def load_build(folder: Path) -> BuildRecord | None:
     """
     path = folder / BUILD_FILE
     try:
-        return BuildRecord.model_validate_json(path.read_bytes())
+        return BuildRecord.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:

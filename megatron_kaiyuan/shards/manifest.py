@@ -6,6 +6,7 @@ The manifest carries no time and no machine name, so the same input and the same
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +23,14 @@ __all__ = [
     "LeftOutRecord",
     "Manifest",
     "ScoreSummary",
+    "ShardRecord",
     "SpecialTokenRecord",
     "TokenizerRecord",
     "created_by",
     "load_manifest",
+    "load_record",
     "manifest_path",
+    "merged_special_tokens",
     "special_token_facts",
     "verify_manifest",
 ]
@@ -101,24 +105,33 @@ class SpecialTokenRecord(_Record):
     """Documents that end with two end-of-document ids."""
 
 
-def special_token_facts(records: Iterable[SpecialTokenRecord]) -> str:
-    """Return in words how often special tokens stood inside texts; empty where they did not."""
+def merged_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> SpecialTokenRecord | None:
+    """Return the sum of what several shards count; None where none of them does."""
+    known = [record for record in records if record is not None]
     occurrences: Counter[str] = Counter()
-    inside = twice = 0
-    for record in records:
+    for record in known:
         occurrences.update(record.occurrences)
-        inside += record.documents_with_eod
-        twice += record.documents_ending_twice
+    merged = SpecialTokenRecord(
+        occurrences=dict(occurrences.most_common()),
+        documents_with_eod=sum(record.documents_with_eod for record in known),
+        documents_ending_twice=sum(record.documents_ending_twice for record in known),
+    )
+    return merged if known else None
+
+
+def special_token_facts(record: SpecialTokenRecord) -> str:
+    """Return in words how often special tokens stood inside texts; empty where they did not."""
+    inside, twice = record.documents_with_eod, record.documents_ending_twice
     told = []
     if inside:
         verb = "holds" if inside == 1 else "hold"
         told.append(f"{counted(inside, 'document')} {verb} the end-of-document id inside")
     if twice:
         told.append(f"{counted(twice, 'document')} ending with two end-of-document ids")
-    if occurrences:
-        most = occurrences.most_common(_MOST_TOKENS)
-        more = f", and {len(occurrences) - _MOST_TOKENS:,} others" if len(occurrences) > _MOST_TOKENS else ""
-        told.append(f"in texts {', '.join(f'{token} {count:,} x' for token, count in most)}{more}")
+    if record.occurrences:
+        most = sorted(record.occurrences.items(), key=lambda item: -item[1])
+        more = f", and {len(most) - _MOST_TOKENS:,} others" if len(most) > _MOST_TOKENS else ""
+        told.append(f"in texts {', '.join(f'{token} {count:,} x' for token, count in most[:_MOST_TOKENS])}{more}")
     return "; ".join(told)
 
 
@@ -181,7 +194,31 @@ def load_manifest(prefix: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "content"
-        raise ShardError(f"{path}: {field}: {first['msg']}; rebuild the shard or restore the file") from error
+        told = "no field that this version knows" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ShardError(
+            f"{path}: {field}: {told}; restore the file or rebuild the shard (without the manifest the shard is read "
+            "as one of another tool)"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What every start needs of a manifest; a plan may have thousands of shards."""
+
+    tokenizer: TokenizerRecord
+    append_eod: bool
+    max_token_id: int
+    bin_sha256: str | None
+    idx_sha256: str | None
+
+
+def load_record(prefix: str) -> ShardRecord | None:
+    """Return what the manifest of a shard says; None where it has none. Errors as `load_manifest`."""
+    if not manifest_path(prefix).exists():
+        return None
+    manifest = load_manifest(prefix)
+    sums = {role: file.sha256 for role, file in manifest.files.items()}
+    return ShardRecord(manifest.tokenizer, manifest.append_eod, manifest.max_token_id, sums.get("bin"), sums.get("idx"))
 
 
 def verify_manifest(prefix: str) -> Manifest:

@@ -1,5 +1,6 @@
 """The score sidecar of a shard: one number for each document, in a `.npy` file of one dimension."""
 
+import glob as globbing
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ScoreError
+from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import advise_random, map_array, open_maps
+from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.shards.shard import Shard
 
 __all__ = [
@@ -73,6 +76,12 @@ def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np
             scores = mapped.view(np.ndarray)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise _no_such_scores(shard.prefix, score) from error
+    if scores.shape == (shard.boundaries - 1,) != (shard.documents,):
+        raise ScoreError(
+            f"{path}: {len(scores):,} scores, one for each document as the index counts them, but the documents hold "
+            f"{shard.documents:,} sequences (an empty text has none, --split-sentences makes several), and each is "
+            f"ranked; give the scores again with tools/rank_data.py --scores {shell_command(path)}"
+        )
     check_score_shape(scores, shard.documents, path)
     return scores
 
@@ -82,7 +91,7 @@ def _plain_layout(path: str) -> tuple[np.dtype[Any], int, int] | None:
 
     numpy evaluates the header as Python text, which takes longer than everything else about opening a shard.
     """
-    with Path(path).open("rb", buffering=0) as stream:
+    with open_regular(path) as stream:
         match = _PLAIN_HEADER.match(stream.read(_PLAIN_BYTES))
         if match is None or match.end() != 10 + int.from_bytes(match[1], "little"):
             return None
@@ -93,11 +102,14 @@ def _plain_layout(path: str) -> tuple[np.dtype[Any], int, int] | None:
 
 def _no_such_scores(prefix: str, score: str) -> ScoreError:
     path = score_path(prefix, score)
-    present = sorted(other.name for other in path.parent.glob(f"{Path(prefix).name}.scores.*.npy"))
-    return ScoreError(
-        f"{path}: no such score sidecar (there: {', '.join(present) or 'none'}); build the shard with "
-        f"--score-key {score}, or give the scores with tools/rank_data.py --scores"
-    )
+    start = f"{Path(prefix).name}.scores."
+    names = sorted(other.name for other in path.parent.glob(f"{globbing.escape(start)}*.npy"))
+    scores = [name.removeprefix(start).removesuffix(".npy") for name in names]
+    near = [name for name in scores if name.endswith(f".{score}") or score.endswith(f".{name}")]
+    remedy = f"build the shard with --score-key {score}, or give the scores with tools/rank_data.py --scores"
+    if near:
+        remedy = f"name the score {near[0]}, which is there"
+    return ScoreError(f"{path}: no such score sidecar (there: {', '.join(names) or 'none'}); {remedy}")
 
 
 def load_npy(path: str | os.PathLike[str], origin: str) -> NDArray[Any]:
@@ -107,6 +119,7 @@ def load_npy(path: str | os.PathLike[str], origin: str) -> NDArray[Any]:
 
 def open_npy(path: str | os.PathLike[str], origin: str) -> "np.memmap[Any, Any]":
     """`load_npy` that keeps numpy's class, which knows at what byte the numbers begin."""
+    open_regular(path).close()  # a pipe would wait for a writer
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except OSError:
@@ -115,7 +128,7 @@ def open_npy(path: str | os.PathLike[str], origin: str) -> "np.memmap[Any, Any]"
         raise ScoreError(f"{origin}: not a whole .npy file of numbers ({error}); write the scores again") from error
 
 
-def check_score_shape(scores: NDArray[np.floating], documents: int, origin: str) -> None:
+def check_score_shape(scores: NDArray[np.generic], documents: int, origin: str) -> None:
     """Raise ScoreError unless there is one number for each document."""
     if scores.ndim != 1 or len(scores) != documents:
         raise ScoreError(
@@ -126,7 +139,7 @@ def check_score_shape(scores: NDArray[np.floating], documents: int, origin: str)
         raise ScoreError(f"{origin}: dtype {scores.dtype} is not a number; scores are floats, higher is better")
 
 
-def check_scores(scores: NDArray[np.floating], documents: int, origin: str) -> NDArray[np.floating]:
+def check_scores[Number: np.number](scores: NDArray[Number], documents: int, origin: str) -> NDArray[Number]:
     """Scores as they are, if there is one number for each document and none is NaN."""
     check_score_shape(scores, documents, origin)
     if scores.dtype.kind == "f" and len(scores) and np.isnan(scores.min()):  # the minimum with a NaN is NaN

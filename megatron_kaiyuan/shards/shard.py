@@ -1,8 +1,10 @@
 """Reading Megatron's `.bin`/`.idx` shards with numpy alone, and never past their end.
 
 Format (megatron/core/datasets/indexed_dataset.py, version 1): the `.idx` holds a 9-byte magic, u64 version, u8 dtype
-code, u64 sequence count, u64 document count (sequences + 1 here: the leading 0 is stored), then int32 lengths, int64
-byte pointers and int64 document boundaries. The `.bin` is the tokens alone. Megatron's reader checks none of the
+code, u64 sequence count, u64 count of document boundaries (the leading 0 is stored), then int32 lengths, int64 byte
+pointers and int64 document boundaries. Each sequence is a document here, as in Megatron's own training. Its tool writes
+other boundaries for an empty text (a boundary and no sequence) and with --split-sentences (several sequences).
+The `.bin` is the tokens alone. Megatron's reader checks none of the
 sizes; a truncated `.bin` is read as uninitialised memory there. Here opening a shard compares the sizes of both files
 with the header and the last entry.
 """
@@ -12,8 +14,8 @@ import os
 import struct
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import map_array, open_maps
+from megatron_kaiyuan.host.threads import side_by_side
+from megatron_kaiyuan.shards.manifest import ShardRecord, load_record
 
 __all__ = [
     "DTYPE_CODES",
@@ -30,6 +35,7 @@ __all__ = [
     "INDEX_MAGIC",
     "INDEX_VERSION",
     "Shard",
+    "open_recorded_shard",
     "open_shard",
     "real_files",
     "refuse_duplicates",
@@ -66,10 +72,19 @@ class Shard:
     documents: int
     tokens: int
     dtype: np.dtype[np.generic]
+    boundaries: int
+    """Entries of the index's array of document boundaries: documents + 1 where each holds one sequence."""
+    record: ShardRecord | None = None
+    """What its manifest says; None where it has none, or was opened without it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # without its maps: pickled, they would be copies of whole files; a spawned worker maps the files itself
-        return Shard, (self.prefix, self.documents, self.tokens, self.dtype)
+        return Shard, (self.prefix, self.documents, self.tokens, self.dtype, self.boundaries, self.record)
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the `.idx` without the modes of a multimodal one."""
+        return INDEX_HEADER.size + 12 * self.documents + 8 * self.boundaries
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -138,9 +153,9 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
     """
     prefix = os.fspath(prefix)
     try:
-        with Path(f"{prefix}.idx").open("rb", buffering=0) as index:
-            sequences, dtype = _read_header(index, f"{prefix}.idx")
-            end = _end_of_last_document(index, f"{prefix}.idx", sequences, dtype)
+        with open_regular(f"{prefix}.idx") as index:
+            sequences, boundaries, dtype = _read_header(index, f"{prefix}.idx")
+            end = _end_of_last_document(index, f"{prefix}.idx", sequences, boundaries, dtype)
         size = Path(f"{prefix}.bin").stat().st_size
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ShardError(
@@ -153,10 +168,17 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
             f"{prefix}.bin: {size} bytes, but {prefix}.idx ends at byte {end}: the file {problem}, or the two belong "
             "to different runs; copy or build both again"
         )
-    return Shard(prefix=prefix, documents=sequences, tokens=size // dtype.itemsize, dtype=dtype)
+    return Shard(prefix, sequences, size // dtype.itemsize, dtype, boundaries)
 
 
-def _read_header(index: FileIO, path: str) -> tuple[int, np.dtype[np.generic]]:
+def open_recorded_shard(prefix: str | os.PathLike[str]) -> Shard:
+    """`open_shard` with what its manifest says; ShardError where the manifest is damaged."""
+    shard = open_shard(prefix)
+    record = load_record(shard.prefix)
+    return shard if record is None else replace(shard, record=record)
+
+
+def _read_header(index: FileIO, path: str) -> tuple[int, int, np.dtype[np.generic]]:
     raw = index.read(INDEX_HEADER.size)
     if len(raw) < INDEX_HEADER.size or not raw.startswith(INDEX_MAGIC):
         raise ShardError(f"{path}: not a Megatron index (it starts with {raw[:9]!r}); rebuild the shard")
@@ -168,11 +190,6 @@ def _read_header(index: FileIO, path: str) -> tuple[int, np.dtype[np.generic]]:
         )
     if code not in _TOKEN_CODES:
         raise ShardError(f"{path}: dtype code {code} does not hold token ids; expected one of {_TOKEN_CODES}")
-    if boundaries != sequences + 1:
-        raise ShardError(
-            f"{path}: {sequences} sequences in {boundaries - 1} documents; scores and selections need one sequence a "
-            "document: rebuild the shard without --split-sentences"
-        )
     expected = INDEX_HEADER.size + sequences * (4 + 8) + boundaries * 8
     actual = os.fstat(index.fileno()).st_size
     if actual < expected:
@@ -181,20 +198,24 @@ def _read_header(index: FileIO, path: str) -> tuple[int, np.dtype[np.generic]]:
         )
     if actual not in (expected, expected + sequences):  # a multimodal index has one more byte a sequence
         raise ShardError(f"{path}: {actual} bytes, its header asks for {expected}; the file is damaged, copy it again")
-    return sequences, np.dtype(DTYPE_CODES[code])
+    return sequences, boundaries, np.dtype(DTYPE_CODES[code])
 
 
-def _end_of_last_document(index: FileIO, path: str, sequences: int, dtype: np.dtype[np.generic]) -> int:
+def _end_of_last_document(
+    index: FileIO, path: str, sequences: int, boundaries: int, dtype: np.dtype[np.generic]
+) -> int:
     """The byte at which the `.bin` should end; checks both ends of each array, at the cost of three small reads.
 
     The last length and the first pointer lie side by side, and so do the last pointer and the first boundary.
     """
+    if not boundaries:
+        raise ShardError(f"{path}: no document boundary, not even the first; the file is damaged, copy it again")
     if not sequences:
         return 0
     lengths_end = INDEX_HEADER.size + 4 * sequences
     length, first = struct.unpack("<iq", os.pread(index.fileno(), 12, lengths_end - 4))
     pointer, boundary = struct.unpack("<qq", os.pread(index.fileno(), 16, lengths_end + 8 * (sequences - 1)))
-    (last_boundary,) = struct.unpack("<q", os.pread(index.fileno(), 8, lengths_end + 16 * sequences))
+    (last_boundary,) = struct.unpack("<q", os.pread(index.fileno(), 8, lengths_end + 8 * (sequences + boundaries - 1)))
     if (first, boundary, last_boundary) != (0, 0, sequences) or length < 0 or pointer < 0 or pointer % dtype.itemsize:
         raise ShardError(
             f"{path}: the first document begins at byte {first}, the last one of {length} tokens at byte {pointer}, "
@@ -225,17 +246,17 @@ def refuse_duplicates(items: Sequence[str], found: Sequence[str]) -> None:
         raise ShardError(f"shards {items}: {duplicates[-1]!r} is named twice; name each shard once and use repeat")
 
 
-def real_files(prefixes: Sequence[str]) -> list[str]:
-    """The `.bin` file of each of these shards with symbolic links followed: equal for equal shards."""
-    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(prefix) for prefix in prefixes}}  # noqa: PTH120
-    return [_real_file(prefix, folders) for prefix in prefixes]
+def real_files(prefixes: Sequence[str]) -> list[Hashable]:
+    """What tells the `.bin` of each of these shards from all others: equal for one file, whatever links lead there."""
+    return side_by_side(_real_file, prefixes)
 
 
-def _real_file(prefix: str, folders: Mapping[str, str]) -> str:
-    """The `.bin` with symbolic links followed; each folder's are followed only once, not for each of its shards."""
-    folder, name = os.path.split(prefix)
-    path = os.path.join(folders[folder], f"{name}.bin")  # noqa: PTH118
-    return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114
+def _real_file(prefix: str) -> Hashable:
+    try:
+        status = os.stat(f"{prefix}.bin")  # noqa: PTH116
+    except OSError:  # opening it will tell
+        return os.path.realpath(f"{prefix}.bin")
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(f"{prefix}.bin")
 
 
 def refuse_empty_name(item: str) -> None:

@@ -11,11 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cli import python_command
 from megatron_kaiyuan.host.maps import look_up, open_maps
+from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.build_check import mixed_keys, require_whole_folder
+from megatron_kaiyuan.shards.index_check import check_indexes, require_sound_index
 from megatron_kaiyuan.shards.score_files import kept_scores, load_score_sidecar
-from megatron_kaiyuan.shards.shard import Shard, open_shard, refuse_duplicates, refuse_empty_name, resolve_item
+from megatron_kaiyuan.shards.shard import (
+    Shard,
+    open_recorded_shard,
+    refuse_duplicates,
+    refuse_empty_name,
+    resolve_item,
+)
 
 __all__ = ["Segment", "Source", "open_source", "open_sources", "sources_at_once"]
 
@@ -86,7 +95,17 @@ class Source:
         return int(self.document_offsets[number]) + local
 
     def read_tokens(self, token: int, out: NDArray[np.int64]) -> None:
-        """Fill `out` with consecutive stored tokens from number `token` on, across shard boundaries."""
+        """Fill `out` with consecutive stored tokens from number `token` on, across shard boundaries.
+
+        Raises:
+            ShardError: they lie outside the shards, by an index that is damaged.
+        """
+        try:
+            self._read_across(token, out)
+        except (IndexError, ValueError) as error:
+            raise self.damaged(error) from error
+
+    def _read_across(self, token: int, out: NDArray[np.int64]) -> None:
         done = 0
         number = bisect_right(self._token_offset_list, token) - 1
         while done < len(out):
@@ -95,6 +114,18 @@ class Source:
             out[done : done + len(piece)] = piece
             done += len(piece)
             number += 1
+
+    def damaged(self, error: object) -> ShardError:
+        """Return the error of a source that cannot be as it was opened; it names the first damaged index."""
+        for shard in self.shards:
+            try:
+                require_sound_index(shard)
+            except ShardError as damage:
+                return damage
+        return ShardError(
+            f"source {self.name!r}: cannot be read as it was opened ({error}): a file was changed or damaged; find "
+            f"it with\n  {python_command()} tools/inspect_data.py {shell_command(*self.named)} --verify"
+        )
 
     def probe_tokens(self, token: int, count: int) -> NDArray[np.int64]:
         """`count` stored tokens from number `token` on, within one shard, read and not mapped; int64 `[count]`."""
@@ -106,15 +137,18 @@ class Source:
     def read_pieces(self, tokens: list[int], sizes: list[int], out: NDArray[np.int64]) -> None:
         """Fill `out` with several pieces one after another: `sizes[i]` stored tokens from number `tokens[i]` on."""
         done = 0
-        if len(self.shards) == 1:  # the usual case of random access, without a search and a call for each piece
-            data = self.shards[0].token_data
+        try:
+            if len(self.shards) == 1:  # the usual case of random access, without a search and a call for each piece
+                data = self.shards[0].token_data
+                for token, size in zip(tokens, sizes, strict=True):
+                    out[done : done + size] = data[token : token + size]
+                    done += size
+                return
             for token, size in zip(tokens, sizes, strict=True):
-                out[done : done + size] = data[token : token + size]
+                self._read_across(token, out[done : done + size])
                 done += size
-            return
-        for token, size in zip(tokens, sizes, strict=True):
-            self.read_tokens(token, out[done : done + size])
-            done += size
+        except (IndexError, ValueError) as error:
+            raise self.damaged(error) from error
 
     def segment(self, document: int, start: int, stop: int) -> Segment:
         """The segment of a document of the source, in terms of its shard."""
@@ -228,8 +262,8 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
     """Open and validate all shards of a source.
 
     Raises:
-        ShardError: no shard, an invalid shard, shards of different token dtypes, a folder half built, or a folder of
-            several text keys.
+        ShardError: no shard, a damaged shard or manifest, shards of different token dtypes, a folder half built, or a
+            folder of several text keys.
     """
     return open_sources({name: shards})[name]
 
@@ -237,7 +271,9 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
 def open_sources(named: Mapping[str, str | Sequence[str]]) -> dict[str, Source]:
     """Open the shards of several sources side by side; errors as `open_source`."""
     prefixes = {name: _prefixes(name, shards) for name, shards in named.items()}
-    opened = iter(side_by_side(open_shard, [prefix for some in prefixes.values() for prefix in some]))
+    shards = side_by_side(open_recorded_shard, [prefix for some in prefixes.values() for prefix in some])
+    check_indexes(shards)
+    opened = iter(shards)
     return {name: _joined(name, named[name], tuple(islice(opened, len(some)))) for name, some in prefixes.items()}
 
 

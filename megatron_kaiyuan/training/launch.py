@@ -43,12 +43,10 @@ from megatron_kaiyuan.training.parsing import configuration, known_flags, parse,
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plain_splits import settle_splits
 from megatron_kaiyuan.training.plan_arguments import (
-    ShardRecords,
     check_plan_arguments,
     check_tokenizer_of_shards,
     plan_argument_defaults,
     plan_parser_defaults,
-    read_shard_records,
 )
 from megatron_kaiyuan.training.plan_evaluations import settle_evaluations
 from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, saved_arguments, store_record
@@ -129,14 +127,14 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     plan = plan_as_begun(plan, saved)
     plan_values: dict[str, Any] = {}
     in_samples: dict[str, object] = {}
-    records = ShardRecords(None, {}) if plan is None else read_shard_records(plan)
+    tokenizer_record = None if plan is None else plan.tokenizer_record
     if plan is None:
         check_data_arguments(first_look)
     else:
         defaults.update(plan_parser_defaults())
         check_rates_of_plan(first_look, plan, known_flags())
         in_samples = steps_in_samples(first_look, known_flags())
-        plan_values = plan_argument_defaults(first_look, plan, saved, records.tokenizer)
+        plan_values = plan_argument_defaults(first_look, plan, saved, tokenizer_record)
     check_required_arguments(first_look, plan_values)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
@@ -144,8 +142,8 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     args = validate(parsed_defaults, plan_values, in_samples)
     _say_aloud(defaults, plan_values)
     if plan is not None:
-        check_tokenizer_of_shards(args, records.tokenizer, get_tokenizer().eod)
-    store_tokenizer(args, records.tokenizer, get_tokenizer(), planned=plan is not None)
+        check_tokenizer_of_shards(args, tokenizer_record, get_tokenizer().eod)
+    store_tokenizer(args, tokenizer_record, get_tokenizer(), planned=plan is not None)
     check_same_run(args, saved)
     if said := continue_branch_scale(args, saved):
         print_rank_0(f"> {said}")
@@ -156,7 +154,7 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     check_batch_arguments(args, saved, planned=plan is not None)
     if plan is not None:
         check_plan_arguments(args, plan)
-        plan.check_vocabulary(get_tokenizer().vocab_size, records.largest_ids)
+        plan.check_vocabulary(get_tokenizer().vocab_size)
     if said := settle_splits(args) if plan is None else settle_evaluations(args, plan):
         print_rank_0(f"> {said}")
     return args, plan, saved, start

@@ -1,57 +1,25 @@
 """What a plan decides of Megatron's arguments, and where the two must agree."""
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_kaiyuan.data import HeldOutDataset, Plan
+from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
-from megatron_kaiyuan.shards.manifest import TokenizerRecord, load_manifest, manifest_path
-from megatron_kaiyuan.shards.tokenizer import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
+from megatron_kaiyuan.shards.tokenizer import (
+    SENTENCEPIECE_TYPES,
+    TokenizerConfig,
+    same_vocabulary,
+    tokenizer_fingerprint,
+)
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
 
 __all__ = [
-    "ShardRecords",
     "check_plan_arguments",
     "check_tokenizer_of_shards",
     "plan_argument_defaults",
     "plan_parser_defaults",
-    "read_shard_records",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRecords:
-    """What the manifests of a plan's shards tell a run; shards without one tell nothing."""
-
-    tokenizer: TokenizerRecord | None
-    """The one that all of them name; None where no shard has a manifest."""
-    largest_ids: Mapping[str, int]
-    """Largest token id by prefix, of the shards that have a manifest."""
-
-
-def read_shard_records(plan: Plan) -> ShardRecords:
-    """Read the manifest of every shard of a plan: some 0.3 s for 5 000 shards, so a start does it once.
-
-    Raises:
-        ConfigError: two shards were built with different tokenizers.
-        ShardError: a manifest is damaged.
-    """
-    first: tuple[str, TokenizerRecord] | None = None
-    largest: dict[str, int] = {}
-    for prefix in dict.fromkeys(shard.prefix for source in plan.opened.values() for shard in source.source.shards):
-        if not manifest_path(prefix).is_file():
-            continue
-        manifest = load_manifest(prefix)
-        record, largest[prefix] = manifest.tokenizer, manifest.max_token_id
-        if first is not None and first[1].fingerprint != record.fingerprint:
-            raise ConfigError(
-                f"shards {first[0]} and {prefix} were built with different tokenizers ({first[1].model} and "
-                f"{record.model}); build one of them again, they cannot share a vocabulary"
-            )
-        first = first or (prefix, record)
-    return ShardRecords(None if first is None else first[1], largest)
 
 
 def plan_parser_defaults() -> dict[str, object]:
@@ -145,7 +113,7 @@ def _difference_from_shards(args: argparse.Namespace, record: TokenizerRecord) -
     if len(types) > 1 and not types <= set(SENTENCEPIECE_TYPES):
         return "it is of another type"
     try:
-        fingerprints = [tokenizer_fingerprint(config) for config in _named_tokenizers(args)]
+        fingerprints = [tokenizer_fingerprint(config) for config in same_vocabulary(_named_tokenizer(args))]
     except TokenizerError as error:
         return f"it cannot be compared with that of the shards ({error})"
     if record.fingerprint in fingerprints:
@@ -153,22 +121,17 @@ def _difference_from_shards(args: argparse.Namespace, record: TokenizerRecord) -
     return f"it is another one (fingerprint {fingerprints[0][:12]}, that of the shards {record.fingerprint[:12]})"
 
 
-def _named_tokenizers(args: argparse.Namespace) -> list[TokenizerConfig]:
-    """Shards may be built with or without the special tokens that a post-processor adds: it is the same vocabulary."""
+def _named_tokenizer(args: argparse.Namespace) -> TokenizerConfig:
     kind, model = args.tokenizer_type, args.tokenizer_model
-    if kind == "HuggingFaceTokenizer":
-        return [TokenizerConfig(type=kind, model=model, include_special_tokens=special) for special in (True, False)]
-    if kind == "TikTokenizer":
-        return [
-            TokenizerConfig(
-                type=kind,
-                model=model,
-                vocab_size=args.vocab_size,
-                tiktoken_pattern=args.tiktoken_pattern or "v2",
-                tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
-            )
-        ]
-    return [TokenizerConfig(type=kind, model=model)]
+    if kind != "TikTokenizer":
+        return TokenizerConfig(type=kind, model=model)
+    return TokenizerConfig(
+        type=kind,
+        model=model,
+        vocab_size=args.vocab_size,
+        tiktoken_pattern=args.tiktoken_pattern or "v2",
+        tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
+    )
 
 
 def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
@@ -220,5 +183,3 @@ def _check_length(args: argparse.Namespace, plan: Plan) -> None:
 def _check_validation(args: argparse.Namespace, plan: Plan) -> None:
     if args.full_validation and not plan.validation:
         raise ConfigError("--full-validation, but the plan holds out no documents; add a validation section to it")
-    for name in plan.validation:
-        HeldOutDataset(plan, name)  # raises where the held-out documents do not fill a window

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_kaiyuan.commands import plan as plan_data
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.errors import KaiyuanError, PlanError
-from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
+from megatron_kaiyuan.errors import KaiyuanError, PlanError, ShardError
+from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_manifest, write_shard, write_source
 
 
 @pytest.fixture
@@ -324,3 +325,23 @@ def test_the_rest_of_a_draw_of_two_sizes_is_refused(spec):
     with pytest.raises(PlanError, match=r"phases.2 \(rest\).*kept as random 20% and as random 50%, so its rest is not"):
         Plan.from_spec(spec | {"phases": [*sizes, rest]})
     Plan.from_spec(spec | {"phases": [sizes[0], rest]})
+
+
+def test_the_dry_run_refuses_what_a_run_would(tmp_path, monkeypatch, capsys):
+    """Held-out documents shorter than a window, ids outside the vocabulary, a batch larger than the plan."""
+    prefix = write_shard(tmp_path / "s", numbered_documents([5] * 9))
+    spec = plan_of({"s": {"shards": prefix}}, phase_of("shuffled", {"s": "all"}), validation={"s": {"documents": 1}})
+    with pytest.raises(PlanError, match=r"validation\.s: 1 held-out document with 5 tokens, one window needs 6"):
+        Plan.from_spec(spec | {"seq_length": 5})
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    monkeypatch.setattr("sys.argv", ["plan_data", str(path), "--global-batch-size", "100"])
+    with pytest.raises(PlanError, match="--global-batch-size 100: the plan has only"):
+        plan_data.main()
+    write_manifest(prefix, max_token_id=44, tokenizer={"vocab_size": 44})
+    monkeypatch.setattr("sys.argv", ["plan_data", str(path)])
+    with pytest.raises(ShardError, match=r"token id 44, but the vocabulary has 44 ids; .*has gaps"):
+        plan_data.main()
+    write_manifest(prefix, max_token_id=44, tokenizer={"vocab_size": 45})
+    plan_data.main()
+    assert "1 document held out" in capsys.readouterr().out

@@ -164,9 +164,9 @@ def test_scores_that_do_not_fit_are_refused_and_nothing_is_written(folder, tmp_p
         ("text.npy", r"not a whole \.npy file"),
         ("empty.npy", r"not a whole \.npy file"),
         ("gone.npy", "no file"),
-        ("text.parquet:grade", "no column 'grade'; the file has text"),
-        ("text.parquet:text", "is not a number"),
-        ("bad.parquet:grade", "not a Parquet file"),
+        ("text.parquet:grade", r"no column 'grade'; give .* \(it has text\)"),
+        ("text.parquet:text", "does not hold numbers"),
+        ("bad.parquet:grade", "is not a Parquet file"),
         ("torn.parquet:grade", "column 'grade' cannot be read"),
     ):
         with pytest.raises(ScoreError, match=f"--scores .*{origin}.*{message}"):

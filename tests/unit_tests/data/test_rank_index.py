@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import tempfile
 import threading
 from collections import deque
 
@@ -25,6 +27,8 @@ from megatron_kaiyuan.documents.rank_index import (
 )
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.shards import index_check
+from megatron_kaiyuan.shards.score_import import import_scores
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard, write_source
 
 DOCUMENTS = 100
@@ -83,15 +87,16 @@ class RecordingMeter:
             self.done += amount
 
 
-def test_lengths_that_do_not_add_up_to_the_tokens_are_refused_and_nothing_is_written(folder):
-    """Two documents' lengths changed in the middle: the sizes that opening compares stay as they were."""
+def test_lengths_that_do_not_add_up_to_the_tokens_are_refused_and_nothing_is_written(folder, monkeypatch):
+    """A length changed in the middle of an index too large to be read in whole when it is opened."""
+    monkeypatch.setattr(index_check, "CHECKED_BYTES", 0)
     path = folder / "part-001.idx"
     raw = bytearray(path.read_bytes())
     raw[34 + 4 * 20 : 34 + 4 * 21] = (1000).to_bytes(4, "little")
     path.write_bytes(raw)
     source, before = open_source("s", str(folder)), sorted(folder.iterdir())
     for build in (build_rank_index, lambda *args: write_rank_index(*args, index_path(source, "score"))):
-        with pytest.raises(ShardError, match=r"(?s)add up to 1,244 tokens, .* hold 246; .*inspect_data.py .* --verify"):
+        with pytest.raises(ShardError, match=r"part-001\.idx: documents that do not begin where the one before ends"):
             build(source, "score")
     assert sorted(folder.iterdir()) == before
 
@@ -342,3 +347,25 @@ def test_damaged_token_marks_are_named_when_they_are_read(tmp_path):
     order = CurriculumDataset(plan_of_scored(entry))
     with pytest.raises(RankIndexError, match=r"part-000\.score\.rank: damaged"):
         deque((order[sample] for sample in range(len(order))), maxlen=0)
+
+
+def test_a_folder_that_cannot_be_written_is_told_where_else_the_index_can_lie(folder, tmp_path, monkeypatch):
+    def refusing(**_):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    source = open_source("web", str(folder))
+    monkeypatch.setattr(tempfile, "mkstemp", refusing)
+    with pytest.raises(RankIndexError, match=r"cannot be written \(Permission denied\).*rank_index: FILE") as caught:
+        write_rank_index(source, "score", index_path(source, "score"))
+    command = shlex.split(str(caught.value).splitlines()[1])
+    assert command[1:] == ["tools/rank_data.py", str(folder), "--score", "score", "--output", "FILE"]
+    np.save(tmp_path / "scores.npy", np.zeros(DOCUMENTS))
+    with pytest.raises(ScoreError, match=r"cannot be written .*Link the shards into a folder of your own") as caught:
+        import_scores(source, str(tmp_path / "scores.npy"), "q")
+    monkeypatch.undo()
+    link, rank = str(caught.value).splitlines()[1:]
+    subprocess.run(["bash", "-c", link], cwd=tmp_path, check=True)
+    linked = open_source("web", str(tmp_path / "scored"))
+    import_scores(linked, str(tmp_path / "scores.npy"), "q")
+    assert linked.load_scores("q").tolist() == [0] * DOCUMENTS
+    assert shlex.split(rank)[2:] == ["scored", "--score", "q", "--scores", str(tmp_path / "scores.npy")]

@@ -11,7 +11,8 @@ from megatron_kaiyuan.data import Plan, vocabulary
 from megatron_kaiyuan.errors import PlanError, ShardError
 from megatron_kaiyuan.inspection.describe import describe_source
 from megatron_kaiyuan.preprocess import TokenizerConfig
-from tests.unit_tests.data.tiny import numbered_documents, phase_of, write_source
+from megatron_kaiyuan.shards.shard import Shard
+from tests.unit_tests.data.tiny import numbered_documents, phase_of, write_manifest, write_source
 from tests.unit_tests.preprocess.corpus import build_folder, save_bpe, save_tiktoken, write_jsonl
 
 
@@ -113,13 +114,6 @@ def test_shards_without_a_tokenizer_record_are_not_compared(built: tuple[Path, P
     stock = tmp_path / "stock"
     write_source(stock, numbered_documents([5] * 9))
     assert Plan.from_spec(plan_of([stock], "some/hub-name")).num_samples > 0
-    shards = tmp_path / "shards"
-    shutil.copytree(built[0], shards)
-    for path in shards.glob("*.manifest.json"):
-        manifest = json.loads(path.read_text())
-        del manifest["tokenizer"]
-        path.write_text(json.dumps(manifest))
-    assert Plan.from_spec(plan_of([shards], tmp_path / "missing")).num_samples > 0
     assert Plan.from_spec(plan_of([stock, built[0]], built[1])).num_samples > 0
 
 
@@ -159,17 +153,23 @@ def test_shards_without_a_manifest_are_probed_where_there_are_too_many_to_read(
     assert set(read) == {1 << 26, 25_000}
 
 
-def test_largest_ids_that_are_known_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_ids_that_manifests_tell_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "s", numbered_documents([4, 4]), cuts=(1,))
     spec = {"seq_length": 4, "sources": {"s": source}, "phases": [phase_of("shuffled", {"s": "all"})]}
-    plan = Plan.from_spec(spec)
-    known, unknown = (shard.prefix for shard in plan.opened["s"].source.shards)
-    monkeypatch.setattr(vocabulary, "_recorded_largest", pytest.fail)
-    plan.check_vocabulary(8, {known: 7})
-    with pytest.raises(ShardError, match=rf"{known}: token id 8, but the vocabulary has 8"):
-        plan.check_vocabulary(8, {known: 8})
-    with pytest.raises(ShardError, match=rf"{unknown}: token id 7, but the vocabulary has 7"):
-        plan.check_vocabulary(7, {known: 6})
+    known, unknown = (shard.prefix for shard in Plan.from_spec(spec).opened["s"].source.shards)
+
+    def read(shard: Shard, _: int) -> int:
+        assert shard.prefix == unknown
+        return 7
+
+    monkeypatch.setattr(vocabulary, "largest_token_id", read)
+    for largest, size, named in ((8, 8, known), (6, 7, unknown)):
+        write_manifest(known, max_token_id=largest)
+        with pytest.raises(ShardError, match=rf"{named}: token id \d, but the vocabulary has {size} ids; the shard"):
+            Plan.from_spec(spec).check_vocabulary(size)
+    write_manifest(known, max_token_id=9, tokenizer={"vocab_size": 9})
+    with pytest.raises(ShardError, match="has gaps: train with --tokenizer-type NullTokenizer --vocab-size 10 or more"):
+        Plan.from_spec(spec).check_vocabulary(9)
 
 
 def copied_shards(built: Path, folder: Path, count: int) -> Path:

@@ -1,5 +1,6 @@
 """Tiny real shards and plans for tests of the data engine, written by a writer of their own from the format's text."""
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -32,6 +33,19 @@ def write_shard(
     if scores is not None:
         np.save(f"{prefix}.scores.score.npy", np.array(scores, dtype=np.float32))
     return str(prefix)
+
+
+def write_manifest(prefix: Path | str, **changes: Any) -> Path:
+    """Write a manifest beside a shard; `changes` are its fields, those of its tokenizer as `tokenizer`."""
+    tokenizer = {"type": "T", "model": "t", "vocab_size": 50, "eod_id": 3, "fingerprint": "a" * 64}
+    manifest = {
+        "documents": 2, "tokens": 41, "dtype": "int32", "max_token_id": 40, "append_eod": False, "files": {},
+        "scores": {}, "inputs": [], "skipped": {}, "json_key": "text", "created_by": "a test",
+    }  # fmt: skip
+    tokenizer |= changes.pop("tokenizer", {})
+    path = Path(f"{prefix}.manifest.json")
+    path.write_text(json.dumps({**manifest, "tokenizer": tokenizer, **changes}))
+    return path
 
 
 def numbered_documents(lengths: Sequence[int], first: int = 0) -> list[list[int]]:

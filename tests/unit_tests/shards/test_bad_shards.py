@@ -8,11 +8,13 @@ import pytest
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_shard, open_source, resolve_prefixes
 from megatron_kaiyuan.errors import ScoreError, ShardError
+from megatron_kaiyuan.shards import index_check
 from tests.unit_tests.data.tiny import (
     UINT16_CODE,
     numbered_documents,
     phase_of,
     plan_of,
+    write_manifest,
     write_shard,
     write_source,
 )
@@ -63,7 +65,8 @@ DAMAGES = {
     "double tokens": (".idx", header(code=6), "dtype code 6 does not hold token ids"),
     "unknown dtype": (".idx", header(code=99), "dtype code 99 does not hold token ids"),
     "another dtype": (".idx", header(code=8), "is longer than its index says"),
-    "sentences": (".idx", header(boundaries=3), "3 sequences in 2 documents; .*without --split-sentences"),
+    "a boundary too few": (".idx", header(boundaries=3), "its header asks for"),
+    "no boundary": (".idx", lambda raw: header(boundaries=0)(raw)[:-32], "no document boundary"),
     "absurd count": (".idx", header(sequences=2**60, boundaries=2**60 + 1), "the file is truncated"),
 }
 
@@ -96,11 +99,16 @@ DAMAGES |= {
 
 
 @pytest.mark.parametrize(("array", "value"), [("lengths", 1000), ("pointers", 4), ("pointers", 1 << 40)])
-def test_a_document_in_the_middle_that_runs_into_its_neighbour_stops_the_fingerprint(tmp_path, array, value):
+def test_a_document_in_the_middle_that_runs_into_its_neighbour_stops_the_plan(tmp_path, monkeypatch, array, value):
     prefix = write_shard(tmp_path / "shard", numbered_documents([3, 4, 5, 4, 3]))
     spec = plan_of({"web": {"shards": prefix}}, phase_of("shuffled", {"web": "all"}), seq_length=2)
     assert Plan.from_spec(spec).fingerprint
     edit(f"{prefix}.idx", word(array, 2, value))
+    with pytest.raises(
+        ShardError, match=r"shard\.idx: documents that do not begin where the one before ends: \d, the fi"
+    ):
+        Plan.from_spec(spec)
+    monkeypatch.setattr(index_check, "CHECKED_BYTES", 0)  # as with a large one, which is not read in whole
     with pytest.raises(ShardError, match=r"shard\.idx: document \d does not end where the next one begins .* damaged"):
         _ = Plan.from_spec(spec).fingerprint
 
@@ -192,18 +200,32 @@ def test_shards_of_two_token_types_are_not_one_source(prefix, tmp_path):
 @pytest.mark.parametrize("manifest", [True, False])
 def test_a_token_outside_the_vocabulary_is_found_and_its_shard_named(prefix, tmp_path, manifest):
     if manifest:
-        (tmp_path / "shard.manifest.json").write_text(json.dumps({"max_token_id": 11}))
+        write_manifest(prefix, max_token_id=11)
     opened = plan(prefix)
     opened.check_vocabulary(12)
     with pytest.raises(ShardError, match=r"source 'web', shard .*shard: token id 11, but the vocabulary has 11 ids"):
         opened.check_vocabulary(11)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"max_token_id": null}', '{"max_token_id": "many"}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"max_token_id": null}', "\xff"])
 def test_a_damaged_manifest_is_refused_by_name(prefix, tmp_path, text):
-    (tmp_path / "shard.manifest.json").write_text(text)
-    with pytest.raises(ShardError, match=r"shard\.manifest\.json: not a manifest with max_token_id .*delete the mani"):
-        plan(prefix).check_vocabulary(100)
+    (tmp_path / "shard.manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ShardError, match=r"shard\.manifest\.json: .*restore the file or rebuild the shard"):
+        plan(prefix)
+
+
+def test_a_plan_refuses_a_manifest_that_training_would(prefix):
+    """The dry run and the run have one reader."""
+    path = write_manifest(prefix)
+    plan(prefix)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "extra": 1}))
+    with pytest.raises(ShardError, match=r"manifest\.json: extra: no field that this version knows"):
+        plan(prefix)
+    del content["tokenizer"]["fingerprint"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ShardError, match=r"manifest\.json: tokenizer\.fingerprint: Field required"):
+        plan(prefix)
 
 
 def test_a_negative_token_is_outside_every_vocabulary(tmp_path):

@@ -1,6 +1,5 @@
 """Folders that are not one whole source: several text keys in one, and builds that are not finished."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from megatron_kaiyuan.data import Plan, open_shard, open_source
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.inspection.describe import describe_source
-from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_shard
+from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_manifest, write_shard
 from tests.unit_tests.preprocess.corpus import build, build_folder, write_jsonl
 
 
@@ -18,8 +17,7 @@ def write_shards(folder, *names, manifest=None):
     for number, name in enumerate(names):
         write_shard(folder / name, numbered_documents([5] * 4, 100 * number))
         if manifest is not None:
-            key = manifest[number]
-            (folder / f"{name}.manifest.json").write_text(json.dumps({"json_key": key, "max_token_id": 1000}))
+            write_manifest(folder / name, json_key=manifest[number], max_token_id=1000)
     return folder
 
 

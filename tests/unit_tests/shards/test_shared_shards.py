@@ -1,6 +1,8 @@
 """Two sources over the same shards: what one of them holds out, no phase shows through the other either."""
 
+import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
-from megatron_kaiyuan.errors import PlanError, ResumeError
+from megatron_kaiyuan.errors import PlanError, ResumeError, ShardError
 from megatron_kaiyuan.reporting.plan_table import print_plan
-from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
+from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_manifest, write_source
 
 DOCUMENTS = 100
 
@@ -87,6 +89,33 @@ def test_shards_are_the_same_however_they_are_named(shards, way):
     assert plan.opened["b"].held_out_elsewhere.tolist() == expected
     assert len(expected) > 5
     assert not shown(plan) & held_out(plan, "a")
+
+
+@pytest.mark.parametrize("way", ["hard links", "copies with manifests", "a hard link to a shard with a manifest"])
+def test_shards_are_the_same_whatever_file_leads_there(shards, way):
+    """Documents held out of a source must not come back through the same bytes under another name."""
+    other = shards.parent / "other"
+    other.mkdir()
+    if way != "hard links":
+        for index in shards.glob("*.idx"):
+            sums = {end: hashlib.sha256(index.with_suffix(f".{end}").read_bytes()) for end in ("bin", "idx")}
+            files = {end: {"name": "", "bytes": 0, "sha256": told.hexdigest()} for end, told in sums.items()}
+            write_manifest(index.with_suffix(""), files=files)
+    for path in shards.iterdir():
+        if "copies" in way:
+            shutil.copy(path, other)
+        elif "manifest" not in path.name:
+            (other / path.name).hardlink_to(path)
+    plan = Plan.from_spec(spec_of(str(shards), str(other), {"a": {"documents": 20}}))
+    assert set(plan.opened["b"].held_out_elsewhere.tolist()) == held_out(plan, "a")
+    assert not shown(plan) & held_out(plan, "a")
+
+
+def test_a_hard_link_beside_its_shard_is_the_shard_named_twice(shards):
+    for end in (".bin", ".idx", ".scores.score.npy"):
+        (shards / f"again{end}").hardlink_to(shards / f"part-000{end}")
+    with pytest.raises(ShardError, match="named twice"):
+        Plan.from_spec(plan_of({"a": {"shards": str(shards)}}, phase_of("shuffled", {"a": "all"})))
 
 
 @settings(deadline=None, max_examples=25)

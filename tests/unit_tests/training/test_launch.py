@@ -75,7 +75,7 @@ def test_another_end_of_document_than_the_manifests_name_ends_the_start(tmp_path
 
 
 @pytest.mark.parametrize("tokenizer", [(), ("--tokenizer-type", "NullTokenizer")], ids=["of the shards", "named"])
-def test_a_start_reads_each_manifest_once_after_the_plan_is_open(tmp_path: Path, tokenizer: tuple[str, ...]) -> None:
+def test_a_start_reads_each_manifest_once(tmp_path: Path, tokenizer: tuple[str, ...]) -> None:
     plan = str(write_corpus(tmp_path))
     for name in ("scored", "plain"):
         write_manifest(tmp_path / name, vocab_size=96)
@@ -86,4 +86,4 @@ def test_a_start_reads_each_manifest_once_after_the_plan_is_open(tmp_path: Path,
     assert "IN THE LOOP" in done.stdout
     once = "{'plain.manifest.json': 1, 'scored.manifest.json': 1}"
     assert f"OPENED {once}" in done.stdout
-    assert f"STARTED {once}" in done.stdout
+    assert "STARTED {}" in done.stdout  # what the plan has read is enough

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.errors import ConfigError, KaiyuanError
+from megatron_kaiyuan.errors import ConfigError, KaiyuanError, ShardError
 from megatron_kaiyuan.preprocess import TokenizerConfig
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 from megatron_kaiyuan.training.plan_arguments import (
-    ShardRecords,
     check_plan_arguments,
     check_tokenizer_of_shards,
     plan_argument_defaults,
-    read_shard_records,
 )
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.preprocess.corpus import build_folder, save_bpe, write_jsonl
@@ -47,11 +45,11 @@ def write_manifest(prefix: Path, *, vocab_size: int = 50, fingerprint: str = FIN
 
 def defaults(args: argparse.Namespace, spec: dict[str, Any], saved: argparse.Namespace | None = None) -> dict[str, Any]:
     plan = Plan.from_spec(spec)
-    return plan_argument_defaults(args, plan, saved, read_shard_records(plan).tokenizer)
+    return plan_argument_defaults(args, plan, saved, plan.tokenizer_record)
 
 
 def tokenizer_of_shards(spec: dict[str, Any]) -> TokenizerRecord:
-    record = read_shard_records(Plan.from_spec(spec)).tokenizer
+    record = Plan.from_spec(spec).tokenizer_record
     assert record is not None
     return record
 
@@ -109,7 +107,10 @@ def test_the_vocabulary_comes_from_the_manifests(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_manifest(tmp_path / "text")
-    assert read_shard_records(Plan.from_spec(spec)).largest_ids == {str(tmp_path / "text"): 40}
+    plan = Plan.from_spec(spec)
+    plan.check_vocabulary(41)
+    with pytest.raises(ShardError, match="token id 40"):
+        plan.check_vocabulary(40)
     values = defaults(arguments(monkeypatch), spec)
     assert values["tokenizer_type"] == "NullTokenizer"
     assert values["vocab_size"] == 50
@@ -248,6 +249,6 @@ def test_a_null_tokenizer_stands_for_any_but_must_not_name_another_end(
 def test_shards_without_a_manifest_take_any_tokenizer(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = read_shard_records(Plan.from_spec(spec))
-    assert records == ShardRecords(None, {})
-    check_tokenizer_of_shards(named(monkeypatch, tmp_path / "nowhere"), records.tokenizer, 9)
+    record = Plan.from_spec(spec).tokenizer_record
+    assert record is None
+    check_tokenizer_of_shards(named(monkeypatch, tmp_path / "nowhere"), record, 9)
