@@ -137,6 +137,20 @@ _STEPS: tuple[Rule, ...] = (
     _passed_on(("micro_batch_size", "global_batch_size", "step_batch_size_schedule"), _LOOP),
     Rule(Fate.HONOURED, ("train_iters", "train_samples"), "the end of the run, compared with the plan"),
     Rule(Fate.HONOURED, ("iterations_to_skip",), "Megatron's loop, and the counts of our monitor"),
+    Rule(
+        Fate.REFUSED,
+        ("iterations_to_skip",),
+        "Megatron would read a batch on a stage that has none; leave it out, and train with one or two stages",
+        Condition(
+            "with more than two pipeline stages, or virtual ones",
+            lambda args: (
+                args.pipeline_model_parallel_size > 2
+                or args.num_layers_per_virtual_pipeline_stage is not None
+                or args.num_virtual_stages_per_pipeline_rank is not None
+                or args.pipeline_model_parallel_layout is not None
+            ),
+        ),
+    ),
     Rule(Fate.HONOURED, ("check_for_nan_in_loss_and_grad", "check_for_spiky_loss"), "our loss and Megatron's loop"),
     Rule(Fate.HONOURED, ("use_checkpoint_args",), "the model of a checkpoint"),
     _passed_on(

@@ -61,6 +61,8 @@ class StepReport:
 
     iteration: int
     consumed_samples: int
+    trained_samples: int
+    """Those of the consumed that the model has seen: without the steps of `--iterations-to-skip`."""
     skipped: bool
     """The optimizer did not step because a gradient was not finite."""
     loss_scale: float
@@ -106,9 +108,9 @@ class RunMonitor:
     _reading: _Reading | None = None
     """The tightest one since the last line."""
 
-    def resume(self, iteration: int, consumed_samples: int) -> None:
+    def resume(self, iteration: int, trained_samples: int) -> None:
         """Take the totals over from the lines of the run's earlier part, and meter the next step if it is due."""
-        self._samples_at_line = consumed_samples
+        self._samples_at_line = trained_samples
         self._clock = time.perf_counter()
         if self._is_due(iteration + 1):
             self._start_meters()
@@ -265,10 +267,10 @@ class RunMonitor:
         sums = self.counters.take()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        before = step.consumed_samples if self._samples_at_line is None else self._samples_at_line
+        before = step.trained_samples if self._samples_at_line is None else self._samples_at_line
         tokens, self._samples_at_line = (
-            (step.consumed_samples - before) * self.options.seq_length,
-            step.consumed_samples,
+            (step.trained_samples - before) * self.options.seq_length,
+            step.trained_samples,
         )
         skipped, self._skipped_since_line = self._skipped_since_line, 0
         reading, self._reading = self._reading, None

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import layers as parallel_layers
-from megatron.training import checkpointing, get_signal_handler, training
+from megatron.training import checkpointing, get_args, get_signal_handler, training
 from megatron.training.dist_signal_handler import all_gather_item
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,6 +36,7 @@ __all__ = [
     "initialize_loader_workers",
     "keep_checkpoints",
     "keep_shipped_dataset_helpers",
+    "log_each_step_once",
     "rename_rates_of_groups",
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
@@ -71,6 +72,26 @@ def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
     The loop names the class in the middle of a function and offers no hook to choose another.
     """
     training.OptimizerParamScheduler = build
+
+
+def log_each_step_once() -> None:
+    """Let the first log line of a start be one like any other where it is due.
+
+    Megatron writes a line after the first step in any case, and keeps what it summed up: the loss of the second line is
+    then the mean of both. A second call changes nothing.
+    """
+    original = training.training_log
+    if hasattr(original, "logs_each_step_once"):
+        return
+
+    def training_log(
+        losses: Any, totals: Any, rate: Any, iteration: int, *more: Any, is_first_iteration: bool = False, **named: Any
+    ) -> Any:
+        extra = is_first_iteration and iteration % get_args().log_interval != 0
+        return original(losses, totals, rate, iteration, *more, is_first_iteration=extra, **named)
+
+    training_log.logs_each_step_once = True  # type: ignore[attr-defined]
+    training.training_log = training_log
 
 
 def rename_rates_of_groups(changes: Mapping[str, Mapping[float, float]]) -> None:

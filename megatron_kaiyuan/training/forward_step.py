@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
@@ -26,6 +31,11 @@ __all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 
 _MODEL_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 _MONITOR_KEYS = ("dataset_id", "band_tokens", "token_bands")
+_SPIKE = 10.0
+"""Times the largest of the first hundred losses: where `--check-for-spiky-loss` repeats a step, as in Megatron-LM."""
+
+_stragglers = StragglerDetector()
+"""The one of this process, which `--log-straggler` switches on: it times the loading and the forward pass."""
 
 
 @dataclass(slots=True)
@@ -48,12 +58,14 @@ class ForwardStep:
         args = get_args()
         monitor = self.monitor if model.training else None
         micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-        batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
+        with _stragglers(bdata=True):
+            batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
         timers("batch-generator").stop()
         if monitor is not None:
             monitor.observe(model)
         forward = partial(_forward, model, batch)
-        output = forward()
+        with _stragglers:
+            output = forward()
         count = partial(self._count, batch, is_training=model.training)
         why_not_finite = partial(self._why_not_finite, model, forward)
         if isinstance(output, tuple):
@@ -72,7 +84,7 @@ class ForwardStep:
         self, batch: dict[str, Tensor | None], losses: Tensor, peak_logit: Tensor | None, *, is_training: bool
     ) -> None:
         if is_training:
-            if self.monitor is not None:
+            if self.monitor is not None and get_rerun_state_machine().state is not RerunState.RERUNNING_IN_PLACE:
                 self.monitor.count(batch, losses, peak_logit)
             return
         source_ids, bands, mask = batch.get("dataset_id"), batch.get("token_bands"), batch["loss_mask"]
@@ -200,6 +212,7 @@ def fused_language_model_loss(
     assert loss_mask is not None, "the last stage has the mask"
     num_tokens = loss_mask.float().sum().detach().to(torch.int)
     _check_finite(loss, why_not_finite)
+    _check_spiky(loss)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
 
 
@@ -219,3 +232,17 @@ def _check_finite(loss: Tensor, why_not_finite: Callable[[], str | None]) -> Non
             tolerance=0.0,  # the forward pass repeats exactly
             fatal=True,
         )
+
+
+def _check_spiky(loss: Tensor) -> None:
+    """Repeat a step whose loss is far above the earlier ones, to see if the machine computed it wrongly."""
+    if not get_args().check_for_spiky_loss:
+        return
+    machine = get_rerun_state_machine()
+    machine.validate_result(
+        result=loss,
+        rejection_func=partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
+        message="Spiky loss",
+        tolerance=0.0,  # the forward pass repeats exactly
+        fatal=False,
+    )

@@ -51,7 +51,12 @@ from megatron_kaiyuan.training.plan_arguments import (
 from megatron_kaiyuan.training.plan_evaluations import settle_evaluations
 from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, saved_arguments, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
-from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
+from megatron_kaiyuan.training.run_length import (
+    check_batch_arguments,
+    check_skipped_steps,
+    final_iteration,
+    is_complete,
+)
 from megatron_kaiyuan.training.schedule_arguments import check_rates_of_plan, continue_schedule, steps_in_samples
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 from megatron_kaiyuan.training.stages import embedding_ranks
@@ -71,6 +76,7 @@ def run_pretraining() -> None:
     store_start(args, saved, start.name)
     last = final_iteration(args, saved)
     setattr(args, AVERAGING, plan_averaging(args, plan, last))
+    check_skipped_steps(args, (getattr(args, AVERAGING) or {"iterations": ()})["iterations"])
     if is_complete(args, saved):
         print_rank_0(f"> --load {args.load}: the run is complete, nothing is left to train on")
         say_how_to_average(args)
@@ -83,6 +89,7 @@ def run_pretraining() -> None:
     compat.end_at(last)
     stop_when_asked(args)
     write_checkpoints_to_stay(args)
+    compat.log_each_step_once()
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()

@@ -58,7 +58,7 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
         options, counters, _write_scalar if is_logging_rank else None, print_rank_last, branch_scale_of(args)
     )
     # At construction it is not yet known where the run starts: the checkpoint is loaded later.
-    loop_observers.observe_loop(lambda _: monitor.resume(args.iteration, args.consumed_train_samples))
+    loop_observers.observe_loop(lambda _: monitor.resume(args.iteration, _trained_samples(args)))
     loop_observers.observe_steps(_Observer(args, monitor))
     return monitor
 
@@ -156,6 +156,7 @@ class _Observer:
             StepReport(
                 iteration=iteration,
                 consumed_samples=self._args.consumed_train_samples,
+                trained_samples=_trained_samples(self._args),
                 skipped=bool(skipped_iter),
                 loss_scale=float(loss_scale),
                 learning_rate=learning_rate,
@@ -163,3 +164,8 @@ class _Observer:
                 loss=None if loss is None else float(loss),
             )
         )
+
+
+def _trained_samples(args: argparse.Namespace) -> int:
+    """Megatron counts the samples of `--iterations-to-skip` as consumed, and again as skipped."""
+    return int(args.consumed_train_samples - args.skipped_train_samples)

@@ -6,12 +6,13 @@ ask for more than there is.
 """
 
 import argparse
+from collections.abc import Collection
 
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 
 from megatron_kaiyuan.errors import ConfigError
 
-__all__ = ["check_batch_arguments", "final_iteration", "is_complete"]
+__all__ = ["check_batch_arguments", "check_skipped_steps", "final_iteration", "is_complete"]
 
 
 def check_batch_arguments(args: argparse.Namespace, saved: argparse.Namespace | None, *, planned: bool) -> None:
@@ -40,6 +41,33 @@ def check_batch_arguments(args: argparse.Namespace, saved: argparse.Namespace | 
         f"--train-iters {args.train_iters} tells the end of a plan for batches of one size only, but {what}: leave "
         "--train-iters out, and the run ends with the plan"
     )
+
+
+def check_skipped_steps(args: argparse.Namespace, averaged: Collection[int]) -> None:
+    """Refuse to skip a step at which something is to be done: Megatron does nothing at all after such a step.
+
+    Steps that Megatron reads from its own file of rejected results are skipped all the same, so that a job that is
+    queued again goes on.
+
+    Args:
+        args: Validated arguments.
+        averaged: Steps whose checkpoints the plan averages.
+
+    Raises:
+        ConfigError: names the step and what would be missing.
+    """
+    intervals = {"--save-interval": args.save_interval if args.save else None, "--exit-interval": args.exit_interval}
+    if args.eval_iters:
+        intervals["--eval-interval"] = args.eval_interval
+    asked = args.iterations_to_skip if args.result_rejected_tracker_filename is None else ()
+    for step in sorted(asked):
+        due = [f"{flag} {interval}" for flag, interval in intervals.items() if interval and step % interval == 0]
+        due += ["averaging in the plan"] * (step in averaged)
+        if due:
+            raise ConfigError(
+                f"--iterations-to-skip {step}: {' and '.join(due)} would be left out with that step; choose another "
+                "interval, or skip the step before or after too and not this one"
+            )
 
 
 def final_iteration(args: argparse.Namespace, saved: argparse.Namespace | None) -> int:

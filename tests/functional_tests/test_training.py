@@ -5,6 +5,7 @@ loss scaler, started so high that the first steps overflow. Those that may round
 tolerance can be small; see `ROUNDING`.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,19 @@ def test_tokens_are_counted_by_source_and_band_and_losses_add_up(single: tuple[P
     for step, bands in scored:
         shares = " ".join(f"{band / sum(bands):.0%}" for band in bands)
         assert f"tokens by quantile band at step {step} (lowest scores first): scored {shares}" in finished.output
+
+
+def test_each_step_is_logged_and_counted_once_whatever_is_skipped(plan: Path, tmp_path: Path) -> None:
+    """The loss of the second line is its own, and a skipped step is in no line, though its samples are used up."""
+    flags = ("--plan", str(plan), "--iterations-to-skip", "3", "4", "--kaiyuan-metrics", "saved/metrics.jsonl")
+    finished = train_well(tmp_path, *flags)
+    assert counted(tmp_path) == [line for line in expected_counts(plan) if line[0] not in (3, 4)]
+    lines = read_metrics(tmp_path / "saved" / "metrics.jsonl")
+    assert [(line["iteration"], line["tokens"], line["consumed_samples"]) for line in lines] == [
+        (step, BATCH * 32, BATCH * step) for step in (1, 2, 5, 6)
+    ]
+    logged = re.findall(r" iteration +(\d+)/.* lm loss: (\S+) ", finished.output)
+    assert {int(step): float(loss) for step, loss in logged} == pytest.approx(finished.logged("lm loss"), rel=1e-5)
 
 
 def held_out_lines(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:

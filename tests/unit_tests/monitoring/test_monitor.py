@@ -115,6 +115,7 @@ def step(iteration: int, *, skipped: bool = True, loss_scale: float = 8.0, loss:
     return StepReport(
         iteration=iteration,
         consumed_samples=iteration,
+        trained_samples=iteration,
         skipped=skipped,
         loss_scale=loss_scale,
         learning_rate=1.0,

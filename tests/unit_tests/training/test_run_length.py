@@ -7,7 +7,12 @@ import pytest
 from megatron.core import num_microbatches_calculator
 
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.run_length import check_batch_arguments, final_iteration, is_complete
+from megatron_kaiyuan.training.run_length import (
+    check_batch_arguments,
+    check_skipped_steps,
+    final_iteration,
+    is_complete,
+)
 
 
 def arguments(**values: object) -> Namespace:
@@ -75,3 +80,20 @@ def test_a_plan_in_batches_of_several_sizes_is_not_counted_in_steps() -> None:
     steps.step_batch_size_schedule = "0:4 8:6"
     with pytest.raises(ConfigError, match="'0:4 8:6' changes the batch: leave --train-iters out"):
         check_batch_arguments(steps, None, planned=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ([7, 6], "^--iterations-to-skip 6: --save-interval 3 would be left out with that step"),
+        ([8], "^--iterations-to-skip 8: --exit-interval 4 would be left out"),
+        ([5], "^--iterations-to-skip 5: --eval-interval 5 and averaging in the plan would be left out"),
+    ],
+)
+def test_a_step_at_which_something_is_to_be_done_is_not_skipped(steps: list[int], told: str) -> None:
+    others = {"save": "s", "save_interval": 3, "exit_interval": 4, "eval_iters": 1, "eval_interval": 5}
+    rejected = {"result_rejected_tracker_filename": None, "iterations_to_skip": steps}
+    with pytest.raises(ConfigError, match=told):
+        check_skipped_steps(arguments(**others, **rejected), [5])
+    check_skipped_steps(arguments(**others, **rejected | {"iterations_to_skip": [7, 11]}), [5])
+    check_skipped_steps(arguments(**others, **rejected | {"result_rejected_tracker_filename": "f"}), [5])
