@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
 from megatron_kaiyuan.reporting.held_out_table import band_tables, source_table
@@ -62,6 +61,6 @@ def main() -> None:
         progress=lambda line: print(line, file=sys.stderr),
     )
     for table in (source_table(results, plan), *band_tables(results, plan)):
-        Console().print(table)
+        SafeConsole().print(table)
     if options.json:
         options.json.write_text(results_as_json(results, plan))

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
+from megatron_kaiyuan.host.terminal import visible
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +53,6 @@ def main() -> None:
     model, positions = load_model(checkpoint)
     texts = [prompt + continue_text(model, tokenizer, prompt, sampling, positions) for prompt in options.prompt]
     separated = f"\n{'-' * 40}\n".join(texts) + "\n"
-    print(separated)
+    print(visible(separated))
     if options.output:
         options.output.write_text(separated, encoding="utf-8")

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.quantile.runs import SlicedStudy, my_share, read_slices, write_slices
 from megatron_kaiyuan.quantile.study import Study, load_study
 from megatron_kaiyuan.quantile.tasks import check_tasks
@@ -150,4 +150,4 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
         table.add_column(name, justify="left" if name in ("slice", "scores") else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    SafeConsole().print(table)

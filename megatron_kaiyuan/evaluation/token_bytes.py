@@ -18,7 +18,8 @@ def token_bytes(tokenizer_model: str | Path) -> NDArray[np.int64] | None:
         tokenizer_model: Folder or file of a `tokenizer.json`.
 
     Returns:
-        None when the tokenizer is not byte-level: a token's bytes then depend on its neighbours.
+        None when it is no byte-level `tokenizer.json`, such as a SentencePiece model or TikToken ranks: a token's bytes
+        may then depend on its neighbours.
 
     Raises:
         TokenizerError: no such tokenizer.
@@ -27,8 +28,11 @@ def token_bytes(tokenizer_model: str | Path) -> NDArray[np.int64] | None:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise TokenizerError(f"{path}: no such tokenizer; give a folder with a tokenizer.json, or that file")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:  # a SentencePiece model
+        return None
+    if not isinstance(content, dict) or (content.get("decoder") or {}).get("type") != "ByteLevel":
         return None
     added = {entry["id"]: entry for entry in content["added_tokens"]}
     vocabulary = {**content["model"]["vocab"], **{entry["content"]: number for number, entry in added.items()}}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_kaiyuan.errors import KaiyuanError
+from megatron_kaiyuan.host.terminal import visible
 
 __all__ = ["python_command", "run_tool"]
 
@@ -27,10 +28,10 @@ def run_tool(main: Callable[[], None]) -> int:
     try:
         main()
     except KaiyuanError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(error)}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a missing folder, no permission: it names the file itself
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kaiyuan.errors import DeviceError, KaiyuanError, MetricsError, SaveError, TrainingStopped
+from megatron_kaiyuan.host.terminal import visible
 
 __all__ = ["Failure", "failure_of"]
 
@@ -36,7 +37,7 @@ def failure_of(error: BaseException) -> Failure:
     """Describe the exception that ended this rank."""
     text = str(error)
     if isinstance(error, KaiyuanError):
-        return Failure(f"{type(error).__name__}: {_without_worker(error)}", _tells(error))
+        return Failure(f"{type(error).__name__}: {visible(_without_worker(error))}", _tells(error))
     if found := _WORKER_GONE.search(text):
         return Failure(
             f"a data loader worker (process {found[1]}) {found[2]}: if no line above says why, the machine most likely "

@@ -4,9 +4,9 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.preprocess.pipeline import Progress as Done
 
 __all__ = ["ConsoleReporter"]
@@ -22,7 +22,7 @@ class ConsoleReporter:
     """
 
     def __init__(self, log_interval: int | None = None) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._log_interval = log_interval
         self._bar: Progress | None = None
         self._total = 0

@@ -10,6 +10,7 @@ from rich.console import Console
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.inspection.describe import describe_source
 from megatron_kaiyuan.inspection.verify import verify_shards
 from megatron_kaiyuan.reporting.decoding import TextDecoder, choose_decoder
@@ -89,7 +90,7 @@ def inspect_sources(target: Path | Sequence[str], options: InspectionOptions) ->
         sources.append(told)
     if options.page:
         write_shards_page(sources, options.page)
-        Console(stderr=True, highlight=False).print(f"wrote {options.page}", markup=False)
+        SafeConsole(stderr=True, highlight=False).print(f"wrote {options.page}", markup=False)
     return {"sources": sources}
 
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from megatron_kaiyuan.data.learning_rate import batch_warnings, rate_warnings
 from megatron_kaiyuan.data.retention import retention_warnings
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["format_tokens", "plan_tables", "print_plan", "times_shown"]
@@ -49,9 +50,9 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
 
 def print_plan(description: dict[str, Any], global_batch_size: int | None = None) -> None:
     """Print all tables to stdout, as wide as they need when it is not a terminal."""
-    console = Console()
+    console = SafeConsole()
     if not console.is_terminal:
-        console = Console(width=175)
+        console = SafeConsole(width=175)
     console.print(plan_tables(description, global_batch_size))
 
 

@@ -5,8 +5,9 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from megatron_kaiyuan.host.console import SafeConsole
 
 __all__ = ["ConsoleMeter"]
 
@@ -17,7 +18,7 @@ class ConsoleMeter:
     """Shows one stretch of work after another; safe to use from many threads."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._lock = threading.Lock()
         self._what, self._total, self._done = "", 0, 0

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_curves import half_life, smoothed
 from megatron_kaiyuan.reporting.run_data_figures import cumulative_bands, cumulative_tokens
@@ -133,9 +133,9 @@ def _count(number: int, what: str) -> str:
 
 def print_summaries(summaries: Sequence[Mapping[str, Any]]) -> None:
     """A row for each run, and the sources of a single run, on stdout."""
-    console = Console()
+    console = SafeConsole()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = SafeConsole(width=140)
     table = Table(title="Runs" if len(summaries) > 1 else None, title_justify="left")
     table.add_column("run")
     held_out = [name for name in HELD_OUT_COLUMNS if any(told[name] for told in summaries)]

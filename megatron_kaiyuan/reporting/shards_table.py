@@ -8,6 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.shards.manifest import SpecialTokenRecord, special_token_facts
@@ -21,8 +22,8 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def report_console() -> Console:
     """Stdout; where it is not a terminal, wide enough for every table."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=140, highlight=False)
+    console = SafeConsole(highlight=False)
+    return console if console.is_terminal else SafeConsole(width=140, highlight=False)
 
 
 def print_source(described: Mapping[str, Any], console: Console) -> None:

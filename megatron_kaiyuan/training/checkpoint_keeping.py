@@ -24,6 +24,7 @@ from megatron_kaiyuan.errors import ConfigError, SaveError
 from megatron_kaiyuan.host.atomic import rename_durably
 from megatron_kaiyuan.host.cli import python_command
 from megatron_kaiyuan.host.stop_signals import may_be_killed_after
+from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.monitoring.metrics_file import average_path, metrics_path, read_metrics
 from megatron_kaiyuan.training import compat
 
@@ -273,10 +274,11 @@ def say_how_to_average(args: argparse.Namespace) -> None:
         print(f"{planned}: nothing is left to average", flush=True)
         return
     python = python_command()
-    commands = [f"{python} tools/evaluate.py {args.save} {output} --plan {args.plan}"]
+    commands = [f"{python} tools/evaluate.py {shell_command(args.save, output, '--plan', args.plan)}"]
     if not is_average(output, left, weights, iteration_folder(Path(args.save), iterations[-1])):
-        which = f"--iterations {' '.join(map(str, left))} --weights {weights}" if lost else "--planned"
-        commands.insert(0, f"{python} tools/average_checkpoints.py {args.save} {which} --output {output}")
+        which = ["--iterations", *map(str, left), "--weights", weights] if lost else ["--planned"]
+        words = shell_command(args.save, *which, "--output", output)
+        commands.insert(0, f"{python} tools/average_checkpoints.py {words}")
     elif _was_evaluated(args, iterations[-1]):
         return
     print(f"{planned}{'; without them' if lost else ''}:", flush=True)

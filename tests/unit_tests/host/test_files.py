@@ -1,5 +1,6 @@
 """Files that others wrote: a pipe under their name, YAML that stands for too much, text with control characters."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -9,9 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
+from rich.text import Text
 
 from megatron_kaiyuan.data import open_source
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.evaluation.token_bytes import token_bytes
+from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.files import open_regular, read_regular
 from megatron_kaiyuan.host.terminal import counted, shell_command, visible, visible_data
 from megatron_kaiyuan.host.yaml_file import NotYamlError, read_yaml
@@ -114,3 +120,30 @@ def test_a_shell_agrees(tmp_path: Path) -> None:
 
 def test_one_is_not_counted_in_the_plural() -> None:
     assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
+
+
+def test_a_console_and_an_error_show_control_characters_and_keep_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table()
+    table.add_column("na\x1b[2Jme")
+    table.add_row(Text("a\x1b]0;title\x07b", style="red"))
+    told = io.StringIO()
+    console = SafeConsole(file=told, force_terminal=True, width=80, color_system="standard")
+    console.print(table)
+    console.print(Text("a\x1b]0;title\x07b", style="red"))
+    assert "\\x1b[2J" in told.getvalue()
+    assert "\\x1b]0;title\\x07" in told.getvalue()
+    assert "\x1b[31m" in told.getvalue()  # the console's own red
+    assert "\x1b[2J" not in told.getvalue()
+    assert "\x07" not in told.getvalue()
+
+    def fails() -> None:
+        raise ShardError("a\x1b[2Jb")
+
+    assert run_tool(fails) == 1
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb\n"
+
+
+@pytest.mark.parametrize("content", [b"\x0a\x0e\x0a\x05<unk>\xff\xfe", b'[{"rank": 0, "token_bytes": "AA=="}]'])
+def test_bytes_of_other_tokenizers_are_unknown(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    assert token_bytes(tmp_path / "tokenizer.model") is None
