@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -163,45 +164,44 @@ class Study(StrictModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Study":
-        self._check_names()
-        self._check_budgets()
+        problems = [*self._wrong_names(), *self._wrong_budgets()]
+        if problems:
+            raise ValueError("\n  ".join(problems))
         return self
 
-    def _check_names(self) -> None:
+    def _wrong_names(self) -> Iterator[str]:
         for name in (*self.sources, *self.evaluation.held_out):
             if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"the name {name!r} becomes part of file names; use letters, digits, - and _")
+                yield f"the name {name!r} becomes part of file names; use letters, digits, - and _"
         for name, held_out in self.evaluation.held_out.items():
             known = name in self.datasets
             if known == (held_out.shards is not None):
                 remedy = "leave shards out" if known else "give it shards, or name a source"
-                raise ValueError(
-                    f"evaluation.held_out.{name}: {'is' if known else 'is not'} one of the sources; {remedy}"
-                )
+                yield f"evaluation.held_out.{name}: {'is' if known else 'is not'} one of the sources; {remedy}"
         names = [task.name for task in self.evaluation.all_tasks()]
         for number, name in enumerate(names):
             if name in names[:number] or name in self.evaluation.held_out:
-                raise ValueError(f"evaluation.tasks: {name!r} names two measures; each needs a name of its own")
+                yield f"evaluation.tasks: {name!r} names two measures; each needs a name of its own"
 
-    def _check_budgets(self) -> None:
+    def _wrong_budgets(self) -> Iterator[str]:
         batch = self.training.global_batch_size * self.seq_length
         if self.slices.tokens % self.seq_length:
-            raise ValueError(
+            yield (
                 f"slices.tokens: {self.slices.tokens:,} is not a whole number of windows of {self.seq_length} tokens; "
                 f"{max(1, self.slices.tokens // self.seq_length) * self.seq_length:,} is"
             )
         if self.budget % batch:
-            raise ValueError(
+            yield (
                 f"training.tokens: {self.budget:,} is not a whole number of steps of {self.training.global_batch_size} "
                 f"x {self.seq_length} tokens; {max(1, round(self.budget / batch)) * batch:,} is"
             )
         if self.budget < self.slices.tokens:
-            raise ValueError(
+            yield (
                 f"training.tokens: {self.budget:,} is less than a slice ({self.slices.tokens:,}), so part of it would "
                 "never be seen; make slices.tokens smaller"
             )
         if self.training.global_batch_size % (self.training.micro_batch_size * self.training.processes):
-            raise ValueError("training: global_batch_size must be a multiple of micro_batch_size x processes")
+            yield "training: global_batch_size must be a multiple of micro_batch_size x processes"
 
     @property
     def datasets(self) -> dict[str, list[str]]:
@@ -304,7 +304,7 @@ def parse_study(raw: object, origin: str = "study") -> Study:
     try:
         return Study.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(detail) for detail in error.errors()]
+        lines = [line for detail in error.errors() for line in _describe(detail).split("\n")]
         raise StudyError(f"{origin}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error
 
 

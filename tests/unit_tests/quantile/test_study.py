@@ -231,3 +231,14 @@ def test_a_study_without_local_tasks_keeps_the_digest_of_its_results(tmp_path: P
     fields = {"max_windows": None, "tasks": [], "task_folders": [], "limit": None, "generate": False}
     content = json.dumps([study.training_digest, fields], sort_keys=True)
     assert study.evaluation_digest == hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def test_all_that_does_not_fit_together_is_told_at_once(tmp_path: Path) -> None:
+    content = study_content(tmp_path)
+    content["slices"] |= {"tokens": 1025}
+    content["evaluation"]["held_out"]["good"] = {"documents": 40, "shards": "elsewhere"}
+    content["training"] |= {"micro_batch_size": 3}
+    with pytest.raises(StudyError) as refused:
+        parse_study(content)
+    for words in ("held_out.good: is one of the sources", "not a whole number of windows", "must be a multiple of"):
+        assert words in str(refused.value)
