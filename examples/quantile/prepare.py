@@ -6,12 +6,14 @@
 
 `planted`: docstrings of the installed packages, in which a share of the words has its letters shuffled. In `graded`
 the score falls as that share grows; in `blind` the same kind of text has scores drawn at random. `code` is pieces of
-Python files, undamaged and with scores drawn at random: a specialist, poor at prose and the best at code. `clean` and
+Python files without comments and docstrings, undamaged and with scores drawn at random: a specialist, poor at prose and
+the best at code. `clean` and
 `clean_code` are never trained on.
 `domains`: Python files and docstrings with the demo's own quality scores, as they are.
 """
 
 import argparse
+import ast
 import json
 import random
 import re
@@ -33,7 +35,7 @@ MOST_SHUFFLED = 0.9
 """Share of the words whose letters are shuffled in the worst documents."""
 CLEAN_EVERY = 12
 """One document in so many is kept clean and held out."""
-CODE_BYTES = 6_000_000
+CODE_BYTES = 9_000_000
 PIECE = 1500
 """Characters of a document of code."""
 
@@ -85,8 +87,19 @@ def planted_rows(output: Path, budget: int) -> dict[str, list[Row]]:
     for number, text in enumerate(texts_of(output / "corpus" / "code.jsonl")):
         # whole files, so that no held-out piece has its sister among those that are trained on
         name = "clean_code" if number % CLEAN_EVERY == 0 else "code"
-        found[name] += [Row(piece, chance.random()) for piece in pieces(text)]
+        found[name] += [Row(piece, chance.random()) for piece in pieces(without_prose(text))]
     return found
+
+
+def without_prose(text: str) -> str:
+    """A Python file without its comments and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree) + "\n"
 
 
 def pieces(text: str) -> list[str]:

@@ -72,6 +72,10 @@ def smallest_claimable(design: Design, level: float) -> Claimable:
         pair = float(statistic) * math.sqrt(2 / most)
     rises = []
     for coefficients, share in trend_terms(design):
+        if design.spread:  # the runs of the source around their line
+            own_freedom = float(np.count_nonzero(coefficients)) - 2
+            rises.append(-float(stdtrit(own_freedom, share * level / 2)) * math.sqrt((coefficients**2).sum()))
+            continue
         cells = float(((coefficients**2).sum()) ** 2 / sum(_squares(coefficients, counts))) * freedom
         rises.append(-float(stdtrit(min(float(total), cells), share * level / 2)) * math.sqrt((coefficients**2).sum()))
     return Claimable(pair, max(rises, default=math.inf))

@@ -206,10 +206,11 @@ def _curves(analysis: Analysis) -> list[str]:
     more = [metric for metric in analysis.metrics if not metric.decides]
     return [
         "<h2>Score against quantile</h2>",
-        '<p class="read">Rings are single seeds, the line their mean, the band its 95 % confidence interval (spread '
-        "between seeds, pooled over all slices). A triangle marks a slice that did better than its neighbour with the "
-        "higher score: filled where that is claimed, open where it is not. A slice stands where its documents lie; at "
-        "the ends that is further inwards than its name. Bits per byte fall towards the right where a score works.</p>",
+        '<p class="read">Rings are single seeds, the line their mean, the band its 95 % confidence interval (each '
+        "slice's spread between seeds drawn towards that of all). A triangle marks a slice that did better than its "
+        "neighbour with the higher score: filled where that is claimed, open where it is not. A slice stands where its "
+        "documents lie; at the ends that is further inwards than its name. Bits per byte fall towards the right where "
+        "a score works.</p>",
         _means(analysis),
         *_plots(analysis, main),
         *_further_curves(analysis, more),

@@ -36,6 +36,7 @@ __all__ = [
     "Estimate",
     "Measure",
     "Score",
+    "combined",
     "contrast",
     "holm",
     "mean_estimate",
@@ -292,7 +293,11 @@ def run_contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
     squares = np.add.reduceat(coefficients**2, np.cumsum(counts) - counts)
     of_runs = list(zip((squares * variances).tolist(), freedoms.tolist(), strict=True))
     runs = (sum(part for part, _ in of_runs), min(total, _freedom(of_runs)))
-    parts = [runs, *of_items]
+    return combined(value, [runs, *of_items])
+
+
+def combined(value: float, parts: Sequence[tuple[float, float]]) -> Estimate:
+    """Return an estimate whose variance is the sum of these, each with its degrees of freedom."""
     return Estimate(value, math.sqrt(sum(part for part, _ in parts)), _freedom(parts))
 
 

@@ -29,11 +29,12 @@ def test_the_smallest_claimed_difference_is_where_a_pair_begins_to_be_claimed(fa
 
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 def test_the_smallest_claimed_rise_is_where_the_t_test_of_a_trend_rejects(factor: float) -> None:
-    """Seeds at one place, so that the line leaves their variance at exactly 1."""
+    """Fifteen runs whose variance around their line is exactly 1, with 13 degrees of freedom."""
     design = replace(layout_of("2x5 own").design([np.ones(RUNS, dtype=bool)] * 10), spread=True)
     size = smallest_claimable(design, LEVEL).trend * factor
     places = [float(place[0]) for place in design.places]
-    cells = [(UNIT + size * places[number] / 0.8 * (number < 5))[:, None] for number in range(10)]
+    noise = UNIT * (13 / 10) ** 0.5
+    cells = [(noise + size * places[number] / 0.8 * (number < 5))[:, None] for number in range(10)]
     found = shapes_of(design, {OVERALL: Measure("x", cells, np.ones(1))}, SHAPES_SHARE * LEVEL)
     trend = next(shape for shape in found if shape.kind == "trend")
     assert trend.estimate.value == pytest.approx(size)
