@@ -3,16 +3,18 @@
 XXH3 with 128 bits finds damage, by disks, networks and copies, at the speed of memory: a changed file passes with a
 chance of 2^-128. It is no signature: who may write the files may write their checksums too.
 
-Each rank sums up the files that it wrote, when and where it wrote them, so that no file travels twice, and leaves the
-result beside the file. Rank 0 collects them before `metadata.json` and the tracker say that the checkpoint is whole.
+Each rank sums up what it writes while it writes it, in a thread of its own: a large write to a disk takes longer than
+its sum, so it costs no time, and no file is read again. The result waits beside the file, also where a helper process
+wrote it, until rank 0 collects all before `metadata.json` and the tracker say that the checkpoint is whole.
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Literal, Self
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,12 +26,12 @@ __all__ = [
     "CHECKSUMS_ARGUMENT",
     "CHECKSUMS_NAME",
     "FileSum",
+    "SummedFile",
     "collect_sums",
     "find_difference",
     "read_checksums",
     "sum_bytes",
     "sum_file",
-    "write_and_sum",
     "write_checksums",
 ]
 
@@ -160,32 +162,82 @@ def _wrong_content(path: Path, expected: FileSum, progress: Callable[[int], None
     return None if found == expected else f"has other bytes in {path.name} than were saved (checksum)"
 
 
-def write_and_sum(write: Callable[..., Any], paths: Sequence[Path], *args: Any, **kwargs: Any) -> Any:
-    """Call `write`, then leave the checksum of each file it wrote beside it, for `collect_sums`.
+class SummedFile:
+    """A new file to write, which is summed up meanwhile; when it is closed the sum is left for `collect_sums`.
 
-    It may run in a process of its own. A file that cannot be read is left to whoever collects.
-
-    Args:
-        write: Writes the files.
-        paths: What it writes.
-        *args: Handed on.
-        **kwargs: Handed on.
+    Like a file of `open(path, "wb")`, as far as `torch.save` and Megatron's writer use it.
     """
-    result = write(*args, **kwargs)
-    with contextlib.suppress(OSError):
-        for path in paths:
-            _left_beside(path).write_text(sum_file(path).model_dump_json())
-    return result
+
+    def __init__(self, path: Path) -> None:
+        """Open it; an older one is lost.
+
+        Raises:
+            OSError: as `open`.
+        """
+        self._path = path
+        _left_beside(path).unlink(missing_ok=True)
+        self._stream = path.open("wb")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
+        self._state = xxhash.xxh3_128()
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append."""
+        if memoryview(data).nbytes < _BUFFER:
+            self._state.update(data)
+            written = self._stream.write(data)
+        else:
+            summing = self._thread.submit(self._state.update, data)
+            try:
+                written = self._stream.write(data)  # neither holds Python's lock
+            finally:
+                summing.result()  # the memory is the caller's again afterwards
+        self._size += written
+        return written
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """Descriptor of the file, which then has all that was written: who syncs it forgets to flush."""
+        self._stream.flush()
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Close it, and leave its sum."""
+        if not self._stream.closed:
+            self._stream.close()
+            self._thread.shutdown()
+            found = FileSum(bytes=self._size, xxh3_128=self._state.hexdigest())
+            _left_beside(self._path).write_text(found.model_dump_json())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # whoever failed says so; half a file has no sum
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            self._thread.shutdown()
 
 
 def collect_sums(paths: Iterable[Path]) -> dict[str, FileSum]:
-    """Return the checksum of each file by its name, as left by `write_and_sum`, or else by reading it."""
+    """Return the checksum of each file by its name, as left by `SummedFile`, or else by reading it."""
     found = {}
     for path in paths:
         left = _left_beside(path)
         try:
             found[path.name] = FileSum.model_validate_json(left.read_bytes())
-        except (OSError, ValidationError):
+        except (OSError, ValidationError):  # another writer than ours, such as that of nvidia-resiliency-ext
             found[path.name] = sum_file(path)
         left.unlink(missing_ok=True)
     return found

@@ -20,6 +20,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -29,10 +30,10 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_kaiyuan.checkpoints.checksums import (
     CHECKSUMS_ARGUMENT,
+    SummedFile,
     collect_sums,
     sum_bytes,
     sum_file,
-    write_and_sum,
     write_checksums,
 )
 from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, LEGACY_COMMON_STATE, METADATA_NAME
@@ -125,8 +126,8 @@ def write_checkpoints_to_stay(args: argparse.Namespace) -> None:
         request = original(self, writer, results, async_strategy)
         if writer.use_msc:
             return request
-        if request.async_fn is not None:
-            request = request._replace(async_fn=partial(write_and_sum, request.async_fn, paths))
+        if async_strategy == "mcore" and request.async_fn is not None:  # a synchronous save too is of this kind
+            request = request._replace(async_fn=partial(_write_summed, request.async_fn))
         description = _description(CheckpointingConfig(self.backend, self.version))
         request.finalize_fns.append(partial(_finish, Path(writer.checkpoint_dir), paths, description))
         return request
@@ -134,6 +135,16 @@ def write_checkpoints_to_stay(args: argparse.Namespace) -> None:
     TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks = callbacks
     serialization.save_config = _save_config
     checkpointing.maybe_msc = _DurableTracker(checkpointing.maybe_msc)
+
+
+def _write_summed(write: Any, *args: Any, **kwargs: Any) -> Any:
+    """Write in this process, or in a helper that knows none of these changes, and sum up meanwhile."""
+    filesystem_async.open = _open_summed  # hides Python's own in that module
+    return write(*args, **kwargs)
+
+
+def _open_summed(path: str, mode: str) -> Any:
+    return SummedFile(Path(path)) if mode == "wb" else Path(path).open(mode)
 
 
 def _finish(folder: Path, paths: list[Path], description: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import warnings
@@ -13,7 +14,14 @@ import pytest
 import torch
 import xxhash
 
-from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_NAME, read_checksums, sum_file
+from megatron_kaiyuan.checkpoints.checksums import (
+    CHECKSUMS_NAME,
+    SummedFile,
+    collect_sums,
+    read_checksums,
+    sum_bytes,
+    sum_file,
+)
 from megatron_kaiyuan.checkpoints.damage import damage, verify
 from megatron_kaiyuan.checkpoints.reading import (
     Checkpoint,
@@ -109,6 +117,39 @@ def test_every_flipped_bit_is_noticed(run: Path) -> None:
             flip(folder / name, generator)
             assert sum_file(folder / name) != expected
             (folder / name).write_bytes(whole)
+
+
+def test_what_is_written_is_summed_up_as_it_will_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "__0_0.distcp"
+    with SummedFile(path) as stream:
+        assert stream.write(b"small") == 5
+        torch.save(torch.arange(1_000_000), stream)
+        stream.write(memoryview(bytes(range(256)) * 20_000))
+        assert os.fstat(stream.fileno()).st_size == stream.tell(), "who syncs it gets all that was written"
+    assert path.stat().st_size > 13_000_000
+    assert collect_sums([path]) == {path.name: sum_file(path)}
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_sum_that_another_process_left_is_taken_and_one_that_is_missing_is_made(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with SummedFile(tmp_path / name) as stream:
+            stream.write(name.encode())
+    (tmp_path / "a").write_bytes(b"damaged before it was collected")
+    (tmp_path / ".b.sum").unlink()
+    sums = collect_sums([tmp_path / "a", tmp_path / "b"])
+    assert sums == {"a": sum_bytes(b"a"), "b": sum_bytes(b"b")}
+
+
+def test_half_a_file_has_no_sum(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        with SummedFile(path) as stream:
+            stream.write(bytes(2 << 20))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fill(tmp_path / "part")
+    assert [found.name for found in tmp_path.iterdir()] == ["part"]
 
 
 def test_a_change_after_the_look_is_noticed_too(run: Path) -> None:
