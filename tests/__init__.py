@@ -16,17 +16,21 @@ GPU_TESTS = os.environ.get("KAIYUAN_GPU_TESTS", "")
 """`cuda`, `cpu`, or empty: the tests marked `gpu` are left out."""
 
 
-def _prepare() -> None:
+def _choose_device() -> None:
     if GPU_TESTS not in ("", "cpu", "cuda"):
         raise ValueError(f"KAIYUAN_GPU_TESTS={GPU_TESTS}: give cuda or cpu, or leave it out")
     os.environ["KAIYUAN_DEVICE"] = "cuda" if GPU_TESTS == "cuda" else "cpu"
     if GPU_TESTS != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Commands that the tests start find this checkout first, and whatever else this Python found its packages in.
+
+
+def _put_this_checkout_first() -> None:
+    """Let started commands import this checkout, and whatever else this Python found its packages in."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     folders = [str(REPOSITORY), *(folder for folder in inherited if folder and folder != str(REPOSITORY))]
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
 
 
+_put_this_checkout_first()
 if "pytest" in sys.modules:  # benchmarks take helpers from here, and they run on the device that they are given
-    _prepare()
+    _choose_device()

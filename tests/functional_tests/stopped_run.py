@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.functional_tests.training_run import MODEL_FLAGS, REPOSITORY, TRAINING_FLAGS
+from tests.functional_tests.training_run import MODEL_FLAGS, TRAINING_FLAGS
 
 LAUNCHERS = {
     "none": [],
@@ -116,7 +116,7 @@ def running(
     """
     start = [*LAUNCHERS[launcher], f"--nproc-per-node={processes}"] if launcher != "none" else []
     command = [*before, sys.executable, *start, "-m", "megatron_kaiyuan.pretrain", *MODEL_FLAGS, *training, *flags]
-    kept = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    kept = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -45,7 +45,7 @@ def launch(folder: Path, rank: str, *flags: str, seconds: float = 1.5) -> "subpr
     command = [sys.executable, "-m", "megatron_kaiyuan.host.torchrun", "--standalone", "--nproc-per-node=2", *flags]
     return subprocess.Popen(
         [*command, str(script)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
