@@ -89,6 +89,13 @@ DATA: tuple[Rule, ...] = (
         "compared with the shards' manifests, then Megatron's tokenizers",
     ),
     Rule(Fate.PASSED_ON, ("padded_vocab_size", "pad_vocab_size"), "the rows of Megatron's embedding"),
+    Rule(
+        Fate.REFUSED,
+        ("pad_vocab_size",),
+        "Megatron knows no number of rows then; give --padded-vocab-size N, or --make-vocab-size-divisible-by 1 in "
+        "place of it",
+        Condition("without --padded-vocab-size", lambda args: args.padded_vocab_size is None),
+    ),
     *only_with(
         "--tokenizer-type", lambda args: args.tokenizer_type is not None, _OF_A_TOKENIZER, "Megatron's tokenizers"
     ),

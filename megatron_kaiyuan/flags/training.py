@@ -173,6 +173,12 @@ _STEPS: tuple[Rule, ...] = (
         _LOOP,
     ),
     Rule(Fate.HONOURED, ("deprecated_use_mcore_models",), "always so"),
+    Rule(
+        Fate.REFUSED,
+        ("num_experts",),
+        "each token goes to more experts than there are; give more of them, or a smaller --moe-router-topk",
+        Condition("below --moe-router-topk", lambda args: 0 < (args.num_experts or 0) < args.moe_router_topk),
+    ),
     *only_with("--manual-gc", lambda args: bool(args.manual_gc), ("manual_gc_interval", "manual_gc_eval"), _LOOP),
     *only_with(
         "--error-injection-rate",

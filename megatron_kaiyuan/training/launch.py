@@ -39,7 +39,7 @@ from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.load_arguments import check_load
 from megatron_kaiyuan.training.memory import check_memory
 from megatron_kaiyuan.training.observation import build_held_out, build_monitor
-from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, validate
+from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, tell_what_building_refuses, validate
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plain_splits import settle_splits
 from megatron_kaiyuan.training.plan_arguments import (
@@ -89,6 +89,7 @@ def run_pretraining() -> None:
     compat.end_at(last)
     stop_when_asked(args)
     write_checkpoints_to_stay(args)
+    tell_what_building_refuses()
     compat.log_each_step_once()
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()

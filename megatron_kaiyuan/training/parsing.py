@@ -13,20 +13,32 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from megatron.training.config.container import PretrainConfigContainer
 
 from megatron_kaiyuan.arguments import arguments_provider
-from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.flags.complaints import megatron_checks
+from megatron_kaiyuan.errors import ConfigError, KaiyuanError
+from megatron_kaiyuan.flags.complaints import megatron_checks, sentence
+from megatron_kaiyuan.flags.ranges import check_ranges
 from megatron_kaiyuan.flags.rules import refuse_flags
 from megatron_kaiyuan.flags.spelling import Spelling, spellings
 from megatron_kaiyuan.flags.table import TABLE
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.training.schedule_arguments import build_schedule
 
-__all__ = ["configuration", "known_flags", "parse", "validate"]
+__all__ = ["configuration", "known_flags", "parse", "tell_what_building_refuses", "validate"]
+
+_BUILDING = (
+    "initialize_megatron",
+    "set_jit_fusion_options",
+    "setup_model_and_optimizer",
+    "build_train_valid_test_data_iterators",
+)
+"""Functions of Megatron's that build a run, in their order."""
+_REFUSALS = (AssertionError, ValueError, NotImplementedError, ImportError)
+"""What Megatron and torch raise where they cannot build what was asked for; a lack of memory is none of them."""
 
 
 @functools.cache
@@ -52,6 +64,7 @@ def parse(defaults: Mapping[str, object]) -> argparse.Namespace:
     with megatron_checks(known_flags()):
         args: argparse.Namespace = parse_args(arguments_provider(defaults))
     flags = known_flags()
+    check_ranges(args, flags)
     refuse_flags(args, {name: flag.default for name, flag in flags.items()} | dict(defaults), TABLE, flags)
     return args
 
@@ -77,6 +90,30 @@ def validate(
             build_schedule(args)
         configuration(args)
     return args
+
+
+def tell_what_building_refuses() -> None:
+    """Let what Megatron or torch refuses while groups, model, optimizer and loaders are built be one sentence.
+
+    It is what no earlier check has noticed. A second call changes nothing.
+    """
+    for name in _BUILDING:
+        original = getattr(training, name)
+        if not hasattr(original, "__wrapped__"):
+            setattr(training, name, _telling(original))
+
+
+def _telling(build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return build(*args, **kwargs)
+        except KaiyuanError:
+            raise
+        except _REFUSALS as error:
+            raise ConfigError(sentence(error, known_flags(), sys.argv[1:])) from error
+
+    return told
 
 
 def configuration(args: argparse.Namespace) -> PretrainConfigContainer:

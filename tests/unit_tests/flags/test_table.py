@@ -96,6 +96,8 @@ def test_every_refusal_says_what_to_do() -> None:
         ("--wandb-exp-name x", "^--wandb-exp-name x without --wandb-project"),
         ("--tensorboard-log-interval 5", "^--tensorboard-log-interval 5 without --tensorboard-dir"),
         ("--save s --async-save", "^--async-save without --use-persistent-ckpt-worker: Megatron saves synchronously"),
+        ("--no-pad-vocab-size", "^--no-pad-vocab-size without --padded-vocab-size: Megatron knows no number of rows"),
+        ("--num-experts 1", "^--num-experts 1 below --moe-router-topk: each token goes to more experts than there are"),
         # Read by nothing.
         ("--exit-signal-handler-for-dataloader", "^--exit-signal-handler-for-dataloader: nothing in Megatron 0.19"),
         (

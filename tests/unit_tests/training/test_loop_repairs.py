@@ -9,9 +9,11 @@ from megatron.core import rerun_state_machine
 from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.training import training
 
+from megatron_kaiyuan.errors import ConfigError, ShardError
 from megatron_kaiyuan.monitoring.monitor import RunMonitor
-from megatron_kaiyuan.training import compat, forward_step
+from megatron_kaiyuan.training import compat, forward_step, parsing
 from megatron_kaiyuan.training.forward_step import ForwardStep, fused_language_model_loss
+from megatron_kaiyuan.training.parsing import tell_what_building_refuses
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,23 @@ def test_a_step_that_is_made_again_is_counted_once(machine: RerunStateMachine) -
         machine.state = state
         step._count({}, torch.ones(1), None, is_training=True)
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("name", parsing._BUILDING)
+def test_what_cannot_be_built_is_one_sentence_and_a_fault_stays_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    raised: list[BaseException] = []
+
+    def build() -> None:
+        raise raised[-1]
+
+    for function in parsing._BUILDING:
+        monkeypatch.setattr(training, function, build)
+    tell_what_building_refuses()
+    tell_what_building_refuses()
+    raised.append(ValueError("Invalid epsilon value: -1.0"))
+    with pytest.raises(ConfigError, match=r"^Invalid epsilon value: -1.0; change the flags that it speaks of"):
+        getattr(training, name)()
+    for untouched in (ShardError("a shard"), torch.OutOfMemoryError("memory"), SystemExit(0)):
+        raised.append(untouched)
+        with pytest.raises(type(untouched)):
+            getattr(training, name)()
