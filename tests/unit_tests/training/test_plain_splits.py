@@ -111,7 +111,7 @@ def test_a_part_that_nobody_asks_for_is_not_built(monkeypatch: pytest.MonkeyPatc
     """Megatron counts passes over it without end, though it is asked for no sample."""
     args = run(monkeypatch, "--data-path a --split 99,1,0 --eval-iters 0")
     monkeypatch.setattr("megatron_kaiyuan.training.plain_data.get_tokenizer", lambda: None)
-    monkeypatch.setattr("megatron_kaiyuan.training.plain_data._feeds_a_stage", lambda _stage: True)
+    monkeypatch.setattr("megatron_kaiyuan.training.plain_data.loads_data", lambda _args, _stage: True)
     monkeypatch.setattr("megatron.core.datasets.gpt_dataset.GPTDatasetConfig.__post_init__", _without_tokenizer)
     train, valid, test = PlainDatasetsProvider(args)((20, 0, 0))
     assert (valid, test) == (None, None)
