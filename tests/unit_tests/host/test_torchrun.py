@@ -25,7 +25,7 @@ print("listening", flush=True)
 while not requests.number:
     time.sleep(0.01)
 time.sleep({seconds})
-os.write(1, f"saved after {signal.Signals(requests.number).name}\\n".encode())  # whole: ranks share the pipe
+os.write(1, ("saved after " + signal.Signals(requests.number).name + "\\n").encode())  # whole: ranks share the pipe
 """
 FAILING_RANK = """
 import os, sys, time
