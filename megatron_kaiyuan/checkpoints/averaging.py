@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.checkpoints.damage import LEGACY_COMMON_STATE, Verifier, verify
-from megatron_kaiyuan.checkpoints.identity import first_difference
+from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD, first_difference
 from megatron_kaiyuan.checkpoints.lineage import comes_from
 from megatron_kaiyuan.checkpoints.parts import LazyTensor, read_rows, row_groups, write_parts
 from megatron_kaiyuan.checkpoints.reading import (
@@ -55,7 +55,6 @@ MANIFEST_NAME = "average.json"
 _FORMAT = "megatron_kaiyuan.average/1"
 PLANNED = "kaiyuan_averaging"
 """Argument of a run that says what its plan wants averaged; see `checkpoint_keeping.AVERAGING`."""
-_PLAN_RECORD = "kaiyuan_plan_record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +361,7 @@ def _check_same_run(checkpoints: Sequence[Checkpoint]) -> None:
                 f"{pair}: after {before.consumed_train_samples} and {after.consumed_train_samples} samples, which does "
                 "not grow with the iteration; average checkpoints of one run"
             )
-        records = getattr(before, _PLAN_RECORD, None), getattr(after, _PLAN_RECORD, None)
+        records = getattr(before, PLAN_RECORD, None), getattr(after, PLAN_RECORD, None)
         if records[0] is None and records[1] is None:
             continue
         if records[0] is None or records[1] is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_ARGUMENT, read_checksums
-from megatron_kaiyuan.checkpoints.identity import COMMAND_LINE_TOKENIZER, TOKENIZER
+from megatron_kaiyuan.checkpoints.identity import AVERAGING, COMMAND_LINE_TOKENIZER, PLAN_RECORD, TOKENIZER
 from megatron_kaiyuan.checkpoints.lineage import STARTS
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 
@@ -38,8 +38,7 @@ _MODEL = (
     "padded_vocab_size",
     "params_dtype",
 )
-_PLAN_RECORD = "kaiyuan_plan_record"
-_NO_OPTIONS = {TOKENIZER, COMMAND_LINE_TOKENIZER, STARTS, CHECKSUMS_ARGUMENT, _PLAN_RECORD, "kaiyuan_averaging"}
+_NO_OPTIONS = {TOKENIZER, COMMAND_LINE_TOKENIZER, STARTS, CHECKSUMS_ARGUMENT, PLAN_RECORD, AVERAGING}
 """Arguments that are kept with a run and are no flags."""
 
 
@@ -54,7 +53,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     args = checkpoint.arguments
     samples, length = getattr(args, "consumed_train_samples", None), getattr(args, "seq_length", None)
-    record = getattr(args, _PLAN_RECORD, None)
+    record = getattr(args, PLAN_RECORD, None)
     return {
         "format": _FORMAT,
         "folder": str(checkpoint.folder),
@@ -68,7 +67,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "seed": getattr(args, "seed", None),
             "plan": getattr(args, "plan", None),
             "plan_order": None if record is None else _digest(record),
-            "averaging": _plain(getattr(args, "kaiyuan_averaging", None)),
+            "averaging": _plain(getattr(args, AVERAGING, None)),
             "tokenizer": getattr(args, TOKENIZER, None) or getattr(args, COMMAND_LINE_TOKENIZER, None),
             "starts": getattr(args, STARTS, None),
         },

@@ -6,13 +6,27 @@ import hashlib
 from megatron_kaiyuan.errors import ResumeError
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
-__all__ = ["COMMAND_LINE_TOKENIZER", "TOKENIZER", "check_same_run", "first_difference", "store_tokenizer"]
+__all__ = [
+    "AVERAGING",
+    "COMMAND_LINE_TOKENIZER",
+    "PLAN_RECORD",
+    "TOKENIZER",
+    "check_same_run",
+    "first_difference",
+    "store_tokenizer",
+]
 
 TOKENIZER = "kaiyuan_tokenizer"
 """Name of the argument that holds a fingerprint of what the tokenizer does; None where nothing tells."""
 
 COMMAND_LINE_TOKENIZER = "kaiyuan_command_line_tokenizer"
 """What a tokenizer that the command line names does; apart from it, for manifests may be added to the shards later."""
+
+PLAN_RECORD = "kaiyuan_plan_record"
+"""Name of the argument that holds `Plan.order_record()`."""
+
+AVERAGING = "kaiyuan_averaging"
+"""Name of the argument that holds which iterations the plan averages; `tools/average_checkpoints.py --planned`."""
 
 _FLAGS = {
     "seed": "--seed",

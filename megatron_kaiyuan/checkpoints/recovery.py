@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and whether it may write where it is told to; decided before anything is built.
+"""Decide before anything is built which checkpoint a run starts from, and whether it may write to `--save`.
 
 A process that is killed while it saves leaves a folder without its last files, and one that is killed while the tracker
 is written may leave an empty one, on which Megatron exits with code 0. Disks and copies damage files. Rank 0 decides

@@ -23,7 +23,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def sample_word(text: str) -> str:
-    """What `--sample` may be; whether the plan has these samples is known once it is open."""
+    """Parse `--sample`. Whether the plan has these samples is checked once it is open."""
     try:
         parse_sample_range(text)
     except ConfigError as error:

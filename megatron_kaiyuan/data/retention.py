@@ -23,7 +23,7 @@ from megatron_kaiyuan.data.plan_phases import AveragingSpec
 __all__ = ["averaging_weights", "kept_weights", "retained_by_band", "retention_warnings"]
 
 _PLACES = 64
-"""Equal parts of a phase in which the rate, the quality and the weight are told."""
+"""Equal parts of a phase for which the rate, the quality and the weight are reported."""
 _LEAST_SHARE = 1 / 3
 """Of the largest weight: below, the best band of a curriculum is warned of."""
 

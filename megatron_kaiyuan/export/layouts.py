@@ -14,7 +14,7 @@ All but `gemma3` have the names of our own layout, so that only `config.json` di
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,9 @@ from torch import Tensor
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.export.architecture import Architecture
 
-__all__ = ["LAYOUTS", "Layout", "LayoutName", "architecture_from_config", "choose_layout"]
+__all__ = ["Layout", "LayoutName", "architecture_from_config", "choose_layout"]
 
 LayoutName = Literal["kaiyuan", "llama", "qwen2", "qwen3", "gemma3"]
-LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 
 _STOCK_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -150,6 +149,24 @@ def _shape(architecture: Architecture, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
+def _read_shape(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `_shape`, with the base of the rotary positions; KeyError for a key that is missing."""
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_query_groups": config["num_key_value_heads"],
+        "kv_channels": config["head_dim"],
+        "padded_vocab_size": config["vocab_size"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "rotary_base": float(rope["rope_theta"]),
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "init_method_std": config["initializer_range"],
+        "tied_embeddings": config["tie_word_embeddings"],
+    }
+
+
 def _kaiyuan_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, object]:
     return {
         "architectures": ["KaiyuanForCausalLM"],
@@ -225,11 +242,12 @@ def _with_defaults(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     filled: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    # Qwen2's class has no such key, and those of the others may leave it empty
+    filled["head_dim"] = filled.get("head_dim") or filled["hidden_size"] // filled["num_attention_heads"]
     return filled
 
 
 def _from_stock(config: Mapping[str, Any], kind: str, origin: str) -> Architecture:
-    heads = config["num_attention_heads"]
     rope = config["rope_parameters"]
     _refuse(
         origin,
@@ -243,22 +261,11 @@ def _from_stock(config: Mapping[str, Any], kind: str, origin: str) -> Architectu
         },
     )
     return Architecture(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        padded_vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        rotary_base=float(rope["rope_theta"]),
-        layernorm_epsilon=config["rms_norm_eps"],
-        init_method_std=config["initializer_range"],
+        **_read_shape(config, rope),
         qk_layernorm=kind == "qwen3",
         sandwich_norm=False,
         logit_softcap=0.0,
         add_qkv_bias=kind == "qwen2",
-        tied_embeddings=config["tie_word_embeddings"],
     )
 
 
@@ -279,22 +286,11 @@ def _from_kaiyuan(config: Mapping[str, Any], origin: str) -> Architecture:
     )
     try:
         return Architecture(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=config["num_attention_heads"],
-            num_query_groups=config["num_key_value_heads"],
-            kv_channels=config["head_dim"],
-            padded_vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
-            rotary_base=float(rope["rope_theta"]),
-            layernorm_epsilon=config["rms_norm_eps"],
-            init_method_std=config["initializer_range"],
+            **_read_shape(config, rope),
             qk_layernorm=config["qk_norm"],
             sandwich_norm=config["sandwich_norm"],
             logit_softcap=float(config["final_logit_softcapping"] or 0.0),
             add_qkv_bias=config["attention_bias"],
-            tied_embeddings=config["tie_word_embeddings"],
             branch_scale_bits=config.get("branch_scale_bits", 0),  # folders written before 0.2 have none
         )
     except KeyError as error:

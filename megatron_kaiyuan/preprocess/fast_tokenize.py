@@ -250,7 +250,7 @@ class FastShards:
             raise TokenizersDiffer(found)
 
     def withdraw(self) -> list[str]:
-        """Take the shards away; their names."""
+        """Remove the shards and return their names."""
         if self._folder is None:
             return []
         prefixes = self._record.builds(self._folder)

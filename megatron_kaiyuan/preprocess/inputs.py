@@ -31,7 +31,6 @@ __all__ = [
     "PartNumbers",
     "cut_into_shards",
     "describe_left_out",
-    "expand_inputs",
     "find_inputs",
     "first_row",
     "keep_cut",
@@ -72,11 +71,6 @@ class Part:
     file: InputFile
     start: int = 0
     stop: int | None = None
-
-
-def expand_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """Return the files of `find_inputs` alone."""
-    return find_inputs(patterns)[0]
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[InputFile], Search]:

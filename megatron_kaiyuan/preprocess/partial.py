@@ -88,8 +88,17 @@ class HashedFile:
         return FileRecord(name=self.final.name, bytes=self._size, sha256=self._digest.hexdigest())
 
     def publish(self) -> None:
-        """Give the file its final name, on disk too."""
-        rename_durably(self.partial, self.final)
+        """Give the file its final name, on disk too.
+
+        Raises:
+            ConfigError: another process, which builds the same shard, has taken the file away.
+        """
+        try:
+            rename_durably(self.partial, self.final)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"output {self.final}: another process is writing it; wait for it or choose another output"
+            ) from error
 
     def discard(self) -> None:
         """Close it, and remove it unless it was published."""
@@ -233,7 +242,9 @@ def refuse_existing(prefix: str, score_keys: Sequence[str] = ()) -> None:
 
 
 def retire(prefix: str, keep: Callable[[Manifest], bool]) -> bool:
-    """Take a whole shard out of sight unless `keep`; whether it went. Other tasks may be at work on it meanwhile.
+    """Withdraw a complete shard unless `keep(manifest)` is true. Return whether it was withdrawn.
+
+    Other tasks may be at work on it meanwhile.
 
     Only its manifest is certain to go: without it the folder counts as unfinished. The manifest is moved before it is
     judged, so one that another task publishes at this moment is seen, and put back. Where somebody has partial files

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_kaiyuan.errors import ConfigError, PreprocessError
+from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess.build_folder import ShardTask
 from megatron_kaiyuan.preprocess.document_table import Origins
 from megatron_kaiyuan.preprocess.documents import Fault
@@ -142,10 +142,6 @@ def build_shard(task: ShardTask, build: BuildJob, workers: int, report: Callable
     blocks = read_blocks(task.parts, build.job.keys.all, build.block_bytes)
     try:
         return _write_shard(task, build, ordered_results(blocks, build.job, workers), report)
-    except FileNotFoundError as error:  # a rival that builds the same shard has taken its files away
-        raise ConfigError(
-            f"output {task.prefixes[0]}: another process is writing it; wait for it or choose another output"
-        ) from error
     except OSError as error:
         raise PreprocessError(
             f"output {task.prefixes[0]}: {error.strerror or error}; free or mend the disk and run the same command "

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_kaiyuan.checkpoints.averaging import is_average
 from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_NAME
 from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME
+from megatron_kaiyuan.checkpoints.identity import AVERAGING
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, read_tracker, saved_iterations
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, SaveError
@@ -29,7 +30,6 @@ from megatron_kaiyuan.monitoring.metrics_file import average_path, metrics_path,
 from megatron_kaiyuan.training import compat
 
 __all__ = [
-    "AVERAGING",
     "CheckpointKeeper",
     "average_folder",
     "averaged_iterations",
@@ -38,9 +38,6 @@ __all__ = [
     "say_how_to_average",
     "say_what_cannot_be_averaged",
 ]
-
-AVERAGING = "kaiyuan_averaging"
-"""Name of the argument that holds `plan_averaging()` in every checkpoint; `tools/average_checkpoints.py --planned`."""
 
 
 def average_folder(save: str) -> Path:

@@ -13,7 +13,7 @@ from megatron_kaiyuan.arguments import (
     check_save_arguments,
     defaults_without_optional_kernels,
 )
-from megatron_kaiyuan.checkpoints.identity import check_same_run, store_tokenizer
+from megatron_kaiyuan.checkpoints.identity import AVERAGING, check_same_run, store_tokenizer
 from megatron_kaiyuan.checkpoints.lineage import store_start
 from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data, write_checkpoints_to_stay
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
@@ -29,7 +29,6 @@ from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import check_average_arguments
 from megatron_kaiyuan.training.blend import check_data_arguments
 from megatron_kaiyuan.training.checkpoint_keeping import (
-    AVERAGING,
     keep_checkpoints,
     plan_averaging,
     say_how_to_average,

@@ -1,4 +1,4 @@
-"""Whether there is a checkpoint where a run is told to start from one.
+"""Refuse a run that shall start from a checkpoint where there is none.
 
 Megatron warns in the midst of its log, trains from random weights and ends with code 0.
 """

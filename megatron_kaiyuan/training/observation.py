@@ -8,6 +8,7 @@ from typing import Any
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_0, print_rank_last
 
+from megatron_kaiyuan.checkpoints.identity import AVERAGING
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.monitoring.branch_scale import branch_scale_of
 from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
@@ -23,7 +24,7 @@ from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor, Step
 from megatron_kaiyuan.monitoring.source_counters import SourceCounters
 from megatron_kaiyuan.training import loop_observers
 from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
-from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING, CheckpointKeeper
+from megatron_kaiyuan.training.checkpoint_keeping import CheckpointKeeper
 
 __all__ = ["build_held_out", "build_monitor"]
 

@@ -12,19 +12,17 @@ import io
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.utils import print_rank_0
 
+from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION
 from megatron_kaiyuan.errors import ResumeError
 
-__all__ = ["RECORD", "check_resume", "plan_as_begun", "saved_arguments", "store_record"]
-
-RECORD = "kaiyuan_plan_record"
-"""Name of the argument that holds `Plan.order_record()`."""
+__all__ = ["check_resume", "plan_as_begun", "saved_arguments", "store_record"]
 
 
 def store_record(args: argparse.Namespace, plan: Plan | None) -> None:
     """Let every checkpoint of this run carry the order of its samples."""
-    setattr(args, RECORD, None if plan is None else plan.order_record())
+    setattr(args, PLAN_RECORD, None if plan is None else plan.order_record())
 
 
 def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
@@ -46,7 +44,7 @@ def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
 
 def plan_as_begun(plan: Plan | None, saved: argparse.Namespace | None) -> Plan | None:
     """Return the plan in the version of the plan language that the run to continue began with."""
-    record = getattr(saved, RECORD, None)
+    record = getattr(saved, PLAN_RECORD, None)
     return plan if plan is None or record is None else plan.as_begun(record)
 
 
@@ -77,7 +75,7 @@ def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Na
     if saved is None or consumed == 0:
         return
     _check_padding(args, saved)
-    record = getattr(saved, RECORD, None)
+    record = getattr(saved, PLAN_RECORD, None)
     if plan is not None and record is not None:
         plan.check_resume(record, consumed)
         _say_version(plan)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kaiyuan.checkpoints.identity import AVERAGING
 from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.monitoring.metrics_file import read_metrics
-from megatron_kaiyuan.training.checkpoint_keeping import AVERAGING
 from megatron_kaiyuan.training.scheduler import learning_rate_at
 from tests.functional_tests.training_run import BATCH, TRAINING_FLAGS, train_well, write_corpus
 

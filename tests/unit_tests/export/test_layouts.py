@@ -4,7 +4,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from megatron_kaiyuan.checkpoints.reading import Checkpoint, open_checkpoint
+from megatron_kaiyuan.commands import convert
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.export.from_hugging_face import import_model
 from megatron_kaiyuan.export.layouts import LayoutName, choose_layout
@@ -252,3 +253,8 @@ def test_a_pipeline_stage_of_a_serving_engine_hands_states_on(tmp_path: Path) ->
     states = first(input_ids=tokens, use_cache=False, position_ids=places, return_dict=False)[0]
     found = last(inputs_embeds=states, use_cache=False, position_ids=places, return_dict=False)[0]
     assert torch.equal(found, right)
+
+
+def test_the_command_offers_every_layout() -> None:
+    """It spells them itself, because its `--help` does without torch."""
+    assert ("auto", *get_args(LayoutName)) == convert._LAYOUTS

@@ -11,12 +11,12 @@ from megatron_kaiyuan.errors import PreprocessError
 from megatron_kaiyuan.preprocess import readers
 from megatron_kaiyuan.preprocess.documents import parse_block
 from megatron_kaiyuan.preprocess.fields import FieldKeys
-from megatron_kaiyuan.preprocess.inputs import Part, expand_inputs
+from megatron_kaiyuan.preprocess.inputs import Part, find_inputs
 from megatron_kaiyuan.preprocess.readers import ByteRange, Lines, lines_of, read_blocks
 
 
 def parts(path: Path) -> list[Part]:
-    return [Part(file) for file in expand_inputs([str(path)])]
+    return [Part(file) for file in find_inputs([str(path)])[0]]
 
 
 def read_all_lines(path: Path, block_bytes: int) -> list[bytes]:
@@ -99,16 +99,16 @@ def test_directories_and_globs_are_sorted_and_skip_other_files(tmp_path: Path) -
     (tmp_path / "deep").mkdir()
     for name in ("b.jsonl", "a.json.gz", "deep/c.ndjson.zst", "readme.txt", ".hidden.jsonl"):
         (tmp_path / name).write_bytes(b"{}\n")
-    found = [file.name for file in expand_inputs([str(tmp_path)])]
+    found = [file.name for file in find_inputs([str(tmp_path)])[0]]
     assert found == [str(tmp_path / name) for name in ("a.json.gz", "b.jsonl", "deep/c.ndjson.zst")]
-    assert [file.name for file in expand_inputs([f"{tmp_path}/*.jsonl"])] == [str(tmp_path / "b.jsonl")]
-    assert [file.name for file in expand_inputs([f"{tmp_path}/readme.txt"])] == [str(tmp_path / "readme.txt")]
+    assert [file.name for file in find_inputs([f"{tmp_path}/*.jsonl"])[0]] == [str(tmp_path / "b.jsonl")]
+    assert [file.name for file in find_inputs([f"{tmp_path}/readme.txt"])[0]] == [str(tmp_path / "readme.txt")]
 
 
 def test_format_is_told_by_content_not_by_name(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(gzip.compress(b"{}\n"))
     (tmp_path / "b.jsonl.gz").write_bytes(b"{}\n")
-    kinds = [file.kind for file in expand_inputs([str(tmp_path / "a"), str(tmp_path / "b.jsonl.gz")])]
+    kinds = [file.kind for file in find_inputs([str(tmp_path / "a"), str(tmp_path / "b.jsonl.gz")])[0]]
     assert kinds == ["gzip", "unreadable"]
 
 
@@ -121,13 +121,13 @@ def test_inputs_that_match_nothing_are_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PreprocessError, match=message):
-        expand_inputs([pattern])
+        find_inputs([pattern])
 
 
 def test_a_file_named_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"{}\n")
     with pytest.raises(PreprocessError, match="named twice"):
-        expand_inputs([str(tmp_path / "a.jsonl"), str(tmp_path)])
+        find_inputs([str(tmp_path / "a.jsonl"), str(tmp_path)])
 
 
 def test_a_file_that_changes_during_the_run_is_an_error(tmp_path: Path) -> None:

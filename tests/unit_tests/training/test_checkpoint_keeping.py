@@ -17,12 +17,12 @@ from megatron_kaiyuan.checkpoints.averaging import (
     choose_planned,
     complete_average,
 )
+from megatron_kaiyuan.checkpoints.identity import AVERAGING
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, saved_iterations
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.monitoring.metrics_file import append_metrics, average_path
 from megatron_kaiyuan.training import checkpoint_keeping
 from megatron_kaiyuan.training.checkpoint_keeping import (
-    AVERAGING,
     CheckpointKeeper,
     average_folder,
     averaged_iterations,

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ResumeError
-from megatron_kaiyuan.training.plan_record import RECORD, check_resume, plan_as_begun
+from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun
 from tests.unit_tests.data.tiny import numbered_documents, phase_of, plan_of, write_source
 
 
@@ -19,7 +20,7 @@ def spec(tmp_path: Path) -> dict[str, Any]:
 
 
 def saved_by(plan: Plan, consumed: int = 5) -> Namespace:
-    return Namespace(**{RECORD: plan.order_record(), "consumed_train_samples": consumed, "padded_vocab_size": 64})
+    return Namespace(**{PLAN_RECORD: plan.order_record(), "consumed_train_samples": consumed, "padded_vocab_size": 64})
 
 
 def test_a_run_begun_under_version_1_resumes_without_a_change_of_its_plan(spec, capsys, monkeypatch):
