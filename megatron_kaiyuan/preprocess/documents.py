@@ -271,10 +271,24 @@ def _arrow_rows(payload: ArrowRows) -> list[Mapping[str, Any]]:
 
 
 def _cells(column: pa.Array) -> list[Any]:
-    try:
-        return list(column.cast(_with_bytes(column.type)).to_pylist(maps_as_pydicts="lossy"))
-    except (pa.ArrowException, ValueError, OverflowError):  # such as nanoseconds, which Python's times do not have
-        return [OtherType(str(column.type))] * len(column)
+    """Cells as Python values; a moment is shown by its column's type, for its value depends on pandas being there."""
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        children = [_cells(child) for child in column.flatten()]
+        there = column.is_valid().to_pylist()
+        rows = zip(*children, strict=True) if children else iter([()] * len(column))
+        return [dict(zip(names, row, strict=True)) if valid else None for row, valid in zip(rows, there, strict=True)]
+    if not _holds_moments(column.type):
+        try:
+            return list(column.cast(_with_bytes(column.type)).to_pylist(maps_as_pydicts="lossy"))
+        except (pa.ArrowException, ValueError, OverflowError):
+            pass  # such as an extension's type
+    other = OtherType(str(column.type))
+    return [other if valid else None for valid in column.is_valid().to_pylist()]
+
+
+def _holds_moments(kind: pa.DataType) -> bool:
+    return pa.types.is_temporal(kind) or any(_holds_moments(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _with_bytes(kind: pa.DataType) -> pa.DataType:
