@@ -4,9 +4,11 @@ The exact versions everything is tested with are in constraints.txt; tool settin
 """
 
 import re
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 PACKAGE = "megatron_kaiyuan"
 
@@ -62,10 +64,29 @@ def read_version() -> str:
     return found.group(1)
 
 
+class BuildWithCommit(build_py):
+    """Writes the commit beside what is built: an installed package has no git to ask."""
+
+    def run(self) -> None:
+        """Build, and write the commit if this is a checkout with git."""
+        super().run()
+        here = Path(__file__).resolve().parent
+        if self.editable_mode or not (here / ".git").exists():
+            return
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            (Path(self.build_lib) / PACKAGE / "commit.txt").write_text(done.stdout, encoding="ascii")
+
+
 setup(
+    cmdclass={"build_py": BuildWithCommit},
+    entry_points={"console_scripts": ["kaiyuan = megatron_kaiyuan.commands.kaiyuan:main"]},
     name=PACKAGE,
     version=read_version(),
     description="FP16-stable GPT pretraining with quality curricula on Megatron-Core",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),

@@ -1,0 +1,73 @@
+"""Train by a plan: the flags are those of Megatron and of docs/training.md; those of the launcher are listed below."""
+
+import argparse
+import os
+import sys
+
+import torch
+
+from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.devices import DEVICE_VARIABLE
+
+__all__ = ["launch_command", "main"]
+
+_TRAINER = "megatron_kaiyuan.pretrain"
+_LAUNCHER = "megatron_kaiyuan.host.torchrun"
+_LAUNCHER_FLAGS = {
+    "--nproc-per-node": "processes on this node (default: one for each GPU; one on a machine without)",
+    "--nnodes": "nodes; start the same command on each (default 1)",
+    "--node-rank": "number of this node, from 0",
+    "--master-addr": "host of node 0",
+    "--master-port": "a free port there",
+    "--rdzv-backend": "torchrun's flag",
+    "--rdzv-endpoint": "torchrun's flag",
+    "--rdzv-id": "torchrun's flag",
+    "--max-restarts": "torchrun's flag",
+}
+
+
+def launch_command(words: list[str], gpus: int) -> list[str]:
+    """Return the arguments of Python that train with these words.
+
+    Args:
+        words: Of the command line: flags of the launcher and of the trainer, in any order.
+        gpus: That this node shows.
+    """
+    launcher, trainer = _parser().parse_known_args(words)
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(launcher).items() if value is not None}
+    if not trainer:
+        raise ConfigError("kaiyuan train: give --plan PLAN and the model's flags; examples/ has a complete set")
+    if not given and gpus <= 1:
+        return ["-m", _TRAINER, *trainer]
+    given.setdefault("--nproc-per-node", str(max(1, gpus)))
+    alone = [] if {"--nnodes", "--master-addr", "--rdzv-endpoint"} & set(given) else ["--standalone"]
+    flags = [word for flag, value in given.items() for word in (flag, value)]
+    return ["-m", _LAUNCHER, *alone, *flags, "-m", _TRAINER, *trainer]
+
+
+def main() -> None:
+    """Become the launcher, or the trainer where there is one process or a launcher has started this one."""
+    words = sys.argv[1:]
+    if "RANK" in os.environ:
+        command = ["-m", _TRAINER, *words]
+    else:
+        command = launch_command(words, _visible_gpus())
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def _visible_gpus() -> int:
+    """How many torch sees; this does not start them."""
+    if os.environ.get(DEVICE_VARIABLE) == "cpu":
+        return 0
+    return torch.cuda.device_count()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [launcher's flags] --plan PLAN <Megatron's flags>", allow_abbrev=False
+    )
+    for flag, meaning in _LAUNCHER_FLAGS.items():
+        spellings = dict.fromkeys((flag, f"--{flag[2:].replace('-', '_')}"))
+        parser.add_argument(*spellings, metavar="N", help=meaning)
+    return parser
