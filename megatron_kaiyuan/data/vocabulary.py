@@ -1,16 +1,15 @@
 """Whether the sources of a plan speak of the same vocabulary, and fit the model's, before training starts."""
 
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Mapping
 
 import numpy as np
 
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.plan_schema import TokenizerSpec
-from megatron_kaiyuan.errors import PlanError, ShardError, TokenizerError
+from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.threads import side_by_side
-from megatron_kaiyuan.shards.manifest import ShardRecord
 from megatron_kaiyuan.shards.shard import Shard
+from megatron_kaiyuan.shards.tokenizer_match import check_shards_agree, check_tokenizer_of_plan
 
 __all__ = ["check_tokenizers", "check_vocabulary", "largest_token_id"]
 
@@ -59,76 +58,10 @@ def check_tokenizers(opened: Mapping[str, OpenedSource], tokenizer: TokenizerSpe
         PlanError: the plan's tokenizer cannot be read, so that it cannot be compared with the shards'.
     """
     known = {name: [shard for shard in source.source.shards if shard.record] for name, source in opened.items()}
-    _refuse_several_tokenizers([shard for shards in known.values() for shard in shards])
-    for name, shards in known.items():
-        _refuse_mixed_ends(name, shards)
+    check_shards_agree(known)
     first = next((shard for shards in known.values() for shard in shards), None)
     if first is not None and tokenizer is not None:
-        _compare_with_plan(first, tokenizer)
-
-
-def _record(shard: Shard) -> ShardRecord:
-    assert shard.record is not None
-    return shard.record
-
-
-def _refuse_several_tokenizers(shards: Sequence[Shard]) -> None:
-    prints = [_record(shard).tokenizer.fingerprint for shard in shards]
-    others = [shard for shard, fingerprint in zip(shards, prints, strict=True) if fingerprint != prints[0]]
-    if others:
-        raise ShardError(
-            f"shards {shards[0].prefix} and {others[0].prefix} were built with different tokenizers (fingerprints "
-            f"{prints[0][:12]} and {_record(others[0]).tokenizer.fingerprint[:12]}; {len(others):,} of {len(shards):,} "
-            "shards differ from the first); build one kind again, they cannot share a vocabulary"
-        )
-
-
-def _refuse_mixed_ends(name: str, shards: Sequence[Shard]) -> None:
-    first = {_record(shard).append_eod: shard for shard in reversed(shards)}
-    if len(first) > 1:
-        count = sum(not _record(shard).append_eod for shard in shards)
-        raise ShardError(
-            f"source {name!r}: documents of shard {first[True].prefix} end with the end-of-document id, those of "
-            f"{first[False].prefix} do not ({count:,} of {len(shards):,} shards are without); build all of them with "
-            "--append-eod or all without, or make two sources of them"
-        )
-
-
-def _compare_with_plan(shard: Shard, tokenizer: TokenizerSpec) -> None:
-    # here and not above: the rest of this room needs neither Arrow nor a tokenizer
-    from megatron_kaiyuan.shards.tokenizer import (
-        SENTENCEPIECE_TYPES,
-        TokenizerConfig,
-        same_vocabulary,
-        tokenizer_fingerprint,
-    )
-
-    record = _record(shard).tokenizer
-    types = (record.type, tokenizer.type)
-    if types[0] != types[1] and not set(types) <= set(SENTENCEPIECE_TYPES):
-        _refuse_tokenizer(shard, tokenizer, f"a {record.type}")
-    if tokenizer.type == "NullTokenizer":  # its ids are numbers already: there is no file
-        return
-    try:
-        config = TokenizerConfig(type=tokenizer.type, model=tokenizer.model)
-        named = [tokenizer_fingerprint(choice) for choice in same_vocabulary(config)]
-    except TokenizerError as error:
-        raise PlanError(
-            f"tokenizer: the plan names {tokenizer.type} {tokenizer.model}, which cannot be compared with that of "
-            f"shard {shard.prefix} ({error}); give the path of the tokenizer that the shards were built with (then "
-            f"{record.model}), or leave tokenizer: out of the plan to compare the shards with each other alone"
-        ) from error
-    # options of a TikTokenizer are no part of a plan, and they decide ids too: of it, only the file must be there
-    if tokenizer.type != "TikTokenizer" and record.fingerprint not in named:
-        _refuse_tokenizer(shard, tokenizer, f"another one ({record.fingerprint[:12]}, then {record.model})", named[0])
-
-
-def _refuse_tokenizer(shard: Shard, tokenizer: TokenizerSpec, built_with: str, fingerprint: str = "") -> NoReturn:
-    told = f" (fingerprint {fingerprint[:12]})" if fingerprint else ""
-    raise ShardError(
-        f"tokenizer: the plan names {tokenizer.type} {tokenizer.model}{told}, shard {shard.prefix} was built with "
-        f"{built_with}; build the shards again, or name their tokenizer"
-    )
+        check_tokenizer_of_plan(tokenizer.type, tokenizer.model, first)
 
 
 def largest_token_id(shard: Shard, most: int = _FULL_SCAN_TOKENS) -> int:

@@ -20,6 +20,7 @@ from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
 from megatron_kaiyuan.quantile.slices import Slice, choose_slices, open_sources
 from megatron_kaiyuan.quantile.study import Study, top_name
 from megatron_kaiyuan.shards.manifest import load_manifest, manifest_path
+from megatron_kaiyuan.shards.tokenizer_match import different_tokenizers
 
 __all__ = [
     "Run",
@@ -251,19 +252,11 @@ def _tokenizer_of(shards: Sequence[str], flags: Sequence[str]) -> tuple[str, int
     Raises:
         StudyError: two shards have different tokenizers, or nothing tells the size of the vocabulary.
     """
-    found: dict[str, tuple[str, int]] = {}
-    for shard in shards:
-        record = load_manifest(shard).tokenizer
-        found.setdefault(record.fingerprint, (shard, record.vocab_size))
-    if len(found) > 1:
-        (first, _), (second, _), *_ = found.values()
-        raise StudyError(
-            f"shards {first} and {second} were built with different tokenizers; models trained on them do not compare: "
-            "build one of them again"
-        )
-    if found:
-        ((fingerprint, (_, vocab_size)),) = found.items()
-        return fingerprint, vocab_size
+    records = [(shard, load_manifest(shard).tokenizer) for shard in shards]
+    if message := different_tokenizers(records):
+        raise StudyError(f"{message}; models trained on them do not compare: build one of them again")
+    if records:
+        return records[0][1].fingerprint, records[0][1].vocab_size
     if "--vocab-size" not in flags:
         raise StudyError(
             "the size of the vocabulary is unknown: the shards have no manifest; build them with "

@@ -11,9 +11,8 @@ from megatron_kaiyuan.shards.tokenizer import (
     TokenizerConfig,
     load_reference_tokenizer,
     model_file,
-    same_vocabulary,
-    tokenizer_fingerprint,
 )
+from megatron_kaiyuan.shards.tokenizer_match import find_mismatch
 
 __all__ = ["TextDecoder", "choose_decoder"]
 
@@ -54,18 +53,12 @@ def choose_decoder(kind: str | None, model: str | None, recorded: TokenizerRecor
     try:
         config = TokenizerConfig(type=asked, model=path)
         decoder = TextDecoder(_DECODERS.get(asked, _sentencepiece)(config), f"decoded with {asked} {path}")
-        fingerprints = [tokenizer_fingerprint(choice) for choice in same_vocabulary(config)]
     except TokenizerError as error:
         if kind is not None or model is not None:
             raise
         return TextDecoder(_ids, f"token ids: the manifest's tokenizer cannot be loaded ({error})")
-    if recorded is not None and recorded.fingerprint not in fingerprints:
-        told = (
-            f"{decoder.note}, which is not the one the shards were built with (fingerprint {fingerprints[0][:12]}, "
-            "there "
-        )
-        return TextDecoder(decoder.decode, f"{told}{recorded.fingerprint[:12]})")
-    return decoder
+    mismatch = None if recorded is None else find_mismatch(asked, path, recorded, {})
+    return decoder if mismatch is None else TextDecoder(decoder.decode, f"{decoder.note}: {mismatch.reason}")
 
 
 def _ids(ids: Sequence[int]) -> str:

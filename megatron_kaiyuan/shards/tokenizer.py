@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,7 +26,6 @@ __all__ = [
     "TokenBatch",
     "TokenizerConfig",
     "load_reference_tokenizer",
-    "same_vocabulary",
     "tokenizer_fingerprint",
 ]
 
@@ -133,18 +132,6 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
     content = b"NullTokenizer %d" % (config.vocab_size or 0) if config.type == "NullTokenizer" else _read_model(config)
     suffix = json.dumps(options, sort_keys=True).encode() if options else b""
     return hashlib.sha256(content + suffix).hexdigest()
-
-
-def same_vocabulary(config: TokenizerConfig) -> list[TokenizerConfig]:
-    """Return a tokenizer with every choice of the options that decide ids but not what an id means, itself first."""
-    specials = (True, False) if config.type == "HuggingFaceTokenizer" else (config.include_special_tokens,)
-    splits = (False, True) if config.type in ("HuggingFaceTokenizer", "TikTokenizer") else (False,)
-    choices = [
-        replace(config, include_special_tokens=special, split_special_tokens=split)
-        for special in specials
-        for split in splits
-    ]
-    return [config, *(choice for choice in choices if choice != config)]
 
 
 def model_file(config: TokenizerConfig) -> Path:

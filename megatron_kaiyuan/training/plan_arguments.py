@@ -4,14 +4,9 @@ import argparse
 from typing import Any
 
 from megatron_kaiyuan.data import Plan
-from megatron_kaiyuan.errors import ConfigError, TokenizerError
+from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
-from megatron_kaiyuan.shards.tokenizer import (
-    SENTENCEPIECE_TYPES,
-    TokenizerConfig,
-    same_vocabulary,
-    tokenizer_fingerprint,
-)
+from megatron_kaiyuan.shards.tokenizer_match import built_with, find_mismatch
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
 
 __all__ = [
@@ -93,45 +88,29 @@ def check_tokenizer_of_shards(args: argparse.Namespace, record: TokenizerRecord 
     """
     if record is None:
         return
+    difference = None
     if args.tokenizer_type == "NullTokenizer":
         named, eod_id = f"--null-tokenizer-eod-id {args.null_tokenizer_eod_id}", args.null_tokenizer_eod_id
         remedy = "leave --null-tokenizer-eod-id out, with --tokenizer-type, to take it from their manifests"
-        difference = None
     else:
         named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
         remedy = "leave --tokenizer-type out to take it from their manifests, or name the tokenizer of the shards"
-        difference = _difference_from_shards(args, record)
+        mismatch = find_mismatch(args.tokenizer_type, args.tokenizer_model, record, _options_of_ids(args))
+        difference = None if mismatch is None else mismatch.reason
     if difference is None and None not in (eod_id, record.eod_id) and eod_id != record.eod_id:
         difference = f"documents end with id {eod_id} there, and with {record.eod_id} in the shards"
     if difference is not None:
-        built = f"{record.type} {record.model or ''}".rstrip()
-        raise ConfigError(f"{named}: {difference}. The shards of the plan were built with {built}; {remedy}")
+        raise ConfigError(f"{named}: {difference}. The shards of the plan were {built_with(record)}; {remedy}")
 
 
-def _difference_from_shards(args: argparse.Namespace, record: TokenizerRecord) -> str | None:
-    types = {args.tokenizer_type, record.type}
-    if len(types) > 1 and not types <= set(SENTENCEPIECE_TYPES):
-        return "it is of another type"
-    try:
-        fingerprints = [tokenizer_fingerprint(config) for config in same_vocabulary(_named_tokenizer(args))]
-    except TokenizerError as error:
-        return f"it cannot be compared with that of the shards ({error})"
-    if record.fingerprint in fingerprints:
-        return None
-    return f"it is another one (fingerprint {fingerprints[0][:12]}, that of the shards {record.fingerprint[:12]})"
-
-
-def _named_tokenizer(args: argparse.Namespace) -> TokenizerConfig:
-    kind, model = args.tokenizer_type, args.tokenizer_model
-    if kind != "TikTokenizer":
-        return TokenizerConfig(type=kind, model=model)
-    return TokenizerConfig(
-        type=kind,
-        model=model,
-        vocab_size=args.vocab_size,
-        tiktoken_pattern=args.tiktoken_pattern or "v2",
-        tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
-    )
+def _options_of_ids(args: argparse.Namespace) -> dict[str, Any]:
+    if args.tokenizer_type != "TikTokenizer":
+        return {}
+    return {
+        "vocab_size": args.vocab_size,
+        "tiktoken_pattern": args.tiktoken_pattern or "v2",
+        "tiktoken_num_special_tokens": args.tiktoken_num_special_tokens,
+    }
 
 
 def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:

@@ -44,7 +44,7 @@ def test_one_vocabulary_for_all_sources_and_the_plan(tmp_path: Path) -> None:
     assert Plan.from_spec(plan_of([folders["a"], folders["b"]], tokenizer=first)).num_samples > 0
     with pytest.raises(ShardError, match=r"a/shard_00000.* and .*c/shard_00000.* were built with different tokenizers"):
         Plan.from_spec(plan_of([folders["a"], folders["c"]]))
-    with pytest.raises(ShardError, match=r"the plan names HuggingFaceTokenizer .*second.*build the shards again"):
+    with pytest.raises(ShardError, match=r"tokenizer: Hugging.*second: it is another one.*build the shards again"):
         Plan.from_spec(plan_of([folders["a"]], tokenizer=second))
 
 
@@ -63,7 +63,7 @@ def test_a_tokenizer_that_is_not_there_is_refused_with_the_path_the_shards_were_
     built: tuple[Path, Path], tmp_path: Path
 ) -> None:
     shards, tokenizer = built
-    with pytest.raises(PlanError, match=r"missing, which cannot be compared .*No such file") as caught:
+    with pytest.raises(PlanError, match=r"missing: it cannot be compared .*No such file") as caught:
         Plan.from_spec(plan_of([shards], tmp_path / "missing"))
     assert str(tokenizer) in str(caught.value)
     assert "or leave tokenizer: out" in str(caught.value)
@@ -76,7 +76,7 @@ def test_a_tokenizer_that_is_not_there_is_refused_with_the_path_the_shards_were_
 )
 def test_another_type_is_refused_though_the_file_is_the_same(built: tuple[Path, Path], kind: str) -> None:
     shards, tokenizer = built
-    with pytest.raises(ShardError, match=rf"names {kind} .*was built with a HuggingFaceTokenizer; build the shards"):
+    with pytest.raises(ShardError, match=rf"tokenizer: {kind} .*built with HuggingFaceTokenizer .*; build the shards"):
         Plan.from_spec(plan_of([shards], tokenizer / "tokenizer.json", kind))
 
 
@@ -105,7 +105,7 @@ def test_names_of_one_tokenizer_type_are_one_type(built: tuple[Path, Path], tmp_
     edit_manifests(shards, type="Llama2Tokenizer")
     for kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
         assert Plan.from_spec(plan_of([shards], tokenizer / "tokenizer.json", kind)).num_samples > 0
-    with pytest.raises(ShardError, match="was built with another one"):
+    with pytest.raises(ShardError, match="it is another one"):
         Plan.from_spec(plan_of([shards], tokenizer / "tokenizer_config.json", "Llama2Tokenizer"))
 
 
