@@ -46,6 +46,7 @@ sources: {{text: {{shards: {folder}/text}}}}
 phases: [{{name: only, order: shuffled, tokens: 640, sources: {{text: all}}}}]
 validation: {{text: {{documents: 4}}}}
 """
+_GOOD = frozenset({"trained", "refused", "usage", "stopped"})
 _NEVER = {"help", "fake_process_group"}
 """Not to be tried: the second trains without communication, which no other trial does."""
 _WRONG = ("-1", "0", "3", "999999", "x", "nan", "0.5")
@@ -99,17 +100,22 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """`trained`, `refused`, `usage`, or what is wrong with it."""
+        """See `judge`."""
         return judge(self.code, self.output)
 
 
 def judge(code: int | None, output: str) -> str:
-    """Return `trained`, `refused` or `usage`; anything else says what is wrong."""
+    """Return one of `_GOOD`; anything else says what is wrong.
+
+    `stopped`: by Megatron's rerun machine, whose exit codes ask for another start.
+    """
     sentences = [line for line in output.splitlines() if re.match(r"\w*(Error|Stopped): ", line)]
     if code is None:
         return "never ended"
     if "Traceback (most recent call last)" in output:
         return "traceback"
+    if code in (16, 17) and "Exiting now. " in output:
+        return "stopped"
     if code == 2 and "error: " in output:
         return "usage"
     if code == 1 and sentences:
@@ -273,14 +279,14 @@ def main() -> int:
         for words, data in each_flag() if args.each else random_lines(args.trials, args.seed):
             outcome = trials.run(words, data)
             counts[outcome.verdict] += 1
-            is_good = outcome.verdict in ("trained", "refused", "usage")
+            is_good = outcome.verdict in _GOOD
             if args.tell or not is_good:
                 reason = _reason(outcome.output) if outcome.verdict != "trained" else ""
                 print(
                     f"{outcome.verdict} ({outcome.seconds:.1f} s): {data} {shlex.join(words)}\n    {reason}", flush=True
                 )
     print(dict(counts))
-    return int(bool(set(counts) - {"trained", "refused", "usage"}))
+    return int(bool(set(counts) - _GOOD))
 
 
 def _reason(output: str) -> str:

@@ -120,7 +120,7 @@ _BY_MEGATRON = (
         account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split microbatch_group_size_per_vp_stage
         overlap_p2p_comm_warmup_flush use_ring_exchange_p2p mtp_standalone tp_comm_bootstrap_backend
         defer_embedding_wgrad_compute wgrad_deferral_limit delay_wgrad_compute clone_scatter_output_in_embedding
-        calculate_per_token_loss config_logger_dir deterministic_mode disable_bf16_reduced_precision_matmul fp16
+        calculate_per_token_loss deterministic_mode disable_bf16_reduced_precision_matmul fp16
         bf16""",
         "parallel layout, communication and precision",
     ),

@@ -237,6 +237,10 @@ ELSEWHERE: tuple[Rule, ...] = (
         ("enable_msc", "disable_msc_deprecated", "object_storage_cache_path"),
         "shards and checkpoints are read as files; leave it out, and mount the store or copy from it",
     ),
+    _refused(
+        ("config_logger_dir",),
+        "Megatron fails to write what its configuration holds; leave it out: the log tells every argument",
+    ),
     _refused(("lazy_mpu_init",), "Megatron's own loop does not finish such a start; leave it out"),
     _refused(
         ("dataloader_inter_document_masking", "hybrid_context_parallel"),

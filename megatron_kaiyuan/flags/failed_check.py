@@ -73,6 +73,11 @@ class FailedCheck:
         tests = [test for test, _ in self._blocks if test is not None]
         own = [self._statement.test] if isinstance(self._statement, ast.Assert) else tests[:1]
         found: dict[str, Any] = {}
+        if self._statement is not None and not isinstance(
+            self._statement, ast.Assert | ast.Raise
+        ):  # a call that failed
+            own = []
+            found = {name: value for name, value in self._names(self._statement).items() if name in given}
         for test in own:
             variables = {part.id for part in ast.walk(test) if isinstance(part, ast.Name)}
             computed = {name: value for name, value in self._sources(variables).items() if name in given}

@@ -187,6 +187,17 @@ _STEPS: tuple[Rule, ...] = (
         "Megatron's rerun machine",
     ),
     *_on_a_gpu(("gpu_sniff_test_interval",), _LOOP),
+    *_on_a_gpu(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph", "nccl_ub", "use_sharp"), "")[:1],
+    *only_with_package("transformer_engine", ("external_cuda_graph",), "")[:1],
+    Rule(
+        Fate.REFUSED,
+        ("kv_channels",),
+        "rotary positions turn the channels of a head in pairs; give an even number",
+        Condition(
+            "with rotary positions",
+            lambda args: args.position_embedding_type in ("rope", "yarn") and (args.kv_channels or 0) % 2 == 1,
+        ),
+    ),
     *only_with(
         "--cuda-graph-impl",
         lambda args: args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph,
@@ -237,7 +248,6 @@ _LOGS: tuple[Rule, ...] = (
             "timing_log_level",
             "timing_log_option",
             "log_memory_interval",
-            "log_device_memory_used",
             "log_num_zeros_in_grad",
             "barrier_with_L1_time",
             "logging_level",
@@ -245,6 +255,9 @@ _LOGS: tuple[Rule, ...] = (
         ),
         _LOOP,
     ),
+    *_on_a_gpu(("log_device_memory_used",), "Megatron's meter of NVML"),
+    *only_with_package("pynvml", ("log_device_memory_used",), "")[:1],
+    *_on_a_gpu(("log_memory_to_tensorboard",), "")[:1],
     *only_with("--save", lambda args: bool(args.save), ("log_progress",), _LOOP),
     *only_with_package("transformer_engine", ("log_max_attention_logit",), "Transformer Engine's attention"),
     *only_with(

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_args, get_signal_handler, training
 from megatron.training.dist_signal_handler import all_gather_item
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
 from megatron_kaiyuan.checkpoints import writing
-from megatron_kaiyuan.errors import SaveError
+from megatron_kaiyuan.errors import SaveError, TrainingStopped
 from megatron_kaiyuan.host.stop_signals import StopRequests
 from megatron_kaiyuan.kernels import weight_gradient
 
@@ -41,6 +42,7 @@ __all__ = [
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
     "report_stop_signals",
+    "stop_where_nothing_can_be_saved",
     "use_scheduler",
     "write_checkpoints",
 ]
@@ -72,6 +74,25 @@ def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
     The loop names the class in the middle of a function and offers no hook to choose another.
     """
     training.OptimizerParamScheduler = build
+
+
+def stop_where_nothing_can_be_saved(save: str | None) -> None:
+    """End a run without `--save` in a sentence where Megatron wants to save a step whose result is not valid.
+
+    It repeats such a step, and saves it for another try on another machine: here to a folder called None.
+    """
+    if save is not None:
+        return
+
+    def save_checkpoint_and_time(iteration: int, *_more: object, **_named: object) -> None:
+        failed = get_rerun_state_machine().failed_validation_call
+        what = "an invalid result" if failed is None else str(failed.caller.message)
+        raise TrainingStopped(
+            f"{what} in step {iteration + 1}, and again when the step was repeated: nothing is saved, for there is no "
+            "--save; start again with a lower --lr or with --clip-grad, and with --save to keep what comes before"
+        )
+
+    training.save_checkpoint_and_time = save_checkpoint_and_time
 
 
 def log_each_step_once() -> None:

@@ -90,6 +90,7 @@ def run_pretraining() -> None:
     write_checkpoints_to_stay(args)
     tell_what_building_refuses()
     compat.log_each_step_once()
+    compat.stop_where_nothing_can_be_saved(args.save)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()

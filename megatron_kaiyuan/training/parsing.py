@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron.training import training
+from megatron.training import get_tokenizer, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from megatron.training.config.container import PretrainConfigContainer
@@ -37,7 +37,7 @@ _BUILDING = (
     "build_train_valid_test_data_iterators",
 )
 """Functions of Megatron's that build a run, in their order."""
-_REFUSALS = (AssertionError, ValueError, NotImplementedError, ImportError)
+_REFUSALS = (AssertionError, ValueError, NotImplementedError, ImportError, FileNotFoundError)
 """What Megatron and torch raise where they cannot build what was asked for; a lack of memory is none of them."""
 
 
@@ -89,7 +89,18 @@ def validate(
         if not args.skip_train:
             build_schedule(args)
         configuration(args)
+    _check_rows(args)
     return args
+
+
+def _check_rows(args: argparse.Namespace) -> None:
+    """Megatron looks a token up in a table of any size."""
+    tokens = get_tokenizer().vocab_size
+    if args.padded_vocab_size < tokens:
+        raise ConfigError(
+            f"--padded-vocab-size {args.padded_vocab_size}: the tokenizer has {tokens} tokens; give at least as many "
+            "rows, or leave it out"
+        )
 
 
 def tell_what_building_refuses() -> None:

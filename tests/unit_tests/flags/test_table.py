@@ -38,7 +38,11 @@ def readers() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if not name.startswith(("megatron.core", "megatron.training", "megatron_kaiyuan.training")) or path is None:
+        if (
+            not name.startswith(("megatron.core", "megatron.training", "megatron_kaiyuan.training"))
+            or path is None
+            or not path.endswith(".py")
+        ):
             continue
         with warnings.catch_warnings(action="ignore"):  # escape sequences in its docstrings
             tree = ast.parse(Path(path).read_text())

@@ -9,7 +9,7 @@ from megatron.core import rerun_state_machine
 from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.training import training
 
-from megatron_kaiyuan.errors import ConfigError, ShardError
+from megatron_kaiyuan.errors import ConfigError, ShardError, TrainingStopped
 from megatron_kaiyuan.monitoring.monitor import RunMonitor
 from megatron_kaiyuan.training import compat, forward_step, parsing
 from megatron_kaiyuan.training.forward_step import ForwardStep, fused_language_model_loss
@@ -114,3 +114,17 @@ def test_what_cannot_be_built_is_one_sentence_and_a_fault_stays_one(monkeypatch:
         raised.append(untouched)
         with pytest.raises(type(untouched)):
             getattr(training, name)()
+
+
+def test_a_result_that_stays_invalid_ends_a_run_without_a_folder_in_a_sentence(
+    machine: RerunStateMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "save_checkpoint_and_time", kept := training.save_checkpoint_and_time)
+    compat.stop_where_nothing_can_be_saved("folder")
+    assert training.save_checkpoint_and_time is kept
+    compat.stop_where_nothing_can_be_saved(None)
+    machine.failed_validation_call = rerun_state_machine.Call(
+        caller=rerun_state_machine.Caller(message="NaN in the gradients", rank=0), sequence=1
+    )
+    with pytest.raises(TrainingStopped, match=r"^NaN in the gradients in step 4, and again .*: nothing is saved"):
+        training.save_checkpoint_and_time(3, None)
