@@ -1,9 +1,9 @@
 """A study as one self-contained HTML page."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, Metric
@@ -23,7 +23,7 @@ from megatron_kaiyuan.quantile.results import RunResult
 from megatron_kaiyuan.quantile.runs import SlicedStudy
 from megatron_kaiyuan.quantile.statistics import typical_variance, variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.quantile.study import Study
-from megatron_kaiyuan.reporting.html_page import figure_block, html_card, html_list, html_page, html_table
+from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 
 __all__ = ["write_page"]
@@ -42,26 +42,37 @@ def write_page(
     path: Path,
 ) -> None:
     """Write the page atomically; it loads nothing from elsewhere."""
-    parts = [
-        "<h1>Which slices are worth training on</h1>",
-        f'<p class="lead">{html.escape(_lead(study, sliced, results))}</p>',
-        *(f'<p class="note refusal">{html.escape(line)}</p>' for line in analysis.refusals),
-        *(f'<p class="note">{html.escape(line)}</p>' for line in analysis.warnings),
-        _cards(analysis),
-        *_smallest(study, analysis),
-        "<h2>What the results show</h2>",
-        html_list([line for line in told if line not in analysis.refusals]),
-        *_overview(analysis),
-        _trends(analysis),
-        *_curves(analysis),
-        *_maps(analysis),
-        *_ranking(analysis),
-        *_reversals(analysis),
-        *_proposal(proposal),
-        *_methods(study, analysis),
-        *_runs(study, sliced, results),
-    ]
-    write_text_atomically(path, html_page("Quantile benchmark", parts))
+    further = [metric for metric in analysis.metrics if not metric.decides]
+    several_seeds = max(analysis.seeds) > 1
+    page = render_page(
+        "quantile.html",
+        title="Quantile benchmark",
+        lead=_lead(study, sliced, results),
+        refusals=analysis.refusals,
+        warnings=analysis.warnings,
+        several_seeds=several_seeds,
+        cards=_cards(analysis),
+        smallest=_smallest(study, analysis),
+        conclusions=[line for line in told if line not in analysis.refusals],
+        overall_figure=figure_block(overall_figure(analysis)),
+        trend_figure=figure_block(trend_figure(analysis)) if analysis.trends else None,
+        shapes=_shapes(analysis),
+        means=_means(analysis),
+        curves=_curves(analysis, [metric for metric in analysis.metrics if metric.decides]),
+        further_curves=_curves(analysis, further),
+        further_curves_open=len(further) <= _MOST_OPEN,
+        unit=analysis.unit,
+        maps=[{"name": name, "figure": figure_block(heat_figure(analysis, name))} for name in analysis.scores],
+        matrices=_matrices(analysis) if several_seeds else [],
+        confidence=f"{1 - analysis.level:.0%}",
+        ranking_figure=figure_block(ranking_figure(analysis)),
+        ranking=_ranking(analysis),
+        reversals=_reversals(analysis),
+        proposal=proposal,
+        methods=_methods(study, analysis),
+        runs=_runs(study, sliced, results),
+    )
+    write_text_atomically(path, page)
 
 
 def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> str:
@@ -86,22 +97,21 @@ def _power_of_ten(value: float) -> str:
     return f"{digits} × 10{str(int(exponent)).translate(str.maketrans('0123456789-', '⁰¹²³⁴⁵⁶⁷⁸⁹⁻'))}"
 
 
-def _cards(analysis: Analysis) -> str:
+def _cards(analysis: Analysis) -> list[Card]:
     leader = analysis.ranking(OVERALL)[0]
     low, high = analysis.rank_range(OVERALL, leader)
     pairs = [pair for pair in analysis.pairs if pair.score == OVERALL]
     claimed = sum(pair.claim != "none" for pair in pairs)
     rising = [trend.source for trend in analysis.trends if trend.score == OVERALL and trend.claim == "rises"]
     reversed_ = sum(sure for *_, sure in analysis.reversals(OVERALL))
-    cards = [
+    if max(analysis.seeds) < 2:
+        return [(analysis.cells[leader].name, "highest mean, of one seed: not a finding")]
+    return [
         (analysis.cells[leader].name, f"highest mean; {_ranks(low, high)} of {len(analysis.cells)} by the claims"),
         (f"{claimed} of {len(pairs)}", "pairs of slices told apart"),
         (", ".join(rising) or "none", "sources whose score orders quality"),
         (str(reversed_), "reversals that are not chance"),
     ]
-    if max(analysis.seeds) < 2:
-        cards = [(analysis.cells[leader].name, "highest mean, of one seed: not a finding")]
-    return '<div class="cards">' + "".join(html_card(*card) for card in cards) + "</div>"
 
 
 def _smallest(study: Study, analysis: Analysis) -> list[str]:
@@ -118,10 +128,10 @@ def _smallest(study: Study, analysis: Analysis) -> list[str]:
         if metric.decides
     ]
     lines.append(f"A seed spread is, in the measures' own units: {'; '.join(units)}.")
-    return ["<h2>The smallest difference that could be claimed</h2>", html_list(lines)]
+    return lines
 
 
-def _means(analysis: Analysis) -> str:
+def _means(analysis: Analysis) -> dict[str, Any]:
     """Means and spreads of the seeds, as the measures are known."""
     deciding = [metric for metric in analysis.metrics if metric.decides or metric.unit == "accuracy"]
     rows = [
@@ -133,31 +143,12 @@ def _means(analysis: Analysis) -> str:
         ]
         for number, cell in enumerate(analysis.cells)
     ]
-    table = html_table(
-        ["slice", "seeds", *(metric.name for metric in deciding)], rows, numbers=set(range(1, len(deciding) + 2))
-    )
-    return f"<details><summary>Means and standard deviations over seeds in numbers</summary>{table}</details>"
+    header = ["slice", "seeds", *(metric.name for metric in deciding)]
+    return {"header": header, "rows": rows, "numbers": range(1, len(header))}
 
 
 def _ranks(low: int, high: int) -> str:
     return f"rank {low}" if low == high else f"rank {low} to {high}"
-
-
-def _overview(analysis: Analysis) -> list[str]:
-    """The two figures that answer the question: what rises towards the best documents, and by how much."""
-    parts = [
-        '<p class="read">Overall, every measure taken together: a difference of 1 is the standard deviation between '
-        "models that differ in their seed alone. <b>top 0%</b> are a source&#39;s very best documents by its score, "
-        "<b>top 80%</b> lie where four fifths are better. A score that works rises to the right.</p>"
-        if max(analysis.seeds) > 1
-        else '<p class="read">Overall, every measure taken together, in standard deviations between the slices; with '
-        "one seed nobody can say how much of it is chance.</p>",
-        '<div class="plots">',
-        f"<div><h3>Overall against quantile</h3>{figure_block(overall_figure(analysis))}</div>",
-    ]
-    if analysis.trends:
-        parts.append(f"<div><h3>Does the score order quality?</h3>{figure_block(trend_figure(analysis))}</div>")
-    return [*parts, "</div>"]
 
 
 _SHAPE_WORDS = {
@@ -170,8 +161,8 @@ _SHAPE_WORDS = {
 }
 
 
-def _trends(analysis: Analysis) -> str:
-    rows = []
+def _shapes(analysis: Analysis) -> dict[str, Any] | None:
+    rows: list[list[Any]] = []
     for shape in (*analysis.trends, *analysis.bends):
         colour = {"peaks": "rises", "dips": "falls"}.get(shape.claim, shape.claim)
         rows.append(
@@ -179,7 +170,7 @@ def _trends(analysis: Analysis) -> str:
                 shape.source,
                 shape.score,
                 shape.kind,
-                f'<span class="verdict {colour}">{_SHAPE_WORDS[shape.kind, shape.claim]}</span>',
+                {"verdict": _SHAPE_WORDS[shape.kind, shape.claim], "colour": colour},
                 f"{shape.estimate.value:+.2f}",
                 f"{shape.estimate.error:.2f}",
                 *(
@@ -188,157 +179,58 @@ def _trends(analysis: Analysis) -> str:
                 ),
             ]
         )
-    if not rows:
-        return ""
     header = ["source", "measured on", "shape", "verdict", "size", "standard error", "p, permutation", "p, t test",
               "p, roughness", "p, corrected"]  # fmt: skip
-    table = html_table(header, rows, numbers=set(range(4, 10)), raw={3})
-    return (
-        "<details><summary>The trends and bends in numbers</summary>"
-        '<p class="read">Of a trend, the rise of the straight line from the worst place to the best; of a bend, the '
-        "middle above the ends; in spreads between seeds. The corrected p is of the largest of the three.</p>"
-        f"{table}</details>"
-    )
+    return {"header": header, "rows": rows, "numbers": range(4, 10)} if rows else None
 
 
-def _curves(analysis: Analysis) -> list[str]:
-    main = [metric for metric in analysis.metrics if metric.decides]
-    more = [metric for metric in analysis.metrics if not metric.decides]
-    return [
-        "<h2>Score against quantile</h2>",
-        '<p class="read">Rings are single seeds, the line their mean, the band its 95 % confidence interval (each '
-        "slice's spread between seeds drawn towards that of all). A triangle marks a slice that did better than its "
-        "neighbour with the higher score: filled where that is claimed, open where it is not. A slice stands where its "
-        "documents lie; at the ends that is further inwards than its name. Bits per byte fall towards the right where "
-        "a score works.</p>",
-        _means(analysis),
-        *_plots(analysis, main),
-        *_further_curves(analysis, more),
-    ]
+def _curves(analysis: Analysis, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    return [{"name": metric.name, "figure": figure_block(curve_figure(analysis, metric))} for metric in metrics]
 
 
-def _further_curves(analysis: Analysis, metrics: Sequence[Metric]) -> list[str]:
-    if not metrics:
-        return []
-    return [
-        f"<details{' open' if len(metrics) <= _MOST_OPEN else ''}><summary>Accuracy and margin (shown, not used for "
-        "decisions: they move late in small models)</summary>",
-        '<p class="read">Accuracy: the likeliest answer is the right one; norm: with likelihoods divided by the '
-        "characters of the choice, as lm-eval&#39;s acc_norm. Share of probability: what the right answer has of all "
-        "answers together; margin: how far it is ahead of the best wrong one; both with likelihoods per character. A "
-        "model that guesses has one over the number of answers in all but the margin.</p>",
-        *_plots(analysis, metrics),
-        "</details>",
-    ]
-
-
-def _plots(analysis: Analysis, metrics: Sequence[Metric]) -> list[str]:
-    plots = [
-        f"<div><h3>{html.escape(metric.name)}</h3>{figure_block(curve_figure(analysis, metric))}</div>"
-        for metric in metrics
-    ]
-    return ['<div class="plots">', *plots, "</div>"]
-
-
-def _maps(analysis: Analysis) -> list[str]:
-    parts = [
-        "<h2>Sources by quantiles</h2>",
-        '<p class="read">How far each slice lies above (blue) or below (red) the mean of all slices, in '
-        f"{analysis.unit}; all maps have one scale. "
-        "Scores of different sources do not compare; these numbers do. A triangle marks a "
-        "slice that did better than one with a higher score: ▲ claimed, △ not claimed.</p>",
-        '<div class="plots">',
-        *(
-            f"<div><h3>{html.escape(name)}</h3>{figure_block(heat_figure(analysis, name))}</div>"
-            for name in analysis.scores
-        ),
-        "</div>",
-    ]
-    return [*parts, *_matrices(analysis)] if max(analysis.seeds) > 1 else parts
-
-
-def _matrices(analysis: Analysis) -> list[str]:
+def _matrices(analysis: Analysis) -> list[dict[str, Any]]:
     """The decisions; with one seed a slice there are none."""
-    parts = [
-        "<h2>Which of two slices is better</h2>",
-        '<p class="read">Probability, in percent, that the slice of the row is better than that of the column; both '
-        "are in order of their means. A star marks what is claimed: the differences that stay significant after "
-        "correction for all comparisons. Point at a field for the difference and its p-value.</p>",
+    return [
+        {"name": name, "figure": figure_block(matrix_figure(analysis, name)), "folded": name != OVERALL}
+        for name in analysis.scores
     ]
-    for name in analysis.scores:
-        figure = figure_block(matrix_figure(analysis, name))
-        parts.append(
-            figure if name == OVERALL else f"<details><summary>{html.escape(name)}</summary>{figure}</details>"
-        )
-    return parts
 
 
-def _ranking(analysis: Analysis) -> list[str]:
-    parts = [
-        "<h2>Ranking</h2>",
-        '<p class="read">Overall in the figure, with 95 % intervals of the means; by capability in the table. The '
-        "ranges of ranks are what the claims leave open: all hold together with "
-        f"{1 - analysis.level:.0%} confidence.</p>",
-        figure_block(ranking_figure(analysis)),
-        '<div class="wide"><table><tr><th class="n">place</th>',
-        *(f"<th>{html.escape(name)}</th>" for name in analysis.scores),
-        "</tr>",
-    ]
+def _ranking(analysis: Analysis) -> dict[str, Any]:
     rankings = {name: analysis.ranking(name) for name in analysis.scores}
-    for place in range(len(analysis.cells)):
-        cells = []
-        for name, ranking in rankings.items():
-            ranks = _ranks(*analysis.rank_range(name, ranking[place]))
-            slice_name = html.escape(analysis.cells[ranking[place]].name)
-            cells.append(f'<td class="one">{slice_name} <small>({ranks})</small></td>')
-        parts.append(f'<tr><td class="n">{place + 1}</td>{"".join(cells)}</tr>')
-    return [*parts, "</table></div>"]
-
-
-def _reversals(analysis: Analysis) -> list[str]:
-    head = "<h2>Where quality does not follow the score</h2>"
     rows = [
+        [
+            {
+                "name": analysis.cells[ranking[place]].name,
+                "ranks": _ranks(*analysis.rank_range(name, ranking[place])),
+            }
+            for name, ranking in rankings.items()
+        ]
+        for place in range(len(analysis.cells))
+    ]
+    return {"names": list(analysis.scores), "rows": rows}
+
+
+def _reversals(analysis: Analysis) -> list[list[Any]]:
+    return [
         [
             name,
             analysis.cells[lower].name,
             analysis.cells[upper].name,
-            f'<span class="verdict {"falls" if sure else "none"}">{"claimed" if sure else "may be chance"}</span>',
+            {"verdict": "claimed", "colour": "falls"} if sure else {"verdict": "may be chance", "colour": "none"},
         ]
         for name in analysis.scores
         for upper, lower, sure in analysis.reversals(name)
     ]
-    if not rows:
-        return [head, '<p class="read">Nowhere: all means are in order.</p>']
-    header = ["measured on", "did better", "although this has the higher score", ""]
-    return [head, html_table(header, rows, raw={3})]
-
-
-def _proposal(proposal: Proposal) -> list[str]:
-    parts = ["<h2>Proposed plan</h2>", f'<p class="read">{html.escape(proposal.summary)}</p>']
-    if proposal.mixes:
-        parts += ["<h3>What each capability asks for</h3>", html_list([mix.reason for mix in proposal.mixes])]
-    for one in proposal.advice:
-        parts += [f"<h3>{html.escape(one.source)}</h3>", html_list(one.reasons)]
-    if proposal.plan is not None:
-        parts += [
-            '<p class="read">A fragment in the plan&#39;s grammar, as proposed_plan.yaml; token budgets and learning '
-            "rates are yours to add.</p>",
-            f"<pre>{html.escape(proposal.plan)}</pre>",
-        ]
-    return parts
 
 
 def _methods(study: Study, analysis: Analysis) -> list[str]:
-    head = "<h2>How it was tested</h2>"
     if max(analysis.seeds) < 2:
-        return [
-            head,
-            html_list(["Nothing was tested: the unit of replication is a run, and every slice has only one."]),
-        ]
+        return ["Nothing was tested: the unit of replication is a run, and every slice has only one."]
     ratios = [f"{name} {variance_ratio(score):.3g}" for name, score in analysis.scores.items()]
     bound = variance_ratio_bound(analysis.seeds)
     own, spread = study.slices.documents != "shared", study.slices.documents == "spread"
-    lines = [
+    return [
         "The unit of replication is a run. "
         + (
             "Each seed has initial weights, an order and documents of its own, so a difference speaks of the quantile "
@@ -367,10 +259,9 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
             else f"with equal ones it stays below {bound:.3g} in 95 % of studies."
         ),
     ]
-    return [head, html_list(lines)]
 
 
-def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> list[str]:
+def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> dict[str, Any]:
     rows = [
         [
             f"{run.source} top {run.top * 100:g}%",
@@ -383,5 +274,4 @@ def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
         for run in sliced.runs
     ]
     header = ["slice", "seed", "documents", "tokens", "scores", "tokens/s in training"]
-    table = html_table(header, rows, numbers={1, 2, 3, 5})
-    return [f"<h2>Runs</h2><details><summary>{len(rows)} runs of {study.steps:,} steps</summary>{table}</details>"]
+    return {"header": header, "rows": rows, "numbers": (1, 2, 3, 5), "steps": f"{study.steps:,}"}
