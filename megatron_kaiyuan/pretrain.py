@@ -22,7 +22,8 @@ def main() -> None:
     end_at_interrupt()
     die_with_launcher()
     if code := _train_and_report():
-        end_process(code, _close_reports)
+        end_process(code, _release_folder, _close_reports)
+    _release_folder()
     end_helpers()
 
 
@@ -80,6 +81,13 @@ def _close_reports() -> None:
         writer.close()
     if wandb := megatron.get_wandb_writer():
         wandb.finish(exit_code=1)
+
+
+def _release_folder() -> None:
+    """Let the next run have the save folder."""
+    from megatron_kaiyuan.checkpoints.hold import release_holds
+
+    release_holds()
 
 
 def _leave_together() -> None:

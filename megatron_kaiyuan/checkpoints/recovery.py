@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME, Verifier, damage, is_legacy, verify
+from megatron_kaiyuan.checkpoints.hold import hold_folder
 from megatron_kaiyuan.checkpoints.reading import (
     TRACKER_NAME,
     Checkpoint,
@@ -158,18 +159,16 @@ def check_save_directory(save: Path, load: Path | None, *, finetune: bool) -> No
 
 
 def agree_on_start(args: argparse.Namespace) -> Start:
-    """What rank 0 found, on all ranks; it mends a tracker that would mislead, and says so.
+    """What rank 0 found, on all ranks; it holds the save folder, mends a tracker that would mislead, and says so.
 
-    Local and other non-persistent checkpoints, and formats other than `torch_dist`, are left to Megatron.
+    Local and other non-persistent checkpoints, and formats other than `torch_dist`, are otherwise left to Megatron.
 
     Args:
         args: Parsed, not yet validated; the process group need not exist.
 
     Raises:
-        ResumeError: on every rank: see `choose_start` and `check_save_directory`.
+        ResumeError: on every rank: see `hold_folder`, `choose_start` and `check_save_directory`.
     """
-    if args.ckpt_format != "torch_dist" or args.non_persistent_ckpt_type is not None:
-        return Start()
     found = json.loads(look_together(lambda look: json.dumps(_decide(args, look))))
     if "error" in found:
         raise ResumeError(found["error"])
@@ -179,6 +178,10 @@ def agree_on_start(args: argparse.Namespace) -> Start:
 def _decide(args: argparse.Namespace, look: Looker) -> dict[str, object]:
     load = Path(args.load) if args.load else None
     try:
+        if args.save:
+            hold_folder(Path(args.save))
+        if args.ckpt_format != "torch_dist" or args.non_persistent_ckpt_type is not None:
+            return {"step": None, "announcement": "", "name": None}
         if args.save:
             check_save_directory(Path(args.save), load, finetune=args.finetune)
         detected = load is not None and args.auto_detect_ckpt_format and _legacy_checkpoint(load) is not None

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_kaiyuan.checkpoints.averaging import is_average
 from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_NAME
 from megatron_kaiyuan.checkpoints.damage import DESCRIPTION_NAME, METADATA_NAME
+from megatron_kaiyuan.checkpoints.hold import taken_by
 from megatron_kaiyuan.checkpoints.identity import AVERAGING
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, read_tracker, saved_iterations
 from megatron_kaiyuan.data import Plan
@@ -120,7 +121,11 @@ class CheckpointKeeper:
 
         Were it to stay while the files under it are replaced, a run killed meanwhile would leave a mixture of two runs
         that looks intact.
+
+        Raises:
+            SaveError: on all ranks: another run has taken the folder.
         """
+        self._refuse_if_taken(iteration)
         folder = iteration_folder(self._directory, iteration)
         if self._writes and folder.is_dir():
             for name in (DESCRIPTION_NAME, METADATA_NAME, CHECKSUMS_NAME):
@@ -148,7 +153,7 @@ class CheckpointKeeper:
             reason = "; ".join(reasons) or "rank 0 says why"
         else:
             reason = str(error)
-        if self._writes:
+        if self._writes and not (folder / DESCRIPTION_NAME).is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of no use, and it takes space that the next attempt needs
         last = read_tracker(self._directory).iteration
         return SaveError(
@@ -161,6 +166,20 @@ class CheckpointKeeper:
         """Tell who listens."""
         for listener in self._listeners if iteration in self._averaged else []:
             listener(iteration)
+
+    def _refuse_if_taken(self, iteration: int) -> None:
+        """So it is where this run was taken for dead: its host was cut off, or the process was stopped for a minute."""
+        other = taken_by(self._directory) if self._writes else None
+        is_taken = other is not None
+        if torch.distributed.is_initialized():
+            told = torch.tensor([int(is_taken)], device=torch.cuda.current_device())
+            torch.distributed.all_reduce(told)
+            is_taken = bool(told.item())
+        if is_taken:
+            raise SaveError(
+                f"--save {self._directory} was taken over by {other or 'another run: rank 0 says by which'}: this run "
+                f"ends at iteration {iteration} and writes nothing more"
+            )
 
     def _warn_of_launcher(self, seconds: float) -> None:
         """Once, where a save takes longer than the launcher would wait for one after a stop signal."""

@@ -44,6 +44,12 @@ class RunningRun:
             self._ended = True
             self._news.notify_all()
 
+    def close(self) -> None:
+        """Stop reading, once all processes that write are gone."""
+        self._reader.join(timeout=10.0)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
     @property
     def output(self) -> str:
         """stdout and stderr."""
@@ -138,3 +144,4 @@ def running(
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 member.kill()
         process.wait()
+        run.close()

@@ -19,7 +19,7 @@ from megatron_kaiyuan.checkpoints.averaging import (
 )
 from megatron_kaiyuan.checkpoints.identity import AVERAGING
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, saved_iterations
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.errors import ConfigError, SaveError
 from megatron_kaiyuan.monitoring.metrics_file import append_metrics, average_path
 from megatron_kaiyuan.training import checkpoint_keeping
 from megatron_kaiyuan.training.checkpoint_keeping import (
@@ -229,8 +229,8 @@ def test_an_average_that_is_there_is_used_again_and_another_is_left_alone(tmp_pa
 
 def test_a_failed_save_leaves_no_folder_and_says_where_the_run_goes_on(tmp_path: Path) -> None:
     pretend_saved(tmp_path, 4)
-    pretend_saved(tmp_path, 6)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    iteration_folder(tmp_path, 6).mkdir()
+    (iteration_folder(tmp_path, 6) / "__0_0.distcp").write_bytes(b"half")
     keeper = CheckpointKeeper(tmp_path, (), None, writes=True)
     failure = RuntimeError("Worker failure: no room")
 
@@ -275,3 +275,16 @@ def test_a_save_that_torchrun_would_kill_is_warned_of_once(
         keeper.after_save(iteration)
 
     assert capsys.readouterr().err.count("torchrun kills its ranks 30 s after") == warned
+
+
+def test_a_run_whose_folder_was_taken_over_ends_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_saved(tmp_path, 6)
+    monkeypatch.setattr(checkpoint_keeping, "taken_by", lambda _: "process 7 on host n1")
+    keeper = CheckpointKeeper(tmp_path, (), None, writes=True)
+
+    with pytest.raises(SaveError, match="was taken over by process 7 on host n1: this run ends at iteration 6"):
+        keeper.before_save(6)
+
+    assert (iteration_folder(tmp_path, 6) / "metadata.json").exists()
