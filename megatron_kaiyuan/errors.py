@@ -26,6 +26,19 @@ class KaiyuanError(ValueError):
     """Base of every error that a user can cause and mend."""
 
 
+class _MaybeOfOneRank(KaiyuanError):
+    """Base of those that one rank or all of them may come upon.
+
+    Args:
+        message: As for every error.
+        of_one_rank: The other ranks do not know of it.
+    """
+
+    def __init__(self, message: str, *, of_one_rank: bool = False) -> None:
+        super().__init__(message)
+        self.of_one_rank = of_one_rank
+
+
 class ConfigError(KaiyuanError):
     """Command-line flags or model options that cannot work together."""
 
@@ -50,17 +63,8 @@ class ShardError(KaiyuanError):
     """A `.bin`/`.idx` pair that is missing, truncated, of another format version, or inconsistent."""
 
 
-class SaveError(KaiyuanError):
-    """A checkpoint that cannot be written: the disk is full, or a file of it cannot be opened.
-
-    Args:
-        message: As for every error.
-        of_one_rank: The other ranks do not know of it.
-    """
-
-    def __init__(self, message: str, *, of_one_rank: bool = False) -> None:
-        super().__init__(message)
-        self.of_one_rank = of_one_rank
+class SaveError(_MaybeOfOneRank):
+    """A checkpoint that cannot be written: the disk is full, or a file of it cannot be opened."""
 
 
 class ScoreError(KaiyuanError):
@@ -91,5 +95,5 @@ class MetricsError(KaiyuanError):
     """The file of a run's metrics that cannot be written or read."""
 
 
-class TrainingStopped(KaiyuanError):
+class TrainingStopped(_MaybeOfOneRank):
     """A run that was stopped because going on would waste the machines."""

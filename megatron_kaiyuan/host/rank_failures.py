@@ -72,6 +72,6 @@ def _tells(error: KaiyuanError) -> bool:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DeviceError | MetricsError):
         return True
-    if isinstance(error, SaveError):
+    if isinstance(error, SaveError | TrainingStopped):
         return error.of_one_rank
-    return torch.distributed.is_initialized() and not isinstance(error, TrainingStopped)
+    return torch.distributed.is_initialized()

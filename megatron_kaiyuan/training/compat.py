@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from megatron.core import rerun_state_machine
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunMode
 from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.training import checkpointing, get_args, get_signal_handler, training
 from megatron.training.dist_signal_handler import all_gather_item
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
 from megatron_kaiyuan.checkpoints import writing
-from megatron_kaiyuan.errors import SaveError, TrainingStopped
+from megatron_kaiyuan.errors import SaveError
 from megatron_kaiyuan.host.stop_signals import StopRequests
 from megatron_kaiyuan.kernels import weight_gradient
 
@@ -42,7 +43,7 @@ __all__ = [
     "repair_checkpoints_before_first_step",
     "repair_distributed_torch_adam",
     "report_stop_signals",
-    "stop_where_nothing_can_be_saved",
+    "stop_at_invalid_results",
     "use_scheduler",
     "write_checkpoints",
 ]
@@ -76,23 +77,38 @@ def use_scheduler(build: Callable[..., OptimizerParamScheduler]) -> None:
     training.OptimizerParamScheduler = build
 
 
-def stop_where_nothing_can_be_saved(save: str | None) -> None:
-    """End a run without `--save` in a sentence where Megatron wants to save a step whose result is not valid.
+def stop_at_invalid_results(why_at_once: Callable[[str], Exception], at_exit: Callable[[int], None]) -> None:
+    """Let a loss or gradient that is not finite end the run with a reason of ours, wherever Megatron detects it.
 
-    It repeats such a step, and saves it for another try on another machine: here to a folder called None.
+    It repeats such a step and leaves with a code, without a word to the user; without `--save` it saves to a folder
+    called None. Where it cannot repeat, in an evaluation for instance, it raises a RuntimeError; in the first step of a
+    start it takes the gradients as they are. A second call replaces the reasons.
+
+    Args:
+        why_at_once: Returns the error of a result that is not going to be repeated, given Megatron's name for it.
+        at_exit: Called on all ranks with the exit code when a repeated step ends the run, before anything is saved.
     """
-    if save is not None:
-        return
+    machine = rerun_state_machine.RerunStateMachine
+    validate = getattr(machine.validate_result, "__wrapped__", machine.validate_result)
+    step = getattr(training.train_step, "__wrapped__", training.train_step)
 
-    def save_checkpoint_and_time(iteration: int, *_more: object, **_named: object) -> None:
-        failed = get_rerun_state_machine().failed_validation_call
-        what = "an invalid result" if failed is None else str(failed.caller.message)
-        raise TrainingStopped(
-            f"{what} in step {iteration + 1}, and again when the step was repeated: nothing is saved, for there is no "
-            "--save; start again with a lower --lr or with --clip-grad, and with --save to keep what comes before"
-        )
+    @functools.wraps(validate)
+    def validated(self: Any, result: Any, rejection_func: Callable[[Any], bool], message: str, **named: Any) -> None:
+        repeats = self.mode is not RerunMode.DISABLED and self.first_iteration_complete
+        if named.get("fatal", True) and not repeats and rejection_func(result):
+            raise why_at_once(message)
+        validate(self, result, rejection_func, message, **named)
 
-    training.save_checkpoint_and_time = save_checkpoint_and_time
+    @functools.wraps(step)
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        outcome = step(*args, **kwargs)
+        _losses, _skipped, _should_save, should_exit, code, *_ = outcome
+        if should_exit:
+            at_exit(code)
+        return outcome
+
+    machine.validate_result = validated
+    training.train_step = stepped
 
 
 def log_each_step_once() -> None:

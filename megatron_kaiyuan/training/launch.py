@@ -59,7 +59,7 @@ from megatron_kaiyuan.training.run_length import (
 from megatron_kaiyuan.training.schedule_arguments import check_rates_of_plan, continue_schedule, steps_in_samples
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
 from megatron_kaiyuan.training.stages import embedding_ranks
-from megatron_kaiyuan.training.stopping import stop_when_asked
+from megatron_kaiyuan.training.stopping import explain_invalid_results, stop_when_asked
 
 __all__ = ["run_pretraining"]
 
@@ -90,7 +90,7 @@ def run_pretraining() -> None:
     write_checkpoints_to_stay(args)
     tell_what_building_refuses()
     compat.log_each_step_once()
-    compat.stop_where_nothing_can_be_saved(args.save)
+    explain_invalid_results(args)
     compat.keep_shipped_dataset_helpers()
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()

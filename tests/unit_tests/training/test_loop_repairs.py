@@ -14,6 +14,7 @@ from megatron_kaiyuan.monitoring.monitor import RunMonitor
 from megatron_kaiyuan.training import compat, forward_step, parsing
 from megatron_kaiyuan.training.forward_step import ForwardStep, fused_language_model_loss
 from megatron_kaiyuan.training.parsing import tell_what_building_refuses
+from megatron_kaiyuan.training.stopping import explain_invalid_results
 
 
 @pytest.mark.parametrize(
@@ -116,15 +117,66 @@ def test_what_cannot_be_built_is_one_sentence_and_a_fault_stays_one(monkeypatch:
             getattr(training, name)()
 
 
-def test_a_result_that_stays_invalid_ends_a_run_without_a_folder_in_a_sentence(
-    machine: RerunStateMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "save_checkpoint_and_time", kept := training.save_checkpoint_and_time)
-    compat.stop_where_nothing_can_be_saved("folder")
-    assert training.save_checkpoint_and_time is kept
-    compat.stop_where_nothing_can_be_saved(None)
+@pytest.fixture
+def explained(machine: RerunStateMachine, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Arguments of a run, whose step is a stand-in that asks for the exit of `code`."""
+    args = Namespace(curr_iteration=3, fp16=False, loss_scale=None, save=None, rank=0, code=16)
+    outcome = lambda: ({}, True, True, bool(args.code), args.code, None, None, 0)  # noqa: E731
+    monkeypatch.setattr(training, "train_step", outcome)
+    monkeypatch.setattr(RerunStateMachine, "validate_result", RerunStateMachine.validate_result)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    other = "Inf in the gradients"  # of rank 2, whatever rank 0 knows
+
+    def gather(found: list[str | None], own: str | None) -> None:
+        found[:] = [own, None, other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    explain_invalid_results(args)
     machine.failed_validation_call = rerun_state_machine.Call(
-        caller=rerun_state_machine.Caller(message="NaN in the gradients", rank=0), sequence=1
+        caller=rerun_state_machine.Caller(message=GRADIENTS, rank=0), sequence=1
     )
-    with pytest.raises(TrainingStopped, match=r"^NaN in the gradients in step 4, and again .*: nothing is saved"):
-        training.save_checkpoint_and_time(3, None)
+    return args
+
+
+GRADIENTS = "found Inf in local grad norm for bucket #0 in backward pass before data-parallel communication collective"
+
+
+@pytest.mark.parametrize(
+    ("code", "saved", "said"),
+    [
+        (16, None, r"ranks 0, 2, in step 4, and again .*: nothing is saved, for there is no --save; start again from"),
+        (17, None, r"ranks 0, 2, in step 4, but not when the step was repeated: that machine may compute wrongly"),
+        (17, "saved", r"ranks 0, 2, in step 4, but not when"),
+    ],
+)
+def test_a_step_that_is_not_finite_when_repeated_ends_the_run_in_a_sentence(
+    explained: Namespace, code: int, saved: str | None, said: str
+) -> None:
+    explained.code, explained.save = code, saved
+    with pytest.raises(TrainingStopped, match=f"^Inf in the gradients of {said}"):
+        training.train_step()
+
+
+def test_the_weights_before_a_step_that_is_not_finite_are_saved_and_the_user_told(
+    explained: Namespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explained.save = "saved"
+    assert training.train_step()[2:5] == (True, True, 16)
+    assert "ranks 0, 2, in step 4, and again when the step was repeated: the weights before" in capsys.readouterr().err
+    explained.code = 0
+    training.train_step()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mode", [RerunMode.DISABLED, RerunMode.VALIDATE_RESULTS])
+def test_what_cannot_be_repeated_ends_the_run_at_once(
+    explained: Namespace, machine: RerunStateMachine, mode: RerunMode
+) -> None:
+    """With `--rerun-mode disabled`, in an evaluation, and in the first step of a start, which Megatron lets pass."""
+    machine.mode, explained.fp16, explained.loss_scale = mode, True, 2.0**16
+    loss = torch.tensor(float("nan"))
+    machine.state = RerunState.INITIAL_RUN
+    machine.validate_result(loss, torch.isinf, "Inf in the loss of this rank")
+    machine.validate_result(loss, torch.isnan, "spiky", fatal=False)
+    with pytest.raises(TrainingStopped, match=r"NaN in the loss of rank 0, in step 4; .* without --loss-scale 65536,"):
+        machine.validate_result(loss, torch.isnan, "NaN in the loss of this rank")
