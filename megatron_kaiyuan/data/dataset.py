@@ -175,6 +175,10 @@ class HeldOutDataset:
             raise IndexError(f"sample {sample} of {len(self)} held-out windows of {self.source!r}")
         return {"tokens": self._stream.read(int(sample))}
 
+    def segments(self, sample: int) -> list[Segment]:
+        """The pieces of documents that a window is made of."""
+        return self._stream.segments(int(sample))
+
     def documents(self, sample: int) -> NDArray[np.int64]:
         """The document, numbered within the source, of each predicted token of a window; int64 `[seq_length]`."""
         pieces = self._stream.pieces(int(sample))

@@ -103,7 +103,12 @@ def run_pretraining() -> None:
     if plan is not None and plan_has_learning_rate(plan):
         _follow_planned_rate(args, plan)
     check_memory(args)
-    datasets = PlainDatasetsProvider(args) if plan is None else PlanDatasetsProvider(plan, args, get_tokenizer().eod)
+    tokenizer = get_tokenizer()
+    datasets = (
+        PlainDatasetsProvider(args)
+        if plan is None
+        else PlanDatasetsProvider(plan, args, tokenizer.eod, tokenizer.vocab_size)
+    )
     held_out = None
     if isinstance(datasets, PlanDatasetsProvider):
         held_out = build_held_out(args, datasets.plan, datasets.evaluation_batches, keeper)

@@ -6,17 +6,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.flags.complaints import megatron_checks
 from megatron_kaiyuan.training.parsing import known_flags
+from megatron_kaiyuan.training.samples import first_outside, outside_vocabulary
 from megatron_kaiyuan.training.stages import loads_data
 
 __all__ = ["PlainDatasetsProvider"]
+
+
+class GPTDataset(gpt_dataset.GPTDataset):
+    """Megatron's dataset, which names an id outside the vocabulary before the model meets it.
+
+    It has the name of Megatron's own, which is part of the key of the indexes that both keep on disk.
+    """
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        text, documents, sizes = super()._query_document_sample_shuffle_indices(idx)
+        vocabulary = self.config.tokenizer.vocab_size
+        place = first_outside(text[: sum(sizes)], vocabulary)  # padding may have any id, and does not count
+        if place is None:
+            return text, documents, sizes
+        ends = np.cumsum(sizes)
+        document = int(documents[int(np.searchsorted(ends, place, side="right"))])
+        shard = self.dataset.path_prefix
+        named = f"sample {idx} of the {self.index_split.name} part of {shard}"
+        raise outside_vocabulary(named, shard, document, int(text[place]), vocabulary)
 
 
 class PlainDatasetsProvider:

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
+from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.shards.source import Segment
 from megatron_kaiyuan.training.document_ends import check_document_ends
 from megatron_kaiyuan.training.plan_evaluations import EVERY_WINDOW
-from megatron_kaiyuan.training.samples import SampleOptions, make_sample
+from megatron_kaiyuan.training.samples import SampleOptions, first_outside, make_sample, outside_vocabulary
 from megatron_kaiyuan.training.stages import loads_data
 
 __all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
@@ -29,6 +31,8 @@ class _Windows(Protocol):
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]: ...
 
     def bands(self, index: int) -> NDArray[np.int8]: ...
+
+    def segments(self, index: int) -> list[Segment]: ...
 
 
 class PlanSamples(Dataset[dict[str, Tensor]]):
@@ -51,11 +55,29 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
 
         `dataset_id` is the number of its source in the plan, int64 scalar; `band_tokens` its tokens by quantile band,
         int64 `[NUM_BANDS]`.
+
+        Raises:
+            ShardError: it holds an id outside the vocabulary.
         """
-        sample = make_sample(self.order[index]["tokens"], self.options)
+        window = self.order[index]["tokens"]
+        if (place := first_outside(window, self.options.vocabulary)) is not None:
+            where = self.order.provenance(index)
+            named = f"sample {index} (phase {where.phase!r}, source {where.source!r})"
+            raise _outside(named, window, place, where.segments, self.options)
+        sample = make_sample(window, self.options)
         sample["dataset_id"] = _source_number(self.order.source_index(index))
         sample["band_tokens"] = torch.from_numpy(self.order.band_tokens(index))
         return sample
+
+
+def _outside(
+    named: str, window: NDArray[np.int64], place: int, segments: Sequence[Segment], options: SampleOptions
+) -> ShardError:
+    """Return the error of a window whose id at `place` is outside the vocabulary."""
+    ends = np.cumsum([segment.stop - segment.start for segment in segments])
+    segment = segments[int(np.searchsorted(ends, place, side="right"))]
+    assert options.vocabulary is not None, "without it nobody looks"
+    return outside_vocabulary(named, segment.shard, segment.document, int(window[place]), options.vocabulary)
 
 
 @lru_cache(maxsize=4096)
@@ -107,13 +129,20 @@ class HeldOutSamples(Dataset[dict[str, Tensor]]):
 
         `dataset_id` is the number of its source in the plan, int64 scalar; `token_bands` the quantile band of each
         predicted token, int8 `[seq_length]`, -1 for none.
+
+        Raises:
+            ShardError: it holds an id outside the vocabulary.
         """
         place = index % self.cycle
         source, window = self.order[place % self.period].tolist()
-        sample = make_sample(self.sources[source][window]["tokens"], self.options)
+        tokens, number = self.sources[source][window]["tokens"], self.numbers[source]
+        if (wrong := first_outside(tokens, self.options.vocabulary)) is not None:
+            named = f"held-out window {window} of source {number} of the plan"
+            raise _outside(named, tokens, wrong, self.sources[source].segments(window), self.options)
+        sample = make_sample(tokens, self.options)
         if self.once and place >= self.period:
             sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
-        sample["dataset_id"] = torch.tensor(self.numbers[source])
+        sample["dataset_id"] = torch.tensor(number)
         sample["token_bands"] = torch.from_numpy(self.sources[source].bands(window))
         return sample
 
@@ -138,7 +167,9 @@ class PlanDatasetsProvider:
     is_distributed = True
     """Tells Megatron to call this on all ranks."""
 
-    def __init__(self, plan: Plan, args: argparse.Namespace, eod_token: int | None) -> None:
+    def __init__(
+        self, plan: Plan, args: argparse.Namespace, eod_token: int | None, vocabulary: int | None = None
+    ) -> None:
         """Errors as `check_document_ends`."""
         self.plan = plan
         self.args = args
@@ -148,6 +179,7 @@ class PlanDatasetsProvider:
             reset_position_ids=args.reset_position_ids,
             reset_attention_mask=args.reset_attention_mask,
             create_attention_mask=args.create_attention_mask_in_dataloader,
+            vocabulary=vocabulary,
         )
         check_document_ends(plan, self.options)
 

@@ -12,7 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SampleOptions", "make_sample"]
+from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.terminal import shell_command
+
+__all__ = ["SampleOptions", "first_outside", "make_sample", "outside_vocabulary"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +33,8 @@ class SampleOptions:
     """`--reset-attention-mask`: a token does not see earlier documents; needs the attention mask."""
     create_attention_mask: bool = False
     """The opposite of `--no-create-attention-mask-in-dataloader`; s * s bytes a sample."""
+    vocabulary: int | None = None
+    """Token ids have to be below it; None: nobody looks."""
 
 
 def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, Tensor]:
@@ -61,6 +67,34 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, 
         first_visible = starts if options.reset_attention_mask and starts is not None else torch.zeros_like(positions)
         sample["attention_mask"] = _hidden(positions, first_visible)[None]
     return sample
+
+
+def first_outside(tokens: NDArray[np.int64], vocabulary: int | None) -> int | None:
+    """Return the place of the first id that is no token of the model; None where all are, or nobody looks.
+
+    On a GPU such an id ends in an assertion of the embedding that names neither the id nor where it comes from.
+    """
+    if vocabulary is None or (tokens.min() >= 0 and tokens.max() < vocabulary):
+        return None
+    return int(np.flatnonzero((tokens < 0) | (tokens >= vocabulary))[0])
+
+
+def outside_vocabulary(sample: str, shard: str, document: int, token: int, vocabulary: int) -> ShardError:
+    """Return the error of a sample with an id that is no token of the model.
+
+    Args:
+        sample: Names the sample and its source.
+        shard: Prefix of the shard that holds the id.
+        document: Its number in the shard.
+        token: The id.
+        vocabulary: Ids have to be below it.
+    """
+    command = f"{python_command()} tools/inspect_data.py {shell_command(shard)} --verify --vocab-size {vocabulary}"
+    return ShardError(
+        f"{sample}: token id {token} in document {document} of {shard}.bin, but the vocabulary has {vocabulary} ids: "
+        "the shard was built with another tokenizer, or has been damaged since the run began. Build it again, or copy "
+        f"it again, and go on from the last checkpoint. All such ids:\n  {command}"
+    )
 
 
 @lru_cache(maxsize=4)

@@ -5,14 +5,16 @@ first evaluation.
 """
 
 import argparse
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from megatron.training.arguments import parse_args
 
 from megatron_kaiyuan.arguments import arguments_provider
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.errors import ConfigError, ShardError
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plain_splits import settle_splits
 from tests.unit_tests.data.tiny import write_shard
@@ -114,6 +116,7 @@ def test_a_part_that_nobody_asks_for_is_not_built(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("megatron_kaiyuan.training.plain_data.loads_data", lambda _args, _stage: True)
     monkeypatch.setattr("megatron.core.datasets.gpt_dataset.GPTDatasetConfig.__post_init__", _without_tokenizer)
     train, valid, test = PlainDatasetsProvider(args)((20, 0, 0))
+    assert type(train).__name__ == "GPTDataset", "the name is part of the key under which Megatron keeps its indexes"
     assert (valid, test) == (None, None)
     assert len(train) >= 20
     assert np.all(train.dataset.get(0)[:40] == 5)
@@ -138,3 +141,29 @@ def test_flags_of_the_datasets_that_cannot_work_are_one_sentence(
     monkeypatch.setattr("megatron_kaiyuan.training.plain_data.get_tokenizer", lambda: None)
     with pytest.raises(ConfigError, match=told):
         PlainDatasetsProvider(run(monkeypatch, words))
+
+
+def test_an_id_outside_the_vocabulary_is_named_with_its_document(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "c", [[5] * 40, [5] * 7 + [9] + [5] * 32, *[[5] * 40] * 18])
+    args = run(monkeypatch, "--data-path c --split 1 --eval-iters 0")
+    tokenizer = SimpleNamespace(vocab_size=9, eod=0, unique_identifiers={})
+    monkeypatch.setattr("megatron_kaiyuan.training.plain_data.get_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr("megatron_kaiyuan.training.plain_data.loads_data", lambda _args, _stage: True)
+    monkeypatch.setattr("megatron.core.datasets.gpt_dataset.GPTDatasetConfig.__post_init__", _without_tokenizer)
+    train, _, _ = PlainDatasetsProvider(args)((49, 0, 0))
+    train._pad_token_id = -1
+    refused = 0
+    for number in range(49):
+        text, _, _ = super(type(train), train)._query_document_sample_shuffle_indices(number)
+        if 9 not in text:
+            assert train._query_document_sample_shuffle_indices(number)[0].tolist() == text.tolist()
+            continue
+        refused += 1
+        told = (
+            f"sample {number} of the train part of c: token id 9 in document 1 of c.bin, but the vocabulary has 9 ids"
+        )
+        with pytest.raises(ShardError, match="^" + re.escape(told)):
+            train._query_document_sample_shuffle_indices(number)
+    assert refused in (1, 2), "once, or where two windows meet"

@@ -1,14 +1,20 @@
 """Training samples are the plan's; held-out samples are the same in each evaluation."""
 
 import itertools
+import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
+from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.shards.source import Segment
 from megatron_kaiyuan.training.provider import HeldOutSamples, PlanDatasetsProvider, PlanSamples, spread_evenly
 from megatron_kaiyuan.training.samples import SampleOptions
+from tests.unit_tests.data.tiny import write_shard
 
 
 class Windows:
@@ -26,6 +32,9 @@ class Windows:
 
     def bands(self, index: int) -> np.ndarray[tuple[int], np.dtype[np.int8]]:
         return np.array([index % 10, -1], dtype=np.int8)
+
+    def segments(self, index: int) -> list[Segment]:
+        raise AssertionError(f"nobody asks where window {index} comes from")
 
 
 def first_tokens(samples: HeldOutSamples, count: int) -> list[int]:
@@ -103,3 +112,42 @@ def test_a_training_sample_is_the_window_of_its_number_with_its_source() -> None
     assert samples[2]["labels"].tolist() == [1, 2]
     assert samples[2]["dataset_id"].item() == 12
     assert samples[2]["band_tokens"].tolist() == [2, 0, 1]
+
+
+def plan_with_a_bad_id(folder: Path, document: int, token: int) -> Plan:
+    """60 documents of 20 tokens in two shards; the id stands in the middle of one document of the second."""
+    for shard in (0, 1):
+        documents = [[shard * 30 + number] * 20 for number in range(30)]
+        if shard == 1:
+            documents[document][10] = token
+        write_shard(folder / f"s{shard}", documents)
+    path = folder / "plan.yaml"
+    path.write_text(
+        f"seq_length: 16\nsources: {{text: {{shards: {folder}/s*}}}}\n"
+        "phases: [{name: only, order: shuffled, sources: {text: all}}]\nvalidation: {text: {documents: 10}}\n"
+    )
+    return Plan.load(path)
+
+
+@pytest.mark.parametrize("token", [60, 2**15, -1])
+def test_an_id_outside_the_vocabulary_is_named_with_its_sample_shard_and_document(tmp_path: Path, token: int) -> None:
+    """Every sample that holds it, training or held out, is refused; all others are as without looking."""
+    options, refused = SampleOptions(vocabulary=60), 0
+    plan = plan_with_a_bad_id(tmp_path, document := 17, token)
+    training = PlanSamples(CurriculumDataset(plan), options)
+    windows = HeldOutDataset(plan, "text")
+    held_out = HeldOutSamples({0: windows}, options, len(windows), samples_per_evaluation=len(windows))
+    for samples, raw, named in (
+        (training, training.order, "sample {} (phase 'only', source 'text')"),
+        (held_out, windows, "held-out window {} of source 0 of the plan"),
+    ):
+        for number in range(len(samples)):
+            tokens = raw[number]["tokens"]
+            if token not in tokens:
+                assert samples[number]["tokens"].tolist() == tokens[:-1].tolist()
+                continue
+            refused += 1
+            told = f"{named.format(number)}: token id {token} in document {document} of {tmp_path}/s1.bin, but the "
+            with pytest.raises(ShardError, match="^" + re.escape(told) + "vocabulary has 60 ids: .* copy it again"):
+                samples[number]
+    assert refused in (1, 2), "once, or where two windows meet"
