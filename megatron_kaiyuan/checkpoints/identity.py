@@ -2,8 +2,12 @@
 
 import argparse
 import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
+from megatron_kaiyuan.checkpoints.model_identity import differences
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.flags.identity import FUNCTION, RECIPE, WEIGHTS
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
 __all__ = [
@@ -11,6 +15,7 @@ __all__ = [
     "COMMAND_LINE_TOKENIZER",
     "PLAN_RECORD",
     "TOKENIZER",
+    "check_fitting_model",
     "check_same_run",
     "first_difference",
     "store_tokenizer",
@@ -28,28 +33,10 @@ PLAN_RECORD = "kaiyuan_plan_record"
 AVERAGING = "kaiyuan_averaging"
 """Name of the argument that holds which iterations the plan averages; `tools/average_checkpoints.py --planned`."""
 
-_FLAGS = {
+_OF_THE_RUN = {
     "seed": "--seed",
     TOKENIZER: "the tokenizer (its fingerprint)",
     COMMAND_LINE_TOKENIZER: "--tokenizer-model (the fingerprint of what it does)",
-    "num_layers": "--num-layers",
-    "hidden_size": "--hidden-size",
-    "ffn_hidden_size": "--ffn-hidden-size",
-    "num_attention_heads": "--num-attention-heads",
-    "group_query_attention": "--group-query-attention",
-    "kv_channels": "--kv-channels",
-    "position_embedding_type": "--position-embedding-type",
-    "rotary_base": "--rotary-base",
-    "rotary_percent": "--rotary-percent",
-    "normalization": "--normalization",
-    "norm_epsilon": "--norm-epsilon",
-    "layernorm_epsilon": "--norm-epsilon",
-    "swiglu": "--swiglu",
-    "add_bias_linear": "--disable-bias-linear",
-    "qk_layernorm": "--qk-layernorm",
-    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
-    "kaiyuan_sandwich_norm": "--kaiyuan-sandwich-norm",
-    "kaiyuan_logit_softcap": "--kaiyuan-logit-softcap",
 }
 _PROBE = "The 3 naïve Zürich engineers’ café: def f(x):\n\treturn x ** 2.5  # 数据\n\n«да»   end"
 
@@ -83,30 +70,79 @@ def _of_text(tokenizer: object) -> str | None:
 
 
 def first_difference(one: argparse.Namespace, other: argparse.Namespace) -> str | None:
-    """The first flag in which two runs differ, with both values; None if they may be the same run."""
-    flags = dict(_FLAGS)
-    if getattr(one, "group_query_attention", False):  # else Megatron changes the number while it builds the model
-        flags["num_query_groups"] = "--num-query-groups"
-    for name, flag in flags.items():
-        before, now = getattr(one, name, None), getattr(other, name, None)
-        if before is not None and now is not None and before != now:
-            return f"{flag} was {before} and is now {now}"
-    return None
+    """Return the first flag in which the arguments of two checkpoints differ; None if they may be of the same run."""
+    return next(iter([*_of_the_run(one, other), *map(str, differences(one, other, (*WEIGHTS, *FUNCTION)))]), None)
 
 
-def check_same_run(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
+def _of_the_run(one: argparse.Namespace, other: argparse.Namespace) -> list[str]:
+    pairs = {flag: (getattr(one, name, None), getattr(other, name, None)) for name, flag in _OF_THE_RUN.items()}
+    return [
+        f"{flag} was {before} and is now {now}"
+        for flag, (before, now) in pairs.items()
+        if before is not None and now is not None and before != now
+    ]
+
+
+def check_same_run(
+    args: argparse.Namespace,
+    saved: argparse.Namespace | None,
+    defaults: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+) -> list[str]:
     """Refuse to continue a run with another seed, tokenizer or model.
 
     Args:
-        args: Validated arguments, `store_tokenizer` included.
+        args: Arguments of this run, `store_tokenizer` included.
         saved: Arguments of the run to continue, if there is one.
+        defaults: Of Megatron's parser, for options that a checkpoint of an earlier version lacks.
+        only: Compare no other options of the model than these.
+
+    Returns:
+        Where the command line has overruled how the model is trained.
 
     Raises:
         ResumeError: names the flag and both values.
     """
-    difference = None if saved is None else first_difference(saved, args)
-    if difference is not None:
+    if saved is None:
+        return []
+    fixed = [*map(str, differences(saved, args, _among((*WEIGHTS, *FUNCTION), only), defaults))]
+    if difference := next(iter([*_of_the_run(saved, args), *fixed]), None):
         raise ResumeError(
             f"--load {args.load}: {difference}. Restore it to continue that run; for a new one leave --load out (or "
             "add --finetune to start from these weights, where they fit) and name another --save directory"
         )
+    return [*map(str, differences(saved, args, _among(RECIPE, only), defaults))]
+
+
+def check_fitting_model(
+    args: argparse.Namespace,
+    loaded: argparse.Namespace,
+    defaults: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+) -> list[str]:
+    """Refuse to start from the weights of another model.
+
+    Args:
+        args: Arguments of a run that begins anew with these weights.
+        loaded: Arguments in their checkpoint.
+        defaults: See `check_same_run`.
+        only: Likewise.
+
+    Returns:
+        Where the command line has overruled the checkpoint: another tokenizer, function or way to train.
+
+    Raises:
+        ResumeError: the command line asks for other weights; names the flag and both values.
+    """
+    if wrong := differences(loaded, args, _among((*WEIGHTS, "padded_vocab_size"), only), defaults):
+        raise ResumeError(
+            f"{', '.join(map(str, wrong))}, but the weights come from {args.load or args.pretrained_checkpoint} and "
+            "would not fit; leave it out to take the checkpoint's, or start without the checkpoint"
+        )
+    tokenizers = [told for told in _of_the_run(loaded, args) if not told.startswith("--seed ")]
+    changed = differences(loaded, args, _among((*FUNCTION, *RECIPE), only), defaults)
+    return [*tokenizers, *map(str, changed)]
+
+
+def _among(names: Iterable[str], only: Collection[str] | None) -> list[str]:
+    return [name for name in names if only is None or name in only]

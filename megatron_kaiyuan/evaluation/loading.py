@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch._C._distributed_c10d import HashStore  # torch.distributed re-exports it without saying so
 
 from megatron_kaiyuan.arguments import defaults_without_optional_kernels
+from megatron_kaiyuan.checkpoints.fitting import misfit, stored_shapes, wanted_shapes
 from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConfigError
@@ -117,18 +118,8 @@ def read_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
         ConfigError: the checkpoint is of another model.
     """
     wanted = bare_model(model).sharded_state_dict()
-    missing = sorted(
-        {
-            tensor.key
-            for tensor in wanted.values()
-            if isinstance(tensor, dist_checkpointing.ShardedTensor) and tensor.key not in checkpoint.tensors
-        }
-    )
-    if missing:
-        raise ConfigError(
-            f"{checkpoint.folder}: has no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; "
-            "it is of another model than its arguments say"
-        )
+    if difference := misfit(wanted_shapes(wanted), stored_shapes(checkpoint)):
+        raise ConfigError(f"{checkpoint.folder}: {difference}; it is of another model than its arguments say")
     open_checkpoints_as_data()
     state = dist_checkpointing.load(wanted, str(Path(checkpoint.folder)))
     return {name: state[name] for name in wanted}

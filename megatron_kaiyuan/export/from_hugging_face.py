@@ -151,6 +151,9 @@ def untrained_state(architecture: Architecture, iteration: int, dtype: torch.dty
         "fp16": dtype == torch.float16,
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
+        # The layout knows no dropout; Megatron's own default is 0.1.
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
         "seq_length": architecture.max_position_embeddings,
         "vocab_size": architecture.padded_vocab_size,
         "iteration": iteration,

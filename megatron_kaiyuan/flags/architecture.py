@@ -142,17 +142,17 @@ _BY_MEGATRON = (
         moe_router_num_groups moe_router_group_topk moe_router_pre_softmax moe_router_topk_scaling_factor
         moe_router_score_function moe_router_dtype moe_router_enable_expert_bias moe_router_bias_update_rate
         moe_router_quantile_balancing_ema moe_router_force_load_balancing moe_router_force_biased
-        moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_use_upcycling
-        moe_upcycling_granularity moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend
-        moe_permute_fusion_into_hybridep moe_hybridep_pad_uneven_dispatch_inputs moe_per_layer_logging
-        moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy moe_layer_recompute
-        moe_permute_fusion moe_router_fusion moe_apply_probs_on_input moe_flex_dispatcher_num_sms moe_deepep_num_sms
-        moe_hybridep_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
-        moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape moe_ncclep_zero_copy moe_mlp_glu_interleave_size
-        moe_shared_expert_glu_interleave_size moe_expert_rank_capacity_factor moe_shared_expert_overlap
-        overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad high_priority_a2a_comm_stream
-        ep_overlap_early_attn_memory_release moe_paged_stash moe_paged_stash_page_size
-        moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_buffer_size_factor_cpu""",
+        moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps
+        moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend moe_permute_fusion_into_hybridep
+        moe_hybridep_pad_uneven_dispatch_inputs moe_per_layer_logging moe_expert_capacity_factor
+        moe_pad_expert_input_to_capacity moe_token_drop_policy moe_layer_recompute moe_permute_fusion moe_router_fusion
+        moe_apply_probs_on_input moe_flex_dispatcher_num_sms moe_deepep_num_sms moe_hybridep_num_sms
+        moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing
+        moe_ncclep_static_shape moe_ncclep_zero_copy moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size
+        moe_expert_rank_capacity_factor moe_shared_expert_overlap overlap_moe_expert_parallel_comm
+        overlap_dispatch_backward_with_experts_wgrad high_priority_a2a_comm_stream ep_overlap_early_attn_memory_release
+        moe_paged_stash moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda
+        moe_paged_stash_buffer_size_factor_cpu""",
         "router, dispatch and memory of the experts",
     ),
     _passed_on("mtp_loss_scaling_factor", "the loss of multi-token prediction"),
@@ -207,6 +207,10 @@ _OTHER_MODELS = (
     ),
     _refused(
         "encoder_num_layers decoder_num_layers", "it is of models with an encoder; use --num-layers, or leave it out"
+    ),
+    _refused(
+        "moe_use_upcycling moe_upcycling_granularity",
+        "experts are not made from a dense model here; leave it out, and --load what Megatron-LM has upcycled",
     ),
     _refused("max_seqlen_per_dp_cp_rank", "it needs batches of packed documents; leave it out"),
     _refused("yaml_cfg", "it replaces the whole command line; give its settings as flags"),
@@ -371,7 +375,6 @@ _OF_FEATURES = (
         "--moe-paged-stash",
         when.uses("moe_paged_stash"),
     ),
-    _idle("moe_upcycling_granularity", "--moe-use-upcycling", when.uses("moe_use_upcycling")),
 )
 
 _OF_EXPERTS = " ".join(

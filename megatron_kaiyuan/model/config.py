@@ -9,7 +9,7 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -35,8 +35,6 @@ FUSIONS = ("norm", "rotary", "swiglu", "loss")
 """What `fusions` can name."""
 MAX_BRANCH_SCALE_BITS = 8
 """Values of size 1 keep 6 bits of range below them: 2^-8 / 2^-14, the smallest normal FP16 number."""
-_ADDED_LATER = frozenset({"branch_scale_bits", "raise_branch_scale_below", "recompute_swiglu"})
-"""Options that arguments saved by an earlier version lack: off in those runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,20 +281,16 @@ class KaiyuanTransformerConfig(TransformerConfig):
 def model_options_from_args(args: argparse.Namespace) -> KaiyuanModelOptions:
     """Collect the options from the `kaiyuan_*` attributes of Megatron's argument namespace.
 
+    An option that the arguments lack is off: they are those of a checkpoint that stock Megatron saved, or an earlier
+    version of this package.
+
     Raises:
-        ConfigError: an attribute is missing (the flags were not added to the parser), or a value is out of range.
+        ConfigError: a value is out of range.
     """
-    values: dict[str, Any] = {}
-    for option in fields(KaiyuanModelOptions):
-        name = ARGUMENT_PREFIX + option.name
-        if not hasattr(args, name):
-            if option.name in _ADDED_LATER:
-                continue
-            raise ConfigError(
-                f"the arguments have no {name}; parse them with the argument group of megatron_kaiyuan.arguments"
-            )
-        values[option.name] = getattr(args, name)
-    return KaiyuanModelOptions(**values)
+    names = {option.name: ARGUMENT_PREFIX + option.name for option in fields(KaiyuanModelOptions)}
+    return KaiyuanModelOptions(
+        **{name: getattr(args, stored) for name, stored in names.items() if hasattr(args, stored)}
+    )
 
 
 def kaiyuan_config_from_args(args: argparse.Namespace) -> KaiyuanTransformerConfig:

@@ -22,10 +22,10 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_kaiyuan.model.document_attention import document_boundaries
+from megatron_kaiyuan.model.stages import predicts_further_tokens, sees_data
 from megatron_kaiyuan.monitoring.diagnosis import why_loss_is_not_finite
 from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.monitoring.monitor import RunMonitor
-from megatron_kaiyuan.training.stages import predicts_further_tokens, sees_data
 
 __all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 

@@ -13,7 +13,7 @@ from megatron_kaiyuan.arguments import (
     check_save_arguments,
     defaults_without_optional_kernels,
 )
-from megatron_kaiyuan.checkpoints.identity import AVERAGING, check_same_run, store_tokenizer
+from megatron_kaiyuan.checkpoints.identity import AVERAGING, store_tokenizer
 from megatron_kaiyuan.checkpoints.lineage import store_start
 from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data, write_checkpoints_to_stay
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
@@ -24,6 +24,7 @@ from megatron_kaiyuan.host.parent_death import become_helper
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
 from megatron_kaiyuan.model.products import keep_partial_sums_in_fp32
+from megatron_kaiyuan.model.stages import embedding_ranks
 from megatron_kaiyuan.monitoring.branch_scale import continue_branch_scale
 from megatron_kaiyuan.training import compat
 from megatron_kaiyuan.training.average_evaluation import check_average_arguments
@@ -36,9 +37,17 @@ from megatron_kaiyuan.training.checkpoint_keeping import (
 )
 from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.load_arguments import check_load
+from megatron_kaiyuan.training.loaded_model import load_all_tensors_or_none, read_loaded_model
 from megatron_kaiyuan.training.memory import check_memory
 from megatron_kaiyuan.training.observation import build_held_out, build_monitor
-from megatron_kaiyuan.training.parsing import configuration, known_flags, parse, tell_what_building_refuses, validate
+from megatron_kaiyuan.training.parsing import (
+    check_flags,
+    configuration,
+    known_flags,
+    parse,
+    tell_what_building_refuses,
+    validate,
+)
 from megatron_kaiyuan.training.plain_data import PlainDatasetsProvider
 from megatron_kaiyuan.training.plain_splits import settle_splits
 from megatron_kaiyuan.training.plan_arguments import (
@@ -48,7 +57,7 @@ from megatron_kaiyuan.training.plan_arguments import (
     plan_parser_defaults,
 )
 from megatron_kaiyuan.training.plan_evaluations import settle_evaluations
-from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, saved_arguments, store_record
+from megatron_kaiyuan.training.plan_record import check_resume, plan_as_begun, store_record
 from megatron_kaiyuan.training.provider import PlanDatasetsProvider
 from megatron_kaiyuan.training.run_length import (
     check_batch_arguments,
@@ -58,7 +67,6 @@ from megatron_kaiyuan.training.run_length import (
 )
 from megatron_kaiyuan.training.schedule_arguments import check_rates_of_plan, continue_schedule, steps_in_samples
 from megatron_kaiyuan.training.scheduler import PlannedScheduler, plan_has_learning_rate
-from megatron_kaiyuan.training.stages import embedding_ranks
 from megatron_kaiyuan.training.stopping import explain_invalid_results, stop_when_asked
 
 __all__ = ["run_pretraining"]
@@ -97,6 +105,7 @@ def run_pretraining() -> None:
     compat.write_checkpoints(asynchronous=args.async_save)
     compat.initialize_loader_workers(become_helper)
     compat.fuse_weight_gradients_without_apex()
+    load_all_tensors_or_none()
     if args.fp16:
         keep_partial_sums_in_fp32()
         print_rank_0("> FP16 matrix products keep their partial sums in FP32")
@@ -136,7 +145,11 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
         defaults["exit_signal_handler"] = True  # of no use without a place to save
     check_load(first_look)
     with no_silent_end(known_flags()):
-        saved = saved_arguments(first_look)
+        loaded = read_loaded_model(first_look)
+    saved = loaded.arguments if loaded is not None and loaded.continues else None
+    model = {} if loaded is None else loaded.options(first_look)
+    vars(first_look).update(model)
+    check_flags(first_look, {**defaults, **model})
     plan = plan_as_begun(plan, saved)
     plan_values: dict[str, Any] = {}
     in_samples: dict[str, object] = {}
@@ -151,14 +164,15 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
     check_required_arguments(first_look, plan_values)
     check_save_arguments(first_look)
     model_options_from_args(first_look)
-    parsed_defaults = defaults if start.step is None else {**defaults, "ckpt_step": start.step}
+    parsed_defaults = {**defaults, **model} | ({} if start.step is None else {"ckpt_step": start.step})
     args = validate(parsed_defaults, plan_values, in_samples)
     _say_aloud(defaults, plan_values)
     if plan is not None:
         check_tokenizer_of_shards(args, tokenizer_record, get_tokenizer().eod)
     store_tokenizer(args, tokenizer_record, get_tokenizer(), planned=plan is not None)
-    check_same_run(args, saved)
-    if said := continue_branch_scale(args, saved):
+    if loaded is not None:
+        loaded.check(args)
+    if said := continue_branch_scale(args, None if loaded is None else loaded.arguments):
         print_rank_0(f"> {said}")
     check_resume(args, plan, saved)
     planned_rate = plan is not None and plan_has_learning_rate(plan)

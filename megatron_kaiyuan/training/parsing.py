@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megatron.training import get_tokenizer, training
@@ -22,13 +22,13 @@ from megatron_kaiyuan.arguments import arguments_provider
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
 from megatron_kaiyuan.flags.complaints import megatron_checks, sentence
 from megatron_kaiyuan.flags.ranges import check_ranges
-from megatron_kaiyuan.flags.rules import refuse_flags
+from megatron_kaiyuan.flags.rules import ALWAYS, Rule, refuse_flags
 from megatron_kaiyuan.flags.spelling import Spelling, spellings
 from megatron_kaiyuan.flags.table import TABLE
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.training.schedule_arguments import build_schedule
 
-__all__ = ["configuration", "known_flags", "parse", "tell_what_building_refuses", "validate"]
+__all__ = ["check_flags", "configuration", "known_flags", "parse", "tell_what_building_refuses", "validate"]
 
 _BUILDING = (
     "initialize_megatron",
@@ -63,10 +63,26 @@ def parse(defaults: Mapping[str, object]) -> argparse.Namespace:
         )
     with megatron_checks(known_flags()):
         args: argparse.Namespace = parse_args(arguments_provider(defaults))
-    flags = known_flags()
-    check_ranges(args, flags)
-    refuse_flags(args, {name: flag.default for name, flag in flags.items()} | dict(defaults), TABLE, flags)
+    check_ranges(args, known_flags())
+    loads = bool(args.load or args.pretrained_checkpoint)
+    # What other flags decide is known once the checkpoint has filled them in.
+    check_flags(args, defaults, [rule for rule in TABLE if not loads or rule.where is ALWAYS])
     return args
+
+
+def check_flags(args: argparse.Namespace, defaults: Mapping[str, object], rules: Iterable[Rule] = TABLE) -> None:
+    """Refuse every flag that would have no effect, or another one than it says.
+
+    Args:
+        args: Parsed, not yet validated.
+        defaults: Values that nobody gave, where they are not Megatron's defaults.
+        rules: Those of the table to look at.
+
+    Raises:
+        ConfigError: names all such flags, each with what is wrong and what to do.
+    """
+    flags = known_flags()
+    refuse_flags(args, {name: flag.default for name, flag in flags.items()} | dict(defaults), rules, flags)
 
 
 def validate(

@@ -5,11 +5,7 @@ that any checkpoint format carries it and no file has to travel beside the check
 """
 
 import argparse
-import contextlib
-import copy
-import io
 
-from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
@@ -17,29 +13,12 @@ from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION
 from megatron_kaiyuan.errors import ResumeError
 
-__all__ = ["check_resume", "plan_as_begun", "saved_arguments", "store_record"]
+__all__ = ["check_resume", "plan_as_begun", "store_record"]
 
 
 def store_record(args: argparse.Namespace, plan: Plan | None) -> None:
     """Let every checkpoint of this run carry the order of its samples."""
     setattr(args, PLAN_RECORD, None if plan is None else plan.order_record())
-
-
-def saved_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
-    """Arguments of the run that this one continues; None where it starts from its first sample.
-
-    With `--finetune` the count of samples starts again, whatever the weights.
-    """
-    if args.load is None or args.finetune:
-        return None
-    # The function reports each model argument it sets; it sets them on a copy here, where only the other result counts.
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = load_args_from_checkpoint(told := copy.copy(args))
-    if not isinstance(found, tuple):
-        return None
-    saved: argparse.Namespace = found[1]
-    saved.iteration = told.iteration  # in the file it is the iteration at which that run had started
-    return saved
 
 
 def plan_as_begun(plan: Plan | None, saved: argparse.Namespace | None) -> Plan | None:
@@ -65,7 +44,7 @@ def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Na
     Args:
         args: Validated arguments of this run.
         plan: Its plan, if it has one.
-        saved: Arguments of the run to continue, from `saved_arguments`.
+        saved: Arguments of the run to continue, if there is one.
 
     Raises:
         ResumeError: the plan changed in its consumed part, only one of the two runs has a plan, or the vocabulary is

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_kaiyuan.training.stages import embedding_ranks
+from megatron_kaiyuan.model.stages import embedding_ranks
 
 
 @pytest.mark.parametrize(
