@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.host.cut_files import note_size
+
 __all__ = ["OpenMaps", "advise_random", "look_up", "map_array", "open_maps"]
 
 _FEWEST = 64
@@ -38,6 +40,7 @@ def map_array(
     """
     if count == 0:
         return np.empty(0, dtype=dtype)
+    note_size(path, offset + count * dtype.itemsize)
     mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
     if random:
         advise_random(mapped)

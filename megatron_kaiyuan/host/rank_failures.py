@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kaiyuan.errors import DeviceError, KaiyuanError, MetricsError, SaveError, TrainingStopped
+from megatron_kaiyuan.host.cut_files import which_are_cut, why_bus_error
 from megatron_kaiyuan.host.terminal import visible
 
 __all__ = ["Failure", "failure_of"]
@@ -39,6 +40,9 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, KaiyuanError):
         return Failure(f"{type(error).__name__}: {visible(_without_worker(error))}", _tells(error))
     if found := _WORKER_GONE.search(text):
+        is_bus_error = "Bus error" in found[2]  # often torch has not seen by which signal it died
+        if (cut := why_bus_error() if is_bus_error else which_are_cut()) is not None:
+            return Failure(f"a data loader worker (process {found[1]}) ended: {cut}")
         return Failure(
             f"a data loader worker (process {found[1]}) {found[2]}: if no line above says why, the machine most likely "
             "ran out of memory. Lower --num-workers or ask for more memory, and start again"

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cut_files import note_size
 from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import map_array, open_maps
 from megatron_kaiyuan.host.threads import side_by_side
@@ -168,7 +169,10 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
             f"{prefix}.bin: {size} bytes, but {prefix}.idx ends at byte {end}: the file {problem}, or the two belong "
             "to different runs; copy or build both again"
         )
-    return Shard(prefix, sequences, size // dtype.itemsize, dtype, boundaries)
+    shard = Shard(prefix, sequences, size // dtype.itemsize, dtype, boundaries)
+    note_size(f"{prefix}.bin", size)
+    note_size(f"{prefix}.idx", shard.index_bytes)
+    return shard
 
 
 def open_recorded_shard(prefix: str | os.PathLike[str]) -> Shard:

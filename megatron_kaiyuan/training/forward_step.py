@@ -5,6 +5,7 @@ Shapes: b = micro-batch, s = sequence on this context-parallel rank.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,13 +59,13 @@ class ForwardStep:
         args = get_args()
         monitor = self.monitor if model.training else None
         micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-        with _stragglers(bdata=True):
+        with _timed(_stragglers(bdata=True)):
             batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
         timers("batch-generator").stop()
         if monitor is not None:
             monitor.observe(model)
         forward = partial(_forward, model, batch)
-        with _stragglers:
+        with _timed(_stragglers):
             output = forward()
         count = partial(self._count, batch, is_training=model.training)
         why_not_finite = partial(self._why_not_finite, model, forward)
@@ -90,6 +91,16 @@ class ForwardStep:
         source_ids, bands, mask = batch.get("dataset_id"), batch.get("token_bands"), batch["loss_mask"]
         if self.held_out is not None and source_ids is not None and bands is not None and mask is not None:
             self.held_out.add(source_ids, bands, losses, mask)
+
+
+@contextmanager
+def _timed(detector: StragglerDetector) -> Iterator[None]:
+    """Time what is done here. The detector's own context, on or off, logs a traceback of every error that passes."""
+    detector.start()
+    try:
+        yield
+    finally:
+        detector.stop()
 
 
 def _forward(model: Any, batch: dict[str, Tensor | None]) -> Any:

@@ -20,6 +20,7 @@ from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.flags.complaints import no_silent_end
 from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cut_files import leave_bus_errors_to_parent, name_cut_files
 from megatron_kaiyuan.host.parent_death import become_helper
 from megatron_kaiyuan.model.builder import kaiyuan_builder
 from megatron_kaiyuan.model.config import model_options_from_args
@@ -78,6 +79,7 @@ def run_pretraining() -> None:
     Raises:
         KaiyuanError: a mistake in the flags, the plan or the data; raised before any model is built.
     """
+    name_cut_files()
     args, plan, saved, start = _configure()
     store_record(args, plan)
     store_start(args, saved, start.name)
@@ -103,7 +105,7 @@ def run_pretraining() -> None:
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()
     compat.write_checkpoints(asynchronous=args.async_save)
-    compat.initialize_loader_workers(become_helper)
+    compat.initialize_loader_workers(_become_loader_worker)
     compat.fuse_weight_gradients_without_apex()
     load_all_tensors_or_none()
     if args.fp16:
@@ -130,6 +132,11 @@ def run_pretraining() -> None:
         get_embedding_ranks=partial(embedding_ranks, args),
     )
     say_how_to_average(args)
+
+
+def _become_loader_worker() -> None:
+    become_helper()
+    leave_bus_errors_to_parent()
 
 
 def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | None, Start]:
