@@ -17,6 +17,7 @@ from megatron_kaiyuan.checkpoints.identity import AVERAGING, store_tokenizer
 from megatron_kaiyuan.checkpoints.lineage import store_start
 from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data, write_checkpoints_to_stay
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
+from megatron_kaiyuan.checkpoints.save_helper import watch_save_helper
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.flags.complaints import no_silent_end
 from megatron_kaiyuan.host import cpu_platform
@@ -105,6 +106,8 @@ def run_pretraining() -> None:
     compat.repair_distributed_torch_adam()
     compat.repair_checkpoints_before_first_step()
     compat.write_checkpoints(asynchronous=args.async_save)
+    if args.async_save:
+        watch_save_helper()
     compat.initialize_loader_workers(_become_loader_worker)
     compat.fuse_weight_gradients_without_apex()
     load_all_tensors_or_none()
