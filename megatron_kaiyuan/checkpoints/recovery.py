@@ -28,7 +28,14 @@ from megatron_kaiyuan.checkpoints.shared_look import Looker, look_together
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 
-__all__ = ["Start", "agree_on_start", "check_save_directory", "choose_start", "open_intact_checkpoint"]
+__all__ = [
+    "Start",
+    "agree_on_start",
+    "check_pretrained",
+    "check_save_directory",
+    "choose_start",
+    "open_intact_checkpoint",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,35 @@ def choose_start(
     )
 
 
+def check_pretrained(
+    directory: Path, look: Callable[[Path], str | None] = lambda folder: verify(folder).damage
+) -> None:
+    """Refuse weights to start from that are not as they were saved; nobody asked for an earlier checkpoint instead.
+
+    Args:
+        directory: What `--pretrained-checkpoint` names; one without a checkpoint is not looked at.
+        look: Returns what is wrong with a checkpoint; None if it is intact.
+
+    Raises:
+        ResumeError: the checkpoint that the tracker names is damaged, or it names none.
+    """
+    tracker, iterations = read_tracker(directory), saved_iterations(directory)
+    if tracker.text is None and not iterations:
+        return
+    if tracker.iteration is None and tracker.text != "release":
+        reason = _of_tracker(directory, tracker)
+    else:
+        folder = iteration_folder(directory, tracker.iteration) if tracker.iteration else directory / "release"
+        damaged = look(folder)
+        if damaged is None:
+            return
+        reason = f"{folder} {damaged}"
+    raise ResumeError(
+        f"--pretrained-checkpoint {directory}: {reason}; restore it from a copy, or write the number of another "
+        f"checkpoint into {TRACKER_NAME} (there are {', '.join(map(str, iterations)) or 'none'})"
+    )
+
+
 def _legacy_checkpoint(directory: Path) -> Path | None:
     """The checkpoint that the tracker names, if it is in the format of `--ckpt-format torch`."""
     named = read_tracker(directory).iteration
@@ -175,8 +211,16 @@ def agree_on_start(args: argparse.Namespace) -> Start:
     return Start(found["step"], found["announcement"], found["name"])
 
 
+def _pretrained(args: argparse.Namespace, load: Path | None, start: Start) -> Path | None:
+    """Folder of the weights that Megatron starts from: those of `--load` come first, where it has any."""
+    if not args.pretrained_checkpoint or (load is not None and (start.step or (load / TRACKER_NAME).is_file())):
+        return None
+    folder = Path(args.pretrained_checkpoint)
+    return None if args.auto_detect_ckpt_format and _legacy_checkpoint(folder) is not None else folder
+
+
 def _decide(args: argparse.Namespace, look: Looker) -> dict[str, object]:
-    load = Path(args.load) if args.load else None
+    load, looked_at = Path(args.load) if args.load else None, f"--load {args.load}"
     try:
         if args.save:
             hold_folder(Path(args.save))
@@ -188,12 +232,15 @@ def _decide(args: argparse.Namespace, look: Looker) -> dict[str, object]:
         start = Start() if load is None or detected else choose_start(load, args.ckpt_step, look)
         if start.step is not None and (args.finetune or args.load != args.save):
             raise ResumeError(f"{start.announcement}, once you ask for it: --ckpt-step {start.step}")
+        if (pretrained := _pretrained(args, load, start)) is not None:
+            looked_at = f"--pretrained-checkpoint {pretrained}"
+            check_pretrained(pretrained, look)
     except ResumeError as error:
         return {"error": str(error)}
     if start.announcement:
         print(f"\nWARNING: {start.announcement}\n", file=sys.stderr, flush=True)
     if look.summary:
-        print(f"> --load {args.load}: {look.summary}", flush=True)
+        print(f"> {looked_at}: {look.summary}", flush=True)
     if start.step is not None and load is not None:
         write_text_atomically(load / TRACKER_NAME, str(start.step))  # Megatron stops, with code 0, at a torn one
     return {"step": start.step, "announcement": start.announcement, "name": uuid.uuid4().hex[:16]}

@@ -6,7 +6,13 @@ import pytest
 
 from megatron_kaiyuan.checkpoints.identity import TOKENIZER, check_same_run, store_tokenizer
 from megatron_kaiyuan.checkpoints.reading import iteration_folder
-from megatron_kaiyuan.checkpoints.recovery import agree_on_start, check_save_directory, choose_start, damage
+from megatron_kaiyuan.checkpoints.recovery import (
+    agree_on_start,
+    check_pretrained,
+    check_save_directory,
+    choose_start,
+    damage,
+)
 from megatron_kaiyuan.errors import ResumeError
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 from tests.unit_tests.checkpoints.test_averaging import save
@@ -133,6 +139,7 @@ def test_checkpoints_that_had_ended_are_not_passed_over_because_the_tracker_is_g
 def arguments(load: Path | None, save: Path | None, **values: object) -> Namespace:
     defaults = {"ckpt_format": "torch_dist", "non_persistent_ckpt_type": None, "ckpt_step": None, "finetune": False}
     paths = {name: None if path is None else str(path) for name, path in (("load", load), ("save", save))}
+    defaults["pretrained_checkpoint"] = None
     return Namespace(**defaults | {"auto_detect_ckpt_format": False} | paths | values)
 
 
@@ -148,6 +155,28 @@ def test_the_checkpoint_of_another_run_is_not_chosen_in_silence(run: Path, tmp_p
     with pytest.raises(ResumeError, match="--ckpt-step 20"):
         agree_on_start(arguments(run, tmp_path / "new"))
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "30"
+
+
+@pytest.mark.parametrize("how", TEARS)
+def test_pretrained_weights_that_are_damaged_are_refused_and_not_replaced(
+    run: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are looked at where Megatron would read them: as long as --load has no checkpoint."""
+    args = arguments(tmp_path / "new", tmp_path / "new", pretrained_checkpoint=str(run))
+    agree_on_start(args)
+    check_pretrained(tmp_path / "nothing here")
+    tear(run / "iter_0000030", how)
+    with pytest.raises(ResumeError, match=rf"^--pretrained-checkpoint {run}: .*iter_0000030 .*there are 10, 20.*\)$"):
+        agree_on_start(args)
+    assert "FALLING BACK" not in capsys.readouterr().err
+    (run / "latest_checkpointed_iteration.txt").write_text("10")
+    agree_on_start(args)
+    (run / "latest_checkpointed_iteration.txt").write_text("")
+    with pytest.raises(ResumeError, match=r"latest_checkpointed_iteration.txt says ''; restore it"):
+        check_pretrained(run)
+    own = tmp_path / "own"
+    save(own, 5)
+    agree_on_start(arguments(own, own, pretrained_checkpoint=str(run)))
 
 
 def test_an_output_directory_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
