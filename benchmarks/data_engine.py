@@ -187,8 +187,8 @@ def read_ours(prefix: str, order: str) -> dict[str, float]:
 def read_as_trainer(prefix: str, order: str) -> dict[str, float]:
     """The same as a training run opens and reads them: checks of the plan, then tensors, source and quantile bands."""
     from megatron_kaiyuan.data import CurriculumDataset, Plan
+    from megatron_kaiyuan.model.samples import SampleOptions
     from megatron_kaiyuan.training.provider import PlanSamples
-    from megatron_kaiyuan.training.samples import SampleOptions
 
     def open_samples() -> PlanSamples:
         plan = Plan.from_spec(plan_of_eight(prefix, order))

@@ -13,10 +13,12 @@ from megatron_kaiyuan.shards.manifest import TokenizerRecord
 __all__ = [
     "AVERAGING",
     "COMMAND_LINE_TOKENIZER",
+    "END_OF_TEXT",
     "PLAN_RECORD",
     "TOKENIZER",
     "check_fitting_model",
     "check_same_run",
+    "end_of_text",
     "first_difference",
     "store_tokenizer",
 ]
@@ -26,6 +28,9 @@ TOKENIZER = "kaiyuan_tokenizer"
 
 COMMAND_LINE_TOKENIZER = "kaiyuan_command_line_tokenizer"
 """What a tokenizer that the command line names does; apart from it, for manifests may be added to the shards later."""
+
+END_OF_TEXT = "kaiyuan_end_of_text"
+"""Name of the argument that holds the id which ends each document of the run; None where there is none."""
 
 PLAN_RECORD = "kaiyuan_plan_record"
 """Name of the argument that holds `Plan.order_record()`."""
@@ -59,6 +64,25 @@ def store_tokenizer(
     of_shards = None if record is None else record.fingerprint
     setattr(args, TOKENIZER, of_shards if planned else told)
     setattr(args, COMMAND_LINE_TOKENIZER, told if planned else None)
+    setattr(args, END_OF_TEXT, record.eod_id if planned and record is not None else _eod_of(tokenizer))
+
+
+def _eod_of(tokenizer: object) -> int | None:
+    try:
+        return None if (eod := tokenizer.eod) is None else int(eod)  # type: ignore[attr-defined]  # as above
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def end_of_text(saved: argparse.Namespace) -> int | None:
+    """Return the id that ended each document of the run that saved a checkpoint; None where it does not tell.
+
+    Args:
+        saved: Arguments in the checkpoint, of this version or an earlier one.
+    """
+    of_numbers = saved.null_tokenizer_eod_id if getattr(saved, "tokenizer_type", None) == "NullTokenizer" else None
+    told: int | None = getattr(saved, END_OF_TEXT, of_numbers)
+    return told
 
 
 def _of_text(tokenizer: object) -> str | None:

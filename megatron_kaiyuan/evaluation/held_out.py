@@ -1,5 +1,6 @@
 """Held-out loss of checkpoints, by source and quantile band of a plan, in one process."""
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import default_collate
 
+from megatron_kaiyuan.checkpoints.identity import end_of_text
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.data import NUM_BANDS, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ConfigError, PlanError
@@ -19,8 +22,22 @@ from megatron_kaiyuan.evaluation.loading import (
     single_process_arguments,
     start_single_process,
 )
+from megatron_kaiyuan.model.document_attention import document_boundaries
+from megatron_kaiyuan.model.samples import SampleOptions, make_sample
+from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
-__all__ = ["CheckpointLoss", "SourceLoss", "check_counts", "evaluate_checkpoints", "results_as_json", "window_losses"]
+__all__ = [
+    "CheckpointLoss",
+    "SourceLoss",
+    "check_counts",
+    "document_options",
+    "evaluate_checkpoints",
+    "results_as_json",
+    "window_losses",
+]
+
+
+_DOCUMENT_FLAGS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 
 
 class Windows(Protocol):
@@ -71,6 +88,8 @@ def evaluate_checkpoints(
 ) -> list[CheckpointLoss]:
     """Evaluate checkpoints of one model on the held-out documents of a plan.
 
+    Documents are kept apart, and what follows their ends counts, as in the run that saved the first checkpoint.
+
     Args:
         checkpoints: At least one; the model is built from the arguments of the first.
         plan: Names the held-out documents.
@@ -90,13 +109,14 @@ def evaluate_checkpoints(
     _check_plan(plan, arguments.max_position_embeddings)
     plan.check_vocabulary(arguments.padded_vocab_size)
     held_out = {name: HeldOutDataset(plan, name) for name in plan.validation}
+    options = document_options(arguments, plan.tokenizer_record)
     model = build_untrained(arguments)
     results = []
     for label, iteration, checkpoint in _states(checkpoints, untrained=untrained):
         if checkpoint is not None:
             load_weights(model, checkpoint)
         losses = {
-            name: _source_loss(model, windows, max_windows, batch_size, bytes_of_token)
+            name: _source_loss(model, windows, options, max_windows, batch_size, bytes_of_token)
             for name, windows in held_out.items()
         }
         results.append(CheckpointLoss(label, iteration, losses))
@@ -135,6 +155,7 @@ def _check_plan(plan: Plan, positions: int) -> None:
 def _source_loss(
     model: Any,
     windows: Windows,
+    options: SampleOptions,
     max_windows: int | None,
     batch_size: int,
     bytes_of_token: NDArray[np.int64] | None,
@@ -145,13 +166,13 @@ def _source_loss(
     for start in range(0, count, batch_size):
         numbers = range(start, min(start + batch_size, count))
         rows = np.stack([windows[index]["tokens"] for index in numbers])
-        losses = window_losses(model, rows).double().cpu().numpy()
+        losses, counts = window_losses(model, rows, options)
         bands = np.stack([windows.bands(index) for index in numbers]).astype(np.int64)
         cells = np.where(bands < 0, NUM_BANDS, bands).ravel()
         sums[:, 0] += np.bincount(cells, weights=losses.ravel(), minlength=NUM_BANDS + 1)
-        sums[:, 1] += np.bincount(cells, minlength=NUM_BANDS + 1)
+        sums[:, 1] += np.bincount(cells, weights=counts.ravel(), minlength=NUM_BANDS + 1)
         if bytes_of_token is not None:
-            text_bytes += int(bytes_of_token[rows[:, 1:]].sum())
+            text_bytes += int(bytes_of_token[rows[:, 1:]][counts].sum())
     total, tokens = sums.sum(axis=0).tolist()
     return SourceLoss(
         loss=total / tokens if tokens else math.nan,
@@ -161,22 +182,52 @@ def _source_loss(
     )
 
 
+def document_options(arguments: argparse.Namespace, record: TokenizerRecord | None) -> SampleOptions:
+    """Return how a run treats the documents of a window.
+
+    Args:
+        arguments: From `single_process_arguments`.
+        record: Tokenizer of the shards, if they tell.
+
+    Raises:
+        ConfigError: the run kept documents apart, and nothing tells the id at which they end.
+    """
+    kept = {name: bool(getattr(arguments, name, False)) for name in _DOCUMENT_FLAGS}
+    eod = end_of_text(arguments)
+    if eod is None and record is not None:
+        eod = record.eod_id
+    if eod is None and any(kept.values()):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name, on in kept.items() if on)
+        raise ConfigError(
+            f"the checkpoint was trained with {flags}, but neither it nor the manifests of the plan's shards tell "
+            "the id that ends a document; give a plan of shards that have manifests"
+        )
+    dense = kept["reset_attention_mask"] and arguments.create_attention_mask_in_dataloader
+    return SampleOptions(eod_token=eod, create_attention_mask=dense, **kept)
+
+
 @torch.no_grad()
-def window_losses(model: Any, rows: NDArray[np.int64]) -> torch.Tensor:
-    """Cross-entropy of each predicted token.
+def window_losses(
+    model: Any, rows: NDArray[np.int64], options: SampleOptions
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the cross-entropy of each predicted token, and which tokens count.
 
     Args:
         model: In evaluation mode.
         rows: int64 `[b, s + 1]`.
+        options: From `document_options`.
 
     Returns:
-        float32 `[b, s]`, nats.
+        Nats `[b, s]`, 0 where a token does not count, and which do, `[b, s]`.
     """
-    ids = torch.from_numpy(np.ascontiguousarray(rows)).cuda()
-    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    losses: torch.Tensor = model(inputs, positions, None, labels=labels)
-    return losses.float()
+    batch = default_collate([make_sample(row, options) for row in rows])
+    counts = batch.pop("loss_mask").bool().numpy()
+    batch = {name: value.cuda() for name, value in batch.items()}
+    mask = batch.get("attention_mask")
+    if options.reset_attention_mask and mask is None:
+        mask = document_boundaries(batch["position_ids"])
+    losses = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]).double().cpu().numpy()
+    return np.where(counts, losses, 0.0), counts
 
 
 def results_as_json(results: Sequence[CheckpointLoss], plan: Plan) -> str:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.evaluation.held_out import window_losses
+from megatron_kaiyuan.evaluation.held_out import document_options, window_losses
 from megatron_kaiyuan.evaluation.loading import (
     build_untrained,
     load_weights,
@@ -178,6 +178,7 @@ class _Evaluator:
             if (sidecar := told[name].groups) is not None
         }
         self._bytes = token_bytes(study.tokenizer.model) if study.tokenizer is not None else None
+        self._record = plan.tokenizer_record
         start_single_process()
         self._arguments: argparse.Namespace | None = None
         self._model: Any = None
@@ -204,14 +205,16 @@ class _Evaluator:
         return RunResult(run.name, run.digest, identity, held_out, tasks, failed, finished.tokens_per_second)
 
     def _held_out_result(self, name: str, documents: HeldOutDocuments) -> HeldOutResult:
+        assert self._arguments is not None, "built by measure"
+        options = document_options(self._arguments, self._record)
         nats, tokens, sizes = (np.zeros(documents.num_documents) for _ in range(3))
         for start in range(0, documents.num_windows, self._study.evaluation.batch_size):
             rows = documents.rows(start, min(start + self._study.evaluation.batch_size, documents.num_windows))
-            losses = window_losses(self._model, rows).double().cpu().numpy()
+            losses, counts = window_losses(self._model, rows, options)
             nats += documents.sum_by_document(start, losses)
-            tokens += documents.sum_by_document(start, np.ones_like(losses))
+            tokens += documents.sum_by_document(start, counts)
             if self._bytes is not None:
-                sizes += documents.sum_by_document(start, self._bytes[rows[:, 1:]])
+                sizes += documents.sum_by_document(start, self._bytes[rows[:, 1:]] * counts)
         return HeldOutResult(
             nats=tuple(round(value, 6) for value in nats.tolist()),
             tokens=tuple(int(value) for value in tokens),

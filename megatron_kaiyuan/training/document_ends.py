@@ -5,7 +5,7 @@ import numpy as np
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.training.samples import SampleOptions
+from megatron_kaiyuan.model.samples import SampleOptions
 
 __all__ = ["check_document_ends"]
 

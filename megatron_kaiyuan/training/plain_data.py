@@ -15,9 +15,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.flags.complaints import megatron_checks
+from megatron_kaiyuan.model.samples import first_outside, outside_vocabulary
 from megatron_kaiyuan.model.stages import loads_data
 from megatron_kaiyuan.training.parsing import known_flags
-from megatron_kaiyuan.training.samples import first_outside, outside_vocabulary
 
 __all__ = ["PlainDatasetsProvider"]
 

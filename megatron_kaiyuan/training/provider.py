@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, default_collate
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.model.samples import SampleOptions, first_outside, make_sample, outside_vocabulary
 from megatron_kaiyuan.model.stages import loads_data
 from megatron_kaiyuan.shards.source import Segment
 from megatron_kaiyuan.training.document_ends import check_document_ends
 from megatron_kaiyuan.training.plan_evaluations import EVERY_WINDOW
-from megatron_kaiyuan.training.samples import SampleOptions, first_outside, make_sample, outside_vocabulary
 
 __all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
 

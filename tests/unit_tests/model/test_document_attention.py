@@ -15,7 +15,7 @@ from megatron_kaiyuan.model.document_attention import (
     document_boundaries,
     holds_boundaries,
 )
-from megatron_kaiyuan.training.samples import SampleOptions, make_sample
+from megatron_kaiyuan.model.samples import SampleOptions, make_sample
 from tests.helpers import run_distributed
 from tests.unit_tests.model import tiny
 from tests.unit_tests.model.reference import random_batch, reference_attention

@@ -8,8 +8,8 @@ import yaml
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.model.samples import SampleOptions
 from megatron_kaiyuan.training.document_ends import check_document_ends
-from megatron_kaiyuan.training.samples import SampleOptions
 from tests.unit_tests.data.tiny import write_shard
 
 END = 9

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.model.samples import SampleOptions
 from megatron_kaiyuan.shards.source import Segment
 from megatron_kaiyuan.training.provider import HeldOutSamples, PlanDatasetsProvider, PlanSamples, spread_evenly
-from megatron_kaiyuan.training.samples import SampleOptions
 from tests.unit_tests.data.tiny import write_shard
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kaiyuan.training.samples import SampleOptions, make_sample
+from megatron_kaiyuan.model.samples import SampleOptions, make_sample
 
 EOD = 9
 
