@@ -117,6 +117,13 @@ def _check_same(part: Part, last: _Earlier) -> None:
             f"phase {last.phase.name!r} kept {spec.draw or spec.keep}, and only that can be continued",
             "leave out keep and draw",
         )
+    shuffle = "windows" if last.stream.shuffling is None else "documents"
+    if "shuffle" in part.spec.model_fields_set and part.spec.shuffle != shuffle:
+        _refuse(
+            part,
+            f"phase {last.phase.name!r} packed the source with shuffle: {shuffle}, and only that can be continued",
+            "leave out shuffle",
+        )
 
 
 def _check_others(part: Part, shown: Sequence[_Earlier]) -> None:

@@ -92,7 +92,7 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "from": phase.spec.sources[name].start,
         "keep": phase.spec.sources[name].kept,
         "repeat": float(stream.repeat),
-        "order": "ascending quality" if stream.ascending else "random",
+        "order": _order_text(stream),
         "documents": stream.selected.num_documents,
         "unique_tokens": stream.selected.num_tokens,
         "samples": used,
@@ -106,6 +106,12 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "tokens_left_over": stream.leftover,
         "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
     }
+
+
+def _order_text(stream: Stream) -> str:
+    if stream.shuffling is None:
+        return "ascending quality" if stream.ascending else "random"
+    return f"random in {stream.shuffling.num_bands} ascending bands" if stream.ascending else "random documents"
 
 
 def _share_asked(phase: Phase, name: str) -> float | None:

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.plan_schema import PhaseSourceSpec, PlanSpec
 from megatron_kaiyuan.data.selection import Keep
-from megatron_kaiyuan.data.stream import Stream
+from megatron_kaiyuan.data.stream import Shuffling, Stream
 from megatron_kaiyuan.documents.draws import Draw
 from megatron_kaiyuan.documents.even_sample import even_sample
 from megatron_kaiyuan.documents.permutation import derive_key
@@ -89,6 +89,7 @@ def build_stream(part: Part) -> Stream:
         seq_length=part.plan.seq_length,
         ascending=part.ascending,
         key=part.key,
+        shuffling=_shuffling(part, selected),
     )
     if stream.num_windows == 0:
         raise PlanError(
@@ -203,6 +204,18 @@ def _with_bands(part: Part, stream: Stream) -> Stream:
     """The bands in which a ranked repetition comes: as its spacing says, but none too short to keep copies apart."""
     if not stream.ascending or part.even or part.spec.repeat_order == "passes" or stream.num_passes == 1:
         return replace(stream, num_bands=1)
+    return replace(stream, num_bands=_num_bands(part, stream.selected))
+
+
+def _num_bands(part: Part, selected: DocumentRuns) -> int:
+    """Bands of an ascending selection, as the spacing says."""
     asked = -(-part.spec.spacing.denominator // part.spec.spacing.numerator)
-    windows = stream.selected.num_tokens // stream.seq_length
-    return replace(stream, num_bands=max(1, min(asked, stream.selected.num_documents // 2, windows // _FEWEST_OF_BAND)))
+    windows = selected.num_tokens // part.plan.seq_length
+    return max(1, min(asked, selected.num_documents // 2, windows // _FEWEST_OF_BAND))
+
+
+def _shuffling(part: Part, selected: DocumentRuns) -> Shuffling | None:
+    """How the documents of a part are shuffled before they are packed: all of them, or each band of what ascends."""
+    if part.spec.shuffle == "windows":
+        return None
+    return Shuffling(part.key, _num_bands(part, selected) if part.ascending else 1)

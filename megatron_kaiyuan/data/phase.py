@@ -1,6 +1,6 @@
 """A phase with its sources opened: which stream each source contributes, and how the streams are merged."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +11,9 @@ from megatron_kaiyuan.data.interleave import merged_block, merged_sample
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.data.unseen import thinned
+from megatron_kaiyuan.documents.shuffled import ShuffledOrder
 
-__all__ = ["Phase"]
+__all__ = ["Phase", "stored_shuffles"]
 
 _FEW = 16  # samples of a shuffled stream; below, plain integers are faster than arrays
 _FEW_STREAMS = 48  # likewise for the merge of one sample
@@ -105,3 +106,10 @@ class Phase:
     def _lifted(self) -> list[int]:
         """Ascending streams that go on with what earlier phases left, by number; mostly none."""
         return [number for number, stream in enumerate(self.stream_list) if stream.ascending and stream.seen.windows]
+
+
+def stored_shuffles(phases: Iterable[Phase]) -> Iterator[ShuffledOrder]:
+    """Random orders of documents whose sums are too many to be made at each start."""
+    for phase in phases:
+        for stream in phase.streams.values():
+            yield from (order for order in stream.shuffled_orders() if not order.is_small)

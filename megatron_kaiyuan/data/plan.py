@@ -15,7 +15,7 @@ from megatron_kaiyuan.data.build_phase import build_phase
 from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, check_held_out, open_plan_sources
-from megatron_kaiyuan.data.phase import Phase
+from megatron_kaiyuan.data.phase import Phase, stored_shuffles
 from megatron_kaiyuan.data.plan_phases import AveragingSpec
 from megatron_kaiyuan.data.plan_rules import check_first_version, otherwise_in_second
 from megatron_kaiyuan.data.plan_schema import (
@@ -59,8 +59,14 @@ class Plan:
         return cls.from_spec(load_plan_spec(Path(path)), simulate=simulate)
 
     @classmethod
-    def from_spec(cls, spec: PlanSpec | dict[str, Any], *, simulate: bool = False) -> "Plan":
-        """Resolve a plan given as data; errors as `load`."""
+    def from_spec(cls, spec: PlanSpec | dict[str, Any], *, simulate: bool = False, indexed: bool = True) -> "Plan":
+        """Resolve a plan given as data; errors as `load`.
+
+        Args:
+            spec: the plan.
+            simulate: as `load`.
+            indexed: whether what `tools/rank_data.py` stores of shuffled documents must be there, as for reading.
+        """
         if isinstance(spec, dict):
             spec = parse_plan_spec(spec)
         held_out = {name: _held_out(spec, name) for name in spec.sources}
@@ -72,6 +78,8 @@ class Plan:
         for phase in spec.phases:
             phases.append(build_phase(phase, spec, opened, phases))
         check_domain_bounds(spec, phases)
+        for order in () if simulate or not indexed else stored_shuffles(phases):
+            order.open_stored()
         return cls(spec, opened, phases)
 
     def __reduce__(self) -> tuple[Any, ...]:

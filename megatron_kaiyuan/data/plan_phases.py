@@ -80,6 +80,8 @@ class PhaseSourceSpec(Strict):
     """How an ascending part repeats: band by band in one ascent, or one ascent a pass."""
     repeat_spacing: Spacing | None = None
     """Size of the bands of `ranked`, a share of the selection; None: 5 %."""
+    shuffle: Literal["windows", "documents"] = "windows"
+    """What comes in random order: packed windows, or also the documents before they are packed, anew in each pass."""
 
     @model_validator(mode="before")
     @classmethod

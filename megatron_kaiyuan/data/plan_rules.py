@@ -13,6 +13,7 @@ _SECOND = {
     "draw": "draw",
     "repeat_order": "repeat_order",
     "repeat_spacing": "repeat_spacing",
+    "shuffle": "shuffle",
 }
 """Fields of a part that version 1 of the plan does not have, and how a plan writes them."""
 

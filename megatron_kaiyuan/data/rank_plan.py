@@ -1,11 +1,14 @@
-"""Rank indices of all scored sources of a plan, in one go that can be run again."""
+"""Rank indices of all scored sources of a plan, and sums of shuffled documents, in one go that can be run again."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_kaiyuan.data.plan_schema import load_plan_spec
+from megatron_kaiyuan.data.phase import stored_shuffles
+from megatron_kaiyuan.data.plan import Plan
+from megatron_kaiyuan.data.plan_schema import PlanSpec, load_plan_spec
 from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index, write_rank_index
+from megatron_kaiyuan.documents.shuffled import ShuffledOrder
 from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.score_files import score_path
@@ -17,7 +20,7 @@ __all__ = ["RankedSource", "rank_plan_sources"]
 
 @dataclass(frozen=True, slots=True)
 class RankedSource:
-    """A source whose rank index is there."""
+    """A source whose rank index, or the sums of a random order of its documents, are there."""
 
     name: str
     source: Source
@@ -27,7 +30,7 @@ class RankedSource:
 
 
 def rank_plan_sources(plan: Path, seed: int = 0, meter: Meter | None = None) -> Iterator[RankedSource]:
-    """Build the index of each scored source that has none, or an old one; in the order of the plan.
+    """Build what each source lacks or has of old: rank indices, then the sums of large shuffled sets of documents.
 
     A run that was killed left whole indices or none, so the same call again does what is left.
 
@@ -40,7 +43,14 @@ def rank_plan_sources(plan: Path, seed: int = 0, meter: Meter | None = None) -> 
         PlanError: the plan file is wrong.
         ShardError, ScoreError, OSError: as `write_rank_index`.
     """
-    for name, spec in load_plan_spec(plan).sources.items():
+    spec = load_plan_spec(plan)
+    yield from _rank(spec, seed, meter)
+    if any(part.shuffle == "documents" for phase in spec.phases for part in phase.sources.values()):
+        yield from _sum_up(spec)
+
+
+def _rank(plan: PlanSpec, seed: int, meter: Meter | None) -> Iterator[RankedSource]:
+    for name, spec in plan.sources.items():
         if spec.score is None:
             continue
         source = open_source(name, spec.shards)
@@ -49,6 +59,23 @@ def rank_plan_sources(plan: Path, seed: int = 0, meter: Meter | None = None) -> 
         if built:
             write_rank_index(source, spec.score, path, seed, meter)
         yield RankedSource(name, source, path, built)
+
+
+def _sum_up(plan: PlanSpec) -> Iterator[RankedSource]:
+    for order in stored_shuffles(Plan.from_spec(plan, indexed=False).phases):
+        built = not _is_stored(order)
+        if built:
+            order.write()
+        yield RankedSource(order.source.name, order.source, order.path, built)
+
+
+def _is_stored(order: ShuffledOrder) -> bool:
+    try:
+        order.open_stored()
+    except RankIndexError:
+        return False
+    written = order.path.stat().st_mtime_ns  # shards are told apart by probes
+    return max(Path(f"{shard.prefix}.idx").stat().st_mtime_ns for shard in order.source.shards) <= written
 
 
 def _is_current(path: Path, source: Source, score: str) -> bool:

@@ -27,6 +27,7 @@ _OPTIONAL = {
     "except",
     "denied",
     "thin",
+    "shuffle",
 }  # only records of parts that have it
 
 
@@ -100,7 +101,8 @@ def _second_record(phase: Phase, name: str, stream: Stream) -> dict[str, Any]:
     levels = [list(level) for level in stream.seen.levels]
     seen = {"seen": [levels, stream.seen.samples]} if part.start == "unseen" else {}
     but = {} if part.but is None else {"except": str(part.but)}
-    return {"draw": part.draw, "bands": stream.num_bands} | seen | but
+    shuffle = {} if stream.shuffling is None else {"shuffle": ["documents", stream.shuffling.num_bands]}
+    return {"draw": part.draw, "bands": stream.num_bands} | seen | but | shuffle
 
 
 def version_of_record(record: Mapping[str, Any]) -> int:

@@ -70,6 +70,10 @@ class SimulatedOrder:
         """The position that holds this token."""
         return self._lengths.locate(token)
 
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Documents are numbered by position."""
+        return positions
+
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Documents are numbered by rank; held-out ones are drawn at random anyway."""
         return documents

@@ -3,6 +3,9 @@
 Copies of a document come pass by pass, or band by band: the selection is cut into bands of neighbours, and each band
 is shown as often as asked for before the next one begins. In rank order that is one ascent instead of several.
 
+With `shuffle: documents` each pass has its documents in a random order of its own before they are packed; where the
+stream ascends, band by band.
+
 Packing is Megatron's: the stream's tokens are cut every `seq_length` tokens, a window has one token more (the last
 target, which is the next window's first input), and documents flow across windows. An ascending stream starts
 `leftover` tokens late, so that its last window ends with its best document; any other stream ends early. Either way
@@ -10,6 +13,7 @@ fewer than `seq_length` tokens of a stream are never predicted, and `leftover` s
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -21,9 +25,10 @@ from megatron_kaiyuan.data.unseen import NOTHING, Seen, thinned
 from megatron_kaiyuan.documents.order import Pieces
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.runs import DocumentRuns
+from megatron_kaiyuan.documents.shuffled import ShuffledOrder, as_shuffled, stride_of
 from megatron_kaiyuan.shards.source import Segment
 
-__all__ = ["Stream"]
+__all__ = ["Shuffling", "Stream"]
 
 _KEPT_PASSES = 32
 """Passes whose permutation is kept; a small one is a table."""
@@ -39,6 +44,15 @@ class _Bands:
     """Of the partial pass."""
     starts: NDArray[np.int64]
     """Of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffling:
+    """Documents in random order before they are packed."""
+
+    key: int
+    num_bands: int = 1
+    """Bands of the selection, equal in documents, that are shuffled one by one; more than one where it ascends."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class Stream:
     """Bands of an ascending selection, equal in documents, that are repeated one after another; 1: pass by pass."""
     seen: Seen = NOTHING
     """What earlier phases have shown of it; this one goes on with the rest."""
+    shuffling: Shuffling | None = None
+    """Of documents; None: they are packed in the order of the selection."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -189,6 +205,9 @@ class Stream:
 
     def positions(self, window: int) -> tuple[int, int]:
         """Lowest and highest position, in the documents' order, of the documents of a window."""
+        if self.shuffling is not None:
+            all_of_it = np.concatenate([pieces.positions for pieces in self.pieces(window)])
+            return int(all_of_it.min()), int(all_of_it.max())
         found = [
             documents.order.locate(place)
             for documents, token, count in self._pass_pieces(window)
@@ -198,8 +217,13 @@ class Stream:
         return min(found), max(found)
 
     def middle_position(self, window: int) -> int:
-        """Position, in the documents' order, of the document in the middle of a window."""
+        """Position, in the documents' order, of the document in the middle of a window.
+
+        Where documents are shuffled it is the middle of the band that this one is of.
+        """
         before = self.seq_length // 2
+        if self.shuffling is not None:
+            return self._middle_of_band(window)
         for documents, token, count in self._pass_pieces(window):
             for order_token, size in documents.pieces(token, count):
                 if before < size:
@@ -207,8 +231,23 @@ class Stream:
                 before -= size
         raise AssertionError(f"window {window} has no middle")
 
+    def _middle_of_band(self, window: int) -> int:
+        """Position of the document in the middle of the band that is shuffled and holds the middle of a window."""
+        documents, first, count = self._passes_of(window)[0]
+        runs = self.extra if documents == self.whole_passes else self.selected
+        assert runs is not None
+        edges = self._shuffle_edges(documents)
+        place = first + min(self.seq_length // 2, count - 1)
+        band = int(runs.tokens_before(edges[1:-1]).searchsorted(place, side="right"))
+        middle = np.minimum((edges[band : band + 1] + edges[band + 1 : band + 2]) // 2, runs.num_documents - 1)
+        return int(runs.positions_at(middle)[0])
+
     def _pass_pieces(self, window: int) -> list[tuple[DocumentRuns, int, int]]:
         """A window's tokens pass by pass: documents of the pass, first token within the pass, count."""
+        return [(self.documents_of_pass(number), token, count) for number, token, count in self._passes_of(window)]
+
+    def _passes_of(self, window: int) -> list[tuple[int, int, int]]:
+        """A window's tokens pass by pass: number of the pass, first token within the pass, count."""
         token = self.first_token + window * self.seq_length
         missing = self.seq_length + 1
         starts, selected, extra = self._band_lists
@@ -217,16 +256,50 @@ class Stream:
             band = bisect_right(starts, token) - 1
             first, size = selected[band], selected[band + 1] - selected[band]
             number, within = divmod(token - starts[band], size)
-            documents = self.selected
             if number >= self.whole_passes:
-                assert self.extra is not None, "window outside its stream"
-                within = token - starts[band] - self.whole_passes * size
-                documents, first, size = self.extra, extra[band], extra[band + 1] - extra[band]
+                number, within = self.whole_passes, token - starts[band] - self.whole_passes * size
+                first, size = extra[band], extra[band + 1] - extra[band]
             count = min(missing, size - within)
             assert count > 0, "window outside its stream"
-            pieces.append((documents, first + within, count))
+            pieces.append((number, first + within, count))
             token, missing = token + count, missing - count
         return pieces
+
+    def documents_of_pass(self, number: int) -> DocumentRuns:
+        """The documents of a pass in the order in which they are packed; the partial pass is the last one."""
+        runs = self.extra if number == self.whole_passes else self.selected
+        assert runs is not None, "window outside its stream"
+        if self.shuffling is None:
+            return runs
+        found = self._shuffled.get(number)
+        if found is None:
+            if len(self._shuffled) >= _KEPT_PASSES:
+                self._shuffled.clear()
+            key = derive_key(self.shuffling.key, "documents", number)
+            found = as_shuffled(runs, self._shuffle_edges(number), key, stride_of(self.num_passes))
+            self._shuffled[number] = found
+        return found
+
+    def shuffled_orders(self) -> Iterator[ShuffledOrder]:
+        """The random orders of its passes, where it has any."""
+        for number in range(self.num_passes if self.shuffling is not None else 0):
+            order = self.documents_of_pass(number).order
+            assert isinstance(order, ShuffledOrder)
+            yield order
+
+    def _shuffle_edges(self, number: int) -> NDArray[np.int64]:
+        """Indices, among the documents of a pass, at which its shuffled bands begin and, last, end."""
+        assert self.shuffling is not None
+        bands, documents = self.shuffling.num_bands, self.selected.num_documents
+        edges = np.arange(bands + 1, dtype=np.int64) * documents // bands
+        if number < self.whole_passes or self.extra is None:
+            return edges
+        inner = self.extra.documents_below(self.selected.positions_at(edges[1:-1]))
+        return np.concatenate([[0], inner, [self.extra.num_documents]]).astype(np.int64)
+
+    @cached_property
+    def _shuffled(self) -> dict[int, DocumentRuns]:
+        return {}
 
     @cached_property
     def _bands(self) -> "_Bands":

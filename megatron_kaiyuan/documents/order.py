@@ -15,7 +15,15 @@ from megatron_kaiyuan.documents.ranking import STRIDE, ranks_of
 from megatron_kaiyuan.host.maps import look_up
 from megatron_kaiyuan.shards.source import Segment, Source
 
-__all__ = ["DocumentOrder", "Pieces", "RankedOrder", "StorageOrder", "block_size"]
+__all__ = [
+    "DocumentOrder",
+    "Pieces",
+    "RankedOrder",
+    "StorageOrder",
+    "block_size",
+    "cut_pieces",
+    "name_segments",
+]
 
 _NEXT = 48
 
@@ -55,6 +63,9 @@ class DocumentOrder(Protocol):
 
     def locate(self, token: int) -> int:
         """Position of the document that holds this token."""
+
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers, in the source, of the documents at these positions; int64 `[n]`."""
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of these documents; int64 `[n]`."""
@@ -99,6 +110,10 @@ class StorageOrder:
         """The document that holds this stored token."""
         return self.source.document_of_token(token)
 
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Documents are their own positions."""
+        return positions
+
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Documents are their own positions."""
         return documents
@@ -114,11 +129,11 @@ class StorageOrder:
         if bounds[-1] < token + count:  # more documents than a window usually has: look for the last one
             bounds = self.source.token_starts(np.arange(first, self.locate(token + count - 1) + 2))
         documents = np.arange(first, first + len(bounds) - 1)
-        return _cut(documents, documents, bounds[:-1], bounds[1:], token, count)
+        return cut_pieces(documents, documents, bounds[:-1], bounds[1:], token, count)
 
     def segments(self, token: int, count: int) -> list[Segment]:
         """The same in terms of shards."""
-        return _segments(self.source, self.pieces(token, count))
+        return name_segments(self.source, self.pieces(token, count))
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,10 @@ class RankedOrder:
         window = self._window(token, 1)
         return window.first_position + int(np.searchsorted(window.ends, token, side="right"))
 
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The documents of these ranks."""
+        return look_up(self.index.order, positions).astype(np.int64)
+
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ranks of these documents."""
         try:
@@ -203,13 +222,13 @@ class RankedOrder:
             return last[2]
         window = self._window(token, count)
         positions = np.arange(window.first_position, window.first_position + len(window.ends))
-        found = _cut(window.documents, positions, window.starts, window.ends, token, count)
+        found = cut_pieces(window.documents, positions, window.starts, window.ends, token, count)
         self._last = token, count, found
         return found
 
     def segments(self, token: int, count: int) -> list[Segment]:
         """The same in terms of shards."""
-        return _segments(self.source, self.pieces(token, count))
+        return name_segments(self.source, self.pieces(token, count))
 
     def _window(self, token: int, count: int) -> _Window:
         """All ranked documents between the stored marks around these tokens."""
@@ -228,7 +247,7 @@ class RankedOrder:
         raise damaged_index(self.index, self.source, self.score, where)
 
 
-def _cut(
+def cut_pieces(
     documents: NDArray[np.int64],
     positions: NDArray[np.int64],
     starts: NDArray[np.int64],
@@ -249,6 +268,7 @@ def _cut(
     )
 
 
-def _segments(source: Source, pieces: Pieces) -> list[Segment]:
+def name_segments(source: Source, pieces: Pieces) -> list[Segment]:
+    """The pieces in terms of shards."""
     columns = (pieces.documents.tolist(), pieces.starts.tolist(), pieces.stops.tolist())
     return [source.segment(*piece) for piece in zip(*columns, strict=True)]

@@ -65,6 +65,15 @@ def test_a_named_draw_is_what_its_example_says():
     assert abs(apart[0].common_with(apart[1]).num_documents - 40_000) < 5 * 130 * 8, "64 neighbours a block: 8 times"
 
 
+def test_shuffled_documents_are_what_their_example_says():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "mixed")
+    plan = Plan.from_spec(with_phases(phases), simulate=True)
+    assert plan.phases[0].num_samples == 1_999_999
+    rising = plan.phases[1].streams["web"]
+    assert (rising.shuffling.num_bands, rising.selected.num_documents) == (10, 400_000)
+    assert plan.describe()["phases"][1]["sources"]["web"]["order"] == "random in 10 ascending bands"
+
+
 def test_what_is_unseen_is_what_its_example_says():
     phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "first")
     told = told_of(with_phases(phases))

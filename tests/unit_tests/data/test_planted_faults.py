@@ -78,12 +78,29 @@ def check_unseen(sources: dict[str, Any]) -> None:
         assert len(set(shown)) == len(shown) == 79
 
 
-CHECKS = [check_curricula, check_draws, check_passes, check_unseen]
+def check_documents(sources: dict[str, Any]) -> None:
+    """Shuffled documents: each whole and once a pass, in another order each time, and within bands in a curriculum."""
+    for order in ("shuffled", "curriculum"):
+        part = {"a": {"shuffle": "documents", "repeat": 2}}
+        plan = Plan.from_spec(plan_of(sources, phase_of(order, part), seq_length=3))
+        passes = [plan.phases[0].streams["a"].documents_of_pass(number).order for number in range(2)]
+        shown = [one.pieces(0, sum(LENGTHS)) for one in passes]
+        for pieces in shown:
+            assert sorted(pieces.documents.tolist()) == list(range(80))
+            assert pieces.sizes.tolist() == [LENGTHS[number] for number in pieces.documents]
+        assert shown[0].documents.tolist() != shown[1].documents.tolist()
+        if order == "curriculum":
+            bands = [SCORES[number] * 20 // 80 for number in shown[0].documents]
+            assert bands == sorted(bands)
+
+
+CHECKS = [check_curricula, check_draws, check_passes, check_unseen, check_documents]
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 _left_out, _left_out_one = unseen.left_out, unseen.left_out_one
 _sort, _taken, _key = interleave._sorted_by_position, Draw._taken, stream.derive_key
 _cut = DocumentRuns.between
+_shuffled = stream.as_shuffled
 
 
 def thin_from_the_start(patch: pytest.MonkeyPatch) -> None:
@@ -139,7 +156,19 @@ def repeat_pass_by_pass(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(parts, "_with_bands", lambda part, found: found)
 
 
+def shuffle_documents_across_bands(patch: pytest.MonkeyPatch) -> None:
+    """A curriculum of shuffled documents does not ascend."""
+    patch.setattr(stream.Stream, "_shuffle_edges", lambda self, number: np.array([0, self.selected.num_documents]))
+
+
+def pack_every_pass_alike(patch: pytest.MonkeyPatch) -> None:
+    """Documents come in the same random order in each pass."""
+    patch.setattr(stream, "as_shuffled", lambda runs, edges, key, stride: _shuffled(runs, edges, 5, stride))
+
+
 FAULTS = [
+    shuffle_documents_across_bands,
+    pack_every_pass_alike,
     thin_from_the_start,
     drop_the_best_end,
     break_ties_backwards,
