@@ -6,18 +6,13 @@ counts.
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan.errors import MetricsError
+from megatron_kaiyuan.monitoring.outputs import append_or_lose, check_place, last_byte
 
 __all__ = ["append_metrics", "average_path", "check_metrics_place", "held_out_path", "metrics_path", "read_metrics"]
-
-_lossy: set[Path] = set()
-"""Files whose last line could not be written."""
 
 
 def metrics_path(args: argparse.Namespace) -> Path | None:
@@ -43,16 +38,7 @@ def check_metrics_place(path: Path) -> None:
     Raises:
         MetricsError: they cannot.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            is_empty = file.tell() == 0
-        if is_empty:
-            path.unlink()
-    except OSError as error:
-        raise MetricsError(
-            f"{path} cannot be written ({error.strerror}); choose another --kaiyuan-metrics, or mend the place"
-        ) from error
+    check_place(path, "choose another --kaiyuan-metrics")
 
 
 def append_metrics(path: Path, entry: Mapping[str, Any]) -> None:
@@ -62,21 +48,9 @@ def append_metrics(path: Path, entry: Mapping[str, Any]) -> None:
     no training.
     """
     line = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
-    except OSError as error:
-        if path not in _lossy:
-            what = f"{path} cannot be written ({error.strerror})"
-            print(f"\nWARNING: {what}; the run goes on, its metrics are lost until there is space\n", file=sys.stderr)
-        _lossy.add(path)
-    else:
-        _lossy.discard(path)
+    if last_byte(path) not in (b"", b"\n"):
+        line = "\n" + line
+    append_or_lose(path, line.encode(), "its metrics")
 
 
 def read_metrics(path: Path, *, last_iteration: int | None = None) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ from megatron_kaiyuan.training.forward_step import ForwardStep
 from megatron_kaiyuan.training.load_arguments import check_load
 from megatron_kaiyuan.training.loaded_model import load_all_tensors_or_none, read_loaded_model
 from megatron_kaiyuan.training.memory import check_memory
-from megatron_kaiyuan.training.observation import build_held_out, build_monitor
+from megatron_kaiyuan.training.observation import build_held_out, build_monitor, check_event_place, keep_events
 from megatron_kaiyuan.training.parsing import (
     check_flags,
     configuration,
@@ -173,9 +173,11 @@ def _configure() -> tuple[argparse.Namespace, Plan | None, argparse.Namespace | 
         plan_values = plan_argument_defaults(first_look, plan, saved, tokenizer_record)
     check_required_arguments(first_look, plan_values)
     check_save_arguments(first_look)
+    check_event_place(first_look)
     model_options_from_args(first_look)
     parsed_defaults = {**defaults, **model} | ({} if start.step is None else {"ckpt_step": start.step})
     args = validate(parsed_defaults, plan_values, in_samples)
+    keep_events()
     _say_aloud(defaults, plan_values)
     if plan is not None:
         check_tokenizer_of_shards(args, tokenizer_record, get_tokenizer().eod)

@@ -21,14 +21,32 @@ from megatron_kaiyuan.monitoring.metrics_file import (
     read_metrics,
 )
 from megatron_kaiyuan.monitoring.monitor import MonitorOptions, RunMonitor, StepReport
+from megatron_kaiyuan.monitoring.outputs import check_place, keep_event_file
 from megatron_kaiyuan.monitoring.source_counters import SourceCounters
 from megatron_kaiyuan.training import loop_observers
 from megatron_kaiyuan.training.average_evaluation import AverageEvaluation
 from megatron_kaiyuan.training.checkpoint_keeping import CheckpointKeeper
 
-__all__ = ["build_held_out", "build_monitor"]
+__all__ = ["build_held_out", "build_monitor", "check_event_place", "keep_events"]
 
 _OF_AVERAGE = " of the average"
+
+
+def check_event_place(args: argparse.Namespace) -> None:
+    """Refuse a `--tensorboard-dir` that cannot be written, on the rank that would; parsed arguments are enough.
+
+    Raises:
+        MetricsError: names the folder.
+    """
+    folder = args.tensorboard_dir
+    if folder and "://" not in folder and args.rank == args.world_size - 1:
+        check_place(Path(folder) / ".can_be_written", "choose another --tensorboard-dir")
+
+
+def keep_events() -> None:
+    """Let the run go on where TensorBoard's file cannot be written, as where that of the metrics cannot."""
+    if (writer := get_tensorboard_writer()) is not None:
+        keep_event_file(writer)
 
 
 def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:

@@ -1,0 +1,104 @@
+"""Every file that a run reports to: refused before the start where it cannot be written, lost during the run."""
+
+import os
+import resource
+import signal
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_kaiyuan.errors import MetricsError
+from megatron_kaiyuan.monitoring.metrics_file import append_metrics, check_metrics_place, read_metrics
+from megatron_kaiyuan.monitoring.outputs import append_or_lose, keep_event_file
+from megatron_kaiyuan.training.observation import check_event_place
+
+
+@pytest.fixture
+def full_after(tmp_path: Path) -> Iterator[Callable[[int], None]]:
+    """Let no file of this process grow beyond so many bytes, as a quota or a full disk does."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def look_at_metrics(place: Path) -> None:
+    check_metrics_place(place / "metrics.jsonl")
+
+
+def look_at_events(place: Path) -> None:
+    check_event_place(Namespace(tensorboard_dir=str(place), rank=1, world_size=2))
+
+
+LOOKS = {"--kaiyuan-metrics": look_at_metrics, "--tensorboard-dir": look_at_events}
+
+
+@pytest.mark.parametrize("flag", LOOKS)
+def test_a_place_that_cannot_be_written_is_refused_before_the_start(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MetricsError, match=rf"{tmp_path}/file\S* cannot be written \(.*choose another {flag}, or mend"):
+        LOOKS[flag](tmp_path / "file")
+
+
+@pytest.mark.parametrize("flag", LOOKS)
+def test_a_full_disk_is_refused_before_the_start(tmp_path: Path, flag: str, full_after: Callable[[int], None]) -> None:
+    full_after(0)
+    with pytest.raises(MetricsError, match=rf"cannot be written \(File too large\); choose another {flag}"):
+        LOOKS[flag](tmp_path)
+    full_after(100)
+    LOOKS[flag](tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_rank_that_writes_no_events_does_not_look(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_event_place(Namespace(tensorboard_dir=str(tmp_path / "file"), rank=0, world_size=2))
+    check_event_place(Namespace(tensorboard_dir=None, rank=0, world_size=1))
+
+
+def test_an_append_is_whole_or_nothing(
+    tmp_path: Path, full_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    append_or_lose(path, b"12345", "numbers")
+    full_after(8)
+    append_or_lose(path, b"6789", "numbers")
+    append_or_lose(path, b"6789", "numbers")
+    assert path.read_bytes() == b"12345"
+    assert capsys.readouterr().err.count("the run goes on, numbers are lost until there is space") == 1
+    append_or_lose(path, b"678", "numbers")
+    assert path.read_bytes() == b"12345678"
+
+
+def test_metrics_and_events_go_on_after_the_disk_was_full(
+    tmp_path: Path, full_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both lose what is written meanwhile, with one warning each, and what is read back is whole."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics, writer = tmp_path / "metrics.jsonl", SummaryWriter(str(tmp_path / "events"), flush_secs=0)
+    keep_event_file(writer)
+
+    def write(steps: range) -> None:
+        for step in steps:
+            append_metrics(metrics, {"iteration": step})
+            writer.add_scalar("loss", step, step)
+            writer.flush()
+
+    write(range(1, 4))
+    full_after(metrics.stat().st_size)
+    write(range(4, 7))
+    full_after(resource.RLIM_INFINITY)
+    write(range(7, 10))
+    writer.close()
+    kept = [1, 2, 3, 7, 8, 9]
+    assert [line["iteration"] for line in read_metrics(metrics)] == kept
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == kept
+    assert capsys.readouterr().err.count("the run goes on") == 2
+    assert len(os.listdir(tmp_path / "events")) == 1  # noqa: PTH208
