@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_kaiyuan.host.machine import hide_packages_of_gpus
+
 __all__ = ["GPU_TESTS", "REPOSITORY"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -22,6 +24,7 @@ def _choose_device() -> None:
     os.environ["KAIYUAN_DEVICE"] = "cuda" if GPU_TESTS == "cuda" else "cpu"
     if GPU_TESTS != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        hide_packages_of_gpus()
 
 
 def _put_this_checkout_first() -> None:

@@ -19,7 +19,11 @@ _MOST_NAMED = 3
 
 
 def misfit(model: Shapes, stored: Shapes) -> str | None:
-    """Say which tensors one side lacks, or which have another shape there; None if the two fit."""
+    """Say which tensors one side lacks, or which have another shape there; None if the two fit.
+
+    Transformer Engine's `_extra_state` is no weight: a layer has it as an empty tensor, and a checkpoint may have none.
+    """
+    model, stored = _weights(model), _weights(stored)
     lacks = _named("has no", sorted(model.keys() - stored.keys()))
     beside = _named("has beside the model's tensors", sorted(stored.keys() - model.keys()))
     both = sorted(model.keys() & stored.keys())
@@ -28,6 +32,10 @@ def misfit(model: Shapes, stored: Shapes) -> str | None:
         [f"{name} {stored[name]} not {model[name]}" for name in both if model[name] != stored[name]],
     )
     return "; ".join(filter(None, (lacks, beside, other))) or None
+
+
+def _weights(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if "._extra_state" not in name}
 
 
 def _named(verb: str, names: list[str]) -> str:

@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.host.atomic import rename_durably
 
 __all__ = ["HOLD_NAME", "Hold", "Holder", "hold_folder", "release_holds", "taken_by"]
 
@@ -201,10 +202,10 @@ def _remove(path: Path, dead: Holder | None) -> None:
     """Remove the file of a dead holder; one that another start has put in its place meanwhile is put back."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
-        path.rename(aside)
+        rename_durably(path, aside)
         found = _read_holder(aside)
         if found is not None and found != dead and not path.exists():
-            aside.rename(path)
+            rename_durably(aside, path)
             return
         aside.unlink()
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.cpu_products import multiply_half_in_float
+from megatron_kaiyuan.host.machine import hide_packages_of_gpus
 
 __all__ = ["CPU_ARGUMENT_DEFAULTS", "install", "is_installed", "keep_freed_memory"]
 
@@ -76,6 +77,7 @@ def install() -> bool:
             "the CPU platform was asked for after megatron.core had been imported, which is too late: "
             "call megatron_kaiyuan.host.cpu_platform.install() before anything imports megatron"
         )
+    hide_packages_of_gpus()
     # Dynamo tabulates torch's functions when it is first imported, as Megatron does, and rejects one under two names.
     importlib.import_module("torch._dynamo")
     for owner, substitutions in _substitutions():

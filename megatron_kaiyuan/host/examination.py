@@ -6,15 +6,15 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_kaiyuan.errors import KaiyuanError
-from megatron_kaiyuan.host import machine
-from megatron_kaiyuan.host.devices import DEVICE_VARIABLE, Gpu, start_device, visible_gpus
+from megatron_kaiyuan.host import devices, machine
+from megatron_kaiyuan.host.devices import DEVICE_VARIABLE
 
 __all__ = ["GIB", "Finding", "examine_machine", "examine_packages", "free_disk"]
 
@@ -98,24 +98,25 @@ def free_disk(folder: Path) -> int:
 
 
 def _devices() -> Iterator[Finding]:
-    try:
-        said = start_device()
-    except KaiyuanError as error:
-        yield Finding("GPU", "broken", str(error), "training")
+    done = subprocess.run([sys.executable, "-m", devices.__name__], capture_output=True, text=True, check=False)
+    if done.returncode:
+        problem = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        yield Finding("GPU", "broken", problem, "training", "mend it, or choose the CPU: the reason says how")
         return
-    if "CPU" in said:
+    gpus = json.loads(done.stdout.splitlines()[-1])["gpus"]
+    if not gpus:
         asked = os.environ.get(DEVICE_VARIABLE) == "cpu" and machine.has_gpu()
         value = f"hidden by {DEVICE_VARIABLE}=cpu" if asked else "none"
         yield Finding("GPU", "absent", value, "training; small models also train on the CPU", "a machine with a GPU")
         return
-    for number, gpu in enumerate(visible_gpus()):
+    for number, gpu in enumerate(gpus):
         yield Finding(f"GPU {number}", "ok", _gpu_value(gpu), "training")
 
 
-def _gpu_value(gpu: Gpu) -> str:
-    formats = "FP16 and bf16" if gpu.capability >= (8, 0) else "FP16 only"
-    capability = ".".join(map(str, gpu.capability))
-    return f"{gpu.name}, {gpu.total_bytes / GIB:.0f} GiB, compute capability {capability}: {formats}"
+def _gpu_value(gpu: Mapping[str, Any]) -> str:
+    formats = "FP16 and bf16" if gpu["capability"] >= [8, 0] else "FP16 only"
+    capability = ".".join(map(str, gpu["capability"]))
+    return f"{gpu['name']}, {gpu['total_bytes'] / GIB:.0f} GiB, compute capability {capability}: {formats}"
 
 
 def _shared_memory(folder: Path) -> Finding:

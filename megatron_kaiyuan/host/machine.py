@@ -3,9 +3,12 @@
 import contextlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-__all__ = ["has_gpu"]
+__all__ = ["has_gpu", "hide_packages_of_gpus"]
+
+_PACKAGES_OF_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn", "flash_attn_3")
 
 
 def has_gpu(devices: Path = Path("/dev")) -> bool:
@@ -19,3 +22,13 @@ def has_gpu(devices: Path = Path("/dev")) -> bool:
         done = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=False)
         return done.returncode == 0 and "GPU 0" in done.stdout
     return False
+
+
+def hide_packages_of_gpus() -> None:
+    """Let this process compute as if packages whose code runs on GPUs alone were not installed.
+
+    Megatron takes layers, norms and optimizers from them wherever they import, with the local spec too.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] in _PACKAGES_OF_GPUS]:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(_PACKAGES_OF_GPUS))  # type: ignore[arg-type]

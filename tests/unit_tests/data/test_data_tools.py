@@ -88,7 +88,9 @@ def test_wrong_usage_of_rank_data_is_told(folder, tmp_path):
     assert_told_without_traceback(run("rank_data", folder, "--seed", "many"), 2, "--seed")
     assert_told_without_traceback(run("rank_data", tmp_path / "nowhere"), 1, "error: shard", "does not exist")
     assert_told_without_traceback(run("rank_data", folder, "--score", "fun"), 1, "no such score sidecar")
-    assert_told_without_traceback(run("rank_data", folder, "--verify"), 1, "no rank index", "python tools/rank_data.py")
+    assert_told_without_traceback(
+        run("rank_data", folder, "--verify"), 1, "no rank index", f"{Path(sys.executable).name} tools/rank_data.py"
+    )
 
 
 def test_ranking_a_plan_builds_what_is_missing_or_old(folder, tmp_path):

@@ -5,9 +5,11 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,7 +197,7 @@ def test_a_stale_index_is_refused_with_the_command_that_rebuilds_it(folder, chan
         return
     with pytest.raises(RankIndexError, match="built from other shards or scores than those of source 's'") as caught:
         open_rank_index(path, open_source("s", str(folder)), "score")
-    assert f"python tools/rank_data.py {folder} --score score" in str(caught.value)
+    assert f"{Path(sys.executable).name} tools/rank_data.py {folder} --score score" in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [0, 7, 4095, 4096, 4500, -1])
@@ -310,7 +312,7 @@ def test_a_damaged_entry_is_named_with_its_file_when_it_is_read(tmp_path, cuts, 
                 assert str(path) in message
                 first, last = map(int, re.search(r"\(rank (\d+) to (\d+)\)", message).groups())
                 assert first <= 55 <= last < DOCUMENTS
-                assert f"python tools/rank_data.py {tmp_path}/s --score score --verify" in message
+                assert f"{Path(sys.executable).name} tools/rank_data.py {tmp_path}/s --score score --verify" in message
     assert 3 * len(order) - 4 * 3 * 16 < read < 3 * len(order) - 3 * 10, "only what lies near the damage is refused"
 
 

@@ -163,3 +163,25 @@ def test_megatrons_random_states_swap_without_disturbing_each_other() -> None:
     undisturbed, outside, inside = run_distributed(_swap_random_states, 1)[0]
     assert outside == undisturbed
     assert inside != outside[:2]
+
+
+def test_packages_whose_code_runs_on_gpus_alone_are_hidden_on_the_cpu(tmp_path: Path) -> None:
+    """As in NVIDIA's containers: Megatron would take its final norm and its optimizer from there."""
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("__version__ = '2.12.0'\n")
+    code = """
+import transformer_engine.pytorch
+from megatron_kaiyuan.host import cpu_platform
+assert cpu_platform.install()
+from megatron.core.extensions import transformer_engine
+assert not transformer_engine.HAVE_TE
+try:
+    import transformer_engine.pytorch
+except ImportError:
+    print("hidden")
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("hidden\n"), done.stderr

@@ -1,6 +1,7 @@
 """Tiny inputs, tokenizers and an index reader written from the byte table of docs/shards.md alone."""
 
 import gzip
+import importlib.util
 import json
 import struct
 from base64 import b64encode
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess, shard_prefix
@@ -54,6 +56,12 @@ def build_folder(inputs: Sequence[Path], folder: Path, **settings: Any) -> RunSu
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+needs_gigatoken = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gigatoken", "awkward"))),
+    reason="no gigatoken, or not its awkward",
+)
 
 
 def build(inputs: Sequence[Path], prefix: Path, **settings: Any) -> RunSummary:

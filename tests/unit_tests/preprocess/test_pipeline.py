@@ -17,6 +17,7 @@ from tests.unit_tests.preprocess.corpus import (
     NULL_VOCABULARY,
     SilentReporter,
     build,
+    needs_gigatoken,
     null_config,
     number_rows,
     output_bytes,
@@ -76,6 +77,7 @@ def test_number_of_workers_and_size_of_blocks_do_not_change_the_output(tmp_path:
     assert manifests[0].read_bytes() == manifests[1].read_bytes()
 
 
+@needs_gigatoken
 def test_real_tokenizer_gives_the_same_shard_fast_and_slow(tmp_path: Path) -> None:
     rows = [{"text": text} for text in ("", "The quick brown fox", "naïve 日本語 \u200d 1234", "  spaces \n\t")]
     path = write_jsonl(tmp_path / "a.jsonl", rows)

@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_kaiyuan.preprocess import TokenizerConfig
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend, difficult_texts
-from tests.unit_tests.preprocess.corpus import build, save_bpe, save_tiktoken, write_jsonl
+from tests.unit_tests.preprocess.corpus import build, needs_gigatoken, save_bpe, save_tiktoken, write_jsonl
 from tests.unit_tests.shards.test_tokenizer import megatron, sentencepiece_model
 
 __all__ = ["sentencepiece_model"]  # a fixture
@@ -69,6 +69,7 @@ def assert_shard_is_megatrons(
         assert stored[number].tolist() == [*theirs.tokenize(text), theirs.eod], text[:60]
 
 
+@needs_gigatoken
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_hugging_face_shards_are_those_of_megatron(tmp_path: Path, backend: str) -> None:
     folder = save_bpe(tmp_path / "bpe")

@@ -13,7 +13,7 @@ from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.preprocess import TokenizerConfig, fast_tokenize, tokenizer_fingerprint
 from megatron_kaiyuan.preprocess.fast_tokenize import choose_backend, difficult_texts, load_tokenizer
 from megatron_kaiyuan.shards.tokenizer import TokenBatch, load_reference_tokenizer
-from tests.unit_tests.preprocess.corpus import save_bpe, save_tiktoken, training_texts
+from tests.unit_tests.preprocess.corpus import needs_gigatoken, save_bpe, save_tiktoken, training_texts
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,7 @@ def test_null_tokenizer_names_what_is_no_id(text: str) -> None:
     assert batch.lengths.tolist() == [1, 0]
 
 
+@needs_gigatoken
 @pytest.mark.parametrize("with_bos", [True, False])
 def test_gigatoken_gives_the_ids_of_the_reference(tmp_path: Path, with_bos: bool) -> None:  # noqa: FBT001
     config = TokenizerConfig(type="HuggingFaceTokenizer", model=str(save_bpe(tmp_path, with_bos=with_bos)))
@@ -137,6 +138,7 @@ def test_reference_is_used_where_gigatoken_differs(tmp_path: Path, monkeypatch: 
     assert "'second document'" in choice.reason
 
 
+@needs_gigatoken
 def test_a_difference_during_the_run_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TokenizerConfig(type="HuggingFaceTokenizer", model=str(save_bpe(tmp_path)))
     tokenizer: Any = load_tokenizer(config, fast=True)
