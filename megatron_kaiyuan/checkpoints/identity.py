@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from megatron_kaiyuan.checkpoints.model_identity import differences
@@ -20,6 +20,7 @@ __all__ = [
     "check_same_run",
     "end_of_text",
     "first_difference",
+    "probe_fingerprint",
     "store_tokenizer",
 ]
 
@@ -87,9 +88,14 @@ def end_of_text(saved: argparse.Namespace) -> int | None:
 
 def _of_text(tokenizer: object) -> str | None:
     try:
-        ids = tokenizer.tokenize(_PROBE)  # type: ignore[attr-defined]  # Megatron's base class is not exported
+        return probe_fingerprint(tokenizer.tokenize)  # type: ignore[attr-defined]  # its base class is not exported
     except (ValueError, NotImplementedError):  # a NullTokenizer reads numbers
         return None
+
+
+def probe_fingerprint(encode: Callable[[str], Iterable[int]]) -> str:
+    """Return a fingerprint of the ids that a tokenizer gives to a text."""
+    ids = encode(_PROBE)
     return hashlib.sha256(repr(list(ids)).encode()).hexdigest()
 
 

@@ -30,7 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "source", type=Path, metavar="CHECKPOINT", help="iter_* folder, or save directory (its latest checkpoint)"
     )
-    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="Hugging Face tokenizer folder to put beside")
+    export.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="the run's tokenizer, to put beside: a folder or file with tokenizer.json, or a SentencePiece .model or "
+        "TikTokenizer ranks, which are converted",
+    )
     export.add_argument(
         "--layout",
         choices=_LAYOUTS,

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
@@ -16,7 +15,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="iter_* folder, or save directory (its latest)"
     )
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="Hugging Face tokenizer folder")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="the run's tokenizer: a folder or file with tokenizer.json, a SentencePiece .model, or TikTokenizer ranks",
+    )
     parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="one or several texts to continue")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest continuation (default 64)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
@@ -32,12 +37,10 @@ def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
     print(start_device(), file=sys.stderr)
-    from transformers import AutoTokenizer
-
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+    from megatron_kaiyuan.checkpoints.tokenizer import tokenizer_of_checkpoint
     from megatron_kaiyuan.commands.verifying import shown_on
     from megatron_kaiyuan.evaluation.generation import Sampling, continue_text
-    from megatron_kaiyuan.export.tokenizer_files import open_tokenizer
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
     with quiet_megatron_import():
@@ -48,8 +51,7 @@ def main() -> None:
     )
     with ConsoleMeter() as meter:
         checkpoint = open_intact_checkpoint(options.checkpoint, shown_on(meter))
-    open_tokenizer(options.tokenizer, checkpoint.arguments.padded_vocab_size)  # raises where it does not fit
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = tokenizer_of_checkpoint(options.tokenizer, checkpoint.arguments)
     model, positions = load_model(checkpoint)
     texts = [prompt + continue_text(model, tokenizer, prompt, sampling, positions) for prompt in options.prompt]
     separated = f"\n{'-' * 40}\n".join(texts) + "\n"

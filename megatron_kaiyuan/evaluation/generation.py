@@ -2,25 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from megatron_kaiyuan.checkpoints.tokenizer import CheckpointTokenizer
 from megatron_kaiyuan.errors import ConfigError
 
 __all__ = ["Sampling", "continue_text", "sample_next", "sample_tokens"]
-
-
-class TextTokenizer(Protocol):
-    """What generation needs of a Hugging Face tokenizer."""
-
-    eos_token_id: int | None
-
-    def __len__(self) -> int: ...
-
-    def encode(self, text: str, /) -> list[int]: ...
-
-    def decode(self, ids: list[int], /) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,18 +83,17 @@ def sample_tokens(
     return ids[len(context) :]
 
 
-def continue_text(model: Any, tokenizer: TextTokenizer, prompt: str, sampling: Sampling, positions: int) -> str:
+def continue_text(model: Any, tokenizer: CheckpointTokenizer, prompt: str, sampling: Sampling, positions: int) -> str:
     """Continuation of a prompt, without the prompt.
 
     Raises:
         ConfigError: the prompt is empty and the tokenizer has no end-of-text token to begin with.
     """
-    context = tokenizer.encode(prompt)
-    if not context and tokenizer.eos_token_id is None:
+    context = tokenizer.prompt(prompt)
+    if not context and tokenizer.end is None:
         raise ConfigError("--prompt is empty, and the tokenizer has no end-of-text token to begin a text with")
-    if not context and tokenizer.eos_token_id is not None:
-        context = [tokenizer.eos_token_id]
-    new = sample_tokens(
-        model, context, sampling, positions=positions, vocabulary=len(tokenizer), end=tokenizer.eos_token_id
-    )
-    return tokenizer.decode(new)
+    if not context and tokenizer.end is not None:
+        context = [tokenizer.end]
+    vocabulary = tokenizer.tokenizer.vocab_size
+    new = sample_tokens(model, context, sampling, positions=positions, vocabulary=vocabulary, end=tokenizer.end)
+    return tokenizer.tokenizer.decode(new)

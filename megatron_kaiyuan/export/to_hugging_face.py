@@ -20,7 +20,7 @@ from megatron_kaiyuan.export.architecture import Architecture, architecture_from
 from megatron_kaiyuan.export.check import Largest, check_folder
 from megatron_kaiyuan.export.layouts import Layout, LayoutName, choose_layout
 from megatron_kaiyuan.export.tensor_files import Form, TensorWriter
-from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, open_tokenizer
+from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, prepare_tokenizer
 from megatron_kaiyuan.export.weight_names import Weight, parts_of, weights_of
 from megatron_kaiyuan.host.atomic import publish_folder, write_text_atomically
 
@@ -63,7 +63,7 @@ def export_checkpoint(
     Args:
         checkpoint: Of training, or an average of several.
         output: Must not exist.
-        tokenizer: Folder with `tokenizer.json`.
+        tokenizer: As for `named_config`; converted where it is no `tokenizer.json`.
         layout: `auto` takes the stock layout that computes the model exactly, or else our own.
         dtype: Of the exported weights; None: as stored.
         check: Load the result and run a text through it; needs the memory of the whole model.
@@ -72,7 +72,8 @@ def export_checkpoint(
 
     Raises:
         ConvertError: the model has no counterpart or not in that layout, a weight leaves the range of `dtype`, the
-            output exists, the tokenizer does not fit, or the check finds a value that is not finite.
+            output exists, the tokenizer cannot be converted, or the check finds a value that is not finite.
+        TokenizerError: the tokenizer is not that of the model.
     """
     if output.exists():
         raise ConvertError(f"--output {output} exists; remove it or name another folder")
@@ -81,7 +82,7 @@ def export_checkpoint(
     _check_tensors(checkpoint, architecture, weights)
     stored = checkpoint.tensors["embedding.word_embeddings.weight"][1]
     chosen = choose_layout(architecture, layout, dtype or stored)
-    fitting = None if tokenizer is None else open_tokenizer(tokenizer, architecture.padded_vocab_size)
+    fitting = None if tokenizer is None else prepare_tokenizer(tokenizer, checkpoint.arguments)
     with _appearing_whole(output) as folder:
         forms = _exported_forms(checkpoint, chosen, weights, dtype)
         with TensorWriter(folder, forms, max_file_bytes) as writer:
@@ -89,7 +90,8 @@ def export_checkpoint(
                 _export_weight(checkpoint, chosen, weight, writer, progress, dtype)
         _write_descriptions(folder, checkpoint, chosen, fitting, dtype or stored)
         num_ids = architecture.padded_vocab_size if fitting is None else fitting.num_ids
-        largest = check_folder(folder, chosen, dtype or stored, tokenizer, num_ids) if check else None
+        check_text = None if tokenizer is None else folder
+        largest = check_folder(folder, chosen, dtype or stored, check_text, num_ids) if check else None
     return Exported(chosen, dtype or stored, largest)
 
 
@@ -205,7 +207,7 @@ def _write_descriptions(
     for name in _CODE if layout.has_code else ():
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     if tokenizer is not None:
-        tokenizer.copy_to(folder)
+        tokenizer.write_to(folder)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -52,7 +52,8 @@ def choose_decoder(kind: str | None, model: str | None, recorded: TokenizerRecor
     path = model or (recorded.model if recorded and recorded.type == asked else None)
     try:
         config = TokenizerConfig(type=asked, model=path)
-        decoder = TextDecoder(_DECODERS.get(asked, _sentencepiece)(config), f"decoded with {asked} {path}")
+        decode = (_tiktoken if asked == "TikTokenizer" else _reference)(config)
+        decoder = TextDecoder(decode, f"decoded with {asked} {path}")
     except TokenizerError as error:
         if kind is not None or model is not None:
             raise
@@ -65,20 +66,8 @@ def _ids(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids))
 
 
-def _hugging_face(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
-    load_reference_tokenizer(config)  # refuses a damaged or missing file by name
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(model_file(config)))
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-def _sentencepiece(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
-    load_reference_tokenizer(config)
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(model_file(config)))
-    return lambda ids: str(processor.decode(list(ids)))
+def _reference(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
+    return load_reference_tokenizer(config).decode
 
 
 def _tiktoken(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
@@ -95,9 +84,3 @@ def _tiktoken(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
         return b"".join(pieces.get(number, b"<SPECIAL_%d>" % number) for number in ids).decode("utf-8", "replace")
 
     return decode
-
-
-_DECODERS: dict[str, Callable[[TokenizerConfig], Callable[[Sequence[int]], str]]] = {
-    "HuggingFaceTokenizer": _hugging_face,
-    "TikTokenizer": _tiktoken,
-}

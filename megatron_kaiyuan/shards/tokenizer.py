@@ -4,7 +4,6 @@ Nothing here imports torch, Megatron or transformers: the libraries below those 
 tiktoken) are called directly, and only the one that is asked for is imported.
 """
 
-import base64
 import functools
 import hashlib
 import json
@@ -19,13 +18,16 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.host.files import read_regular
 from megatron_kaiyuan.shards.special_tokens import SpecialIds
+from megatron_kaiyuan.shards.tiktoken_layout import TIKTOKEN_VOCABULARY, tiktoken_encoding
 
 __all__ = [
     "TOKENIZER_TYPES",
     "DocumentTokenizer",
+    "TextTokenizer",
     "TokenBatch",
     "TokenizerConfig",
     "load_reference_tokenizer",
+    "model_file",
     "tokenizer_fingerprint",
 ]
 
@@ -35,22 +37,6 @@ _KNOWN_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>")
 _MOST_MISSING = 8
 _MOST_SHOWN = 40
 """Characters of a document in a message about it."""
-_TIKTOKEN_VOCABULARY = 1 << 17
-_TIKTOKEN_SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
-_TIKTOKEN_PATTERNS = {
-    "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    "v2": "|".join(
-        (
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-            r"\p{N}",
-            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-            r"\s*[\r\n]+",
-            r"\s+(?!\S)",
-            r"\s+",
-        )
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +99,14 @@ class DocumentTokenizer(Protocol):
         ...
 
 
+class TextTokenizer(DocumentTokenizer, Protocol):
+    """One that also knows the way back."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens by their names."""
+        ...
+
+
 def tokenizer_fingerprint(config: TokenizerConfig) -> str:
     """Sha256 of what decides the ids: the content of the tokenizer's file, and options that are not at their default.
 
@@ -125,7 +119,7 @@ def tokenizer_fingerprint(config: TokenizerConfig) -> str:
     if config.type == "HuggingFaceTokenizer" and not config.include_special_tokens:
         options["include_special_tokens"] = False
     if config.type == "TikTokenizer":
-        vocab_size = config.vocab_size or _TIKTOKEN_VOCABULARY
+        vocab_size = config.vocab_size or TIKTOKEN_VOCABULARY
         options["layout"] = [config.tiktoken_pattern, config.tiktoken_num_special_tokens, vocab_size]
     if config.split_special_tokens and config.type not in SENTENCEPIECE_TYPES:  # which splits them in any case
         options["split_special_tokens"] = True
@@ -158,7 +152,7 @@ def _read_model(config: TokenizerConfig) -> bytes:
 
 
 @functools.lru_cache(maxsize=4)
-def load_reference_tokenizer(config: TokenizerConfig) -> DocumentTokenizer:
+def load_reference_tokenizer(config: TokenizerConfig) -> TextTokenizer:
     """Build the tokenizer on the library that Megatron uses for this type; built once per process and config.
 
     Raises:
@@ -167,7 +161,7 @@ def load_reference_tokenizer(config: TokenizerConfig) -> DocumentTokenizer:
     if config.type == "NullTokenizer":
         return _NullTokenizer(config)
     content = _read_model(config)
-    builders: dict[str, Callable[[TokenizerConfig, bytes], DocumentTokenizer]] = {
+    builders: dict[str, Callable[[TokenizerConfig, bytes], TextTokenizer]] = {
         "HuggingFaceTokenizer": _HuggingFace,
         "TikTokenizer": _TikToken,
     }
@@ -219,6 +213,9 @@ class _NullTokenizer:
             rows.append(row)
         return _joined(rows, faults)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
 
 def _shown(value: object) -> str:
     text = repr(value)
@@ -257,6 +254,9 @@ class _HuggingFace:
         encode = self._tokenizer.encode_batch_fast
         return _joined([encode([text], add_special_tokens=self._special)[0].ids for text in texts])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
 
 class _SentencePiece:
     def __init__(self, config: TokenizerConfig, content: bytes) -> None:
@@ -277,28 +277,21 @@ class _SentencePiece:
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         return _joined([self._processor.encode(text, out_type=int) for text in texts])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode(list(ids)))
+
 
 class _TikToken:
-    """Megatron's layout: special tokens take the first ids, the vocabulary's ranks follow."""
-
     def __init__(self, config: TokenizerConfig, content: bytes) -> None:
-        import tiktoken
-
-        self.vocab_size = config.vocab_size or _TIKTOKEN_VOCABULARY
-        reserved = config.tiktoken_num_special_tokens
-        if not len(_TIKTOKEN_SPECIALS) <= reserved < self.vocab_size:
-            raise TokenizerError(
-                f"--tiktoken-num-special-tokens {reserved}: must lie between {len(_TIKTOKEN_SPECIALS)} and the "
-                f"vocabulary of {self.vocab_size}"
-            )
-        names = [*_TIKTOKEN_SPECIALS, *(f"<SPECIAL_{number}>" for number in range(len(_TIKTOKEN_SPECIALS), reserved))]
-        specials = {name: number for number, name in enumerate(names)}
-        self._encoding = tiktoken.Encoding(
-            name=Path(config.model or "").stem,
-            pat_str=_TIKTOKEN_PATTERNS[config.tiktoken_pattern],
-            mergeable_ranks=_tiktoken_ranks(config.model, content, self.vocab_size - reserved, reserved),
-            special_tokens=specials,
+        self._encoding = tiktoken_encoding(
+            config.model,
+            content,
+            pattern=config.tiktoken_pattern,
+            num_special_tokens=config.tiktoken_num_special_tokens,
+            vocab_size=config.vocab_size,
         )
+        self.vocab_size = config.vocab_size or TIKTOKEN_VOCABULARY
+        specials: dict[str, int] = self._encoding._special_tokens
         self.eod_id = _find_eod(config, "</s>", specials.get)
         self.special = SpecialIds({number: name for name, number in specials.items()}, self.eod_id)
         self._split = config.split_special_tokens
@@ -308,20 +301,8 @@ class _TikToken:
             return _joined([self._encoding.encode_ordinary(text) for text in texts])
         return _joined([self._encoding.encode(text, allowed_special="all") for text in texts])
 
-
-def _tiktoken_ranks(model: str | None, content: bytes, count: int, offset: int) -> dict[bytes, int]:
-    entries = json.loads(content)
-    if not isinstance(entries, list) or not entries or not {"rank", "token_bytes"} <= set(entries[0]):
-        raise TokenizerError(
-            f"--tokenizer-model {model}: a TikTokenizer vocabulary is a JSON list of objects with rank, token_bytes "
-            "(base64) and token_str, as Megatron reads it; convert the file"
-        )
-    if len(entries) < count:
-        raise TokenizerError(
-            f"--tokenizer-model {model}: {len(entries)} ranks, but a vocabulary of {count + offset} with {offset} "
-            f"special tokens needs {count}; give --vocab-size {len(entries) + offset}"
-        )
-    return {base64.b64decode(entry["token_bytes"]): entry["rank"] + offset for entry in entries[:count]}
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._encoding.decode(list(ids)))
 
 
 def _refuse_gaps(config: TokenizerConfig, ids: Iterable[int]) -> None:

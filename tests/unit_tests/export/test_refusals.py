@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
-from megatron_kaiyuan.errors import ConvertError
+from megatron_kaiyuan.errors import ConvertError, TokenizerError
 from megatron_kaiyuan.export.architecture import OPTIONS_WITHOUT_EFFECT, architecture_from_arguments
 from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
 from megatron_kaiyuan.export.from_hugging_face import import_model
@@ -109,9 +109,9 @@ def test_an_export_that_breaks_off_leaves_nothing(checkpoint: Checkpoint, tmp_pa
 
 
 def test_a_tokenizer_with_ids_beyond_the_model_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="its ids go up to 64, the model has 64 rows"):
+    with pytest.raises(TokenizerError, match="its ids go up to 64, the model has 64 rows"):
         export_checkpoint(checkpoint, tmp_path / "hf", tokenizer=write_tokenizer(tmp_path / "tokenizer", 65))
-    with pytest.raises(ConvertError, match=r"no tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor a \.model file"):
         export_checkpoint(checkpoint, tmp_path / "hf", tokenizer=tmp_path)
     assert not (tmp_path / "hf").exists()
 
