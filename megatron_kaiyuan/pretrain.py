@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from megatron_kaiyuan.host.endings import end_helpers, end_process, record_reason
 from megatron_kaiyuan.host.parent_death import die_with_launcher
@@ -22,7 +23,8 @@ def main() -> None:
     end_at_interrupt()
     die_with_launcher()
     if code := _train_and_report():
-        end_process(code, _release_folder, _close_reports)
+        end_process(code, _release_folder, _close_events, _fail_wandb)
+    _close_events()
     _release_folder()
     end_helpers()
 
@@ -72,15 +74,21 @@ def _train(run_pretraining: Callable[[], None]) -> int:
     return 0
 
 
-def _close_reports() -> None:
-    """Write what TensorBoard and wandb still hold in memory."""
-    megatron = sys.modules.get("megatron.training.global_vars")
-    if megatron is None:  # the process ends before it has imported Megatron
-        return
-    if writer := megatron.get_tensorboard_writer():
+def _close_events() -> None:
+    """Write what TensorBoard still holds in memory."""
+    if (megatron := _megatron_state()) and (writer := megatron.get_tensorboard_writer()):
         writer.close()
-    if wandb := megatron.get_wandb_writer():
+
+
+def _fail_wandb() -> None:
+    """Send what wandb still holds, and that the run has failed; a run that ends well closes it by itself."""
+    if (megatron := _megatron_state()) and (wandb := megatron.get_wandb_writer()):
         wandb.finish(exit_code=1)
+
+
+def _megatron_state() -> Any:
+    """Megatron's module of global variables; None in a process that ends before it has imported Megatron."""
+    return sys.modules.get("megatron.training.global_vars")
 
 
 def _release_folder() -> None:
