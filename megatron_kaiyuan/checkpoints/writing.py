@@ -98,9 +98,19 @@ def _size(bucket: Any) -> int:
 
 
 def _why_not_written(path: Path, size: int, error: Exception) -> str:
-    number = error.errno if isinstance(error, OSError) else None
+    number = _cause(error)
     free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else size
     if number in _FULL or free < size:
         reason = os.strerror(number or errno.ENOSPC)
         return f"{path}: {reason}: the file needs {size:,} bytes, the disk has {free:,} free"
     return f"{path}: {type(error).__name__}: {error}"
+
+
+def _cause(error: BaseException) -> int | None:
+    """The number of the first error of the disk; torch raises a fault of its archive (`unexpected pos`) over it."""
+    found = None
+    below: BaseException | None = error
+    while below is not None:
+        found = below.errno if isinstance(below, OSError) else found
+        below = below.__cause__ or below.__context__
+    return found

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megatron_kaiyuan.checkpoints import writing
 from megatron_kaiyuan.errors import SaveError
+from tests.helpers import files_end_at
 
 
 def bucket(path: Path, values: torch.Tensor) -> Any:
@@ -54,6 +55,18 @@ def test_a_full_disk_is_named_with_the_bytes_that_are_needed_and_free(
     assert str(error) == (
         f"{tmp_path / 'a'}: No space left on device: the file needs 5,096 bytes, the disk has 12 free"
     )
+
+
+def test_a_full_disk_is_named_wherever_in_the_file_it_ends(tmp_path: Path) -> None:
+    """torch writes an archive: where its last part does not fit, it complains of an `unexpected pos` instead."""
+    path, values = tmp_path / "a", torch.zeros(10_000)
+    write(bucket(path, values))
+    size = path.stat().st_size
+    for room in range(0, size, size // 40):
+        path.unlink(missing_ok=True)
+        with files_end_at(room):
+            error = write(bucket(path, values))
+        assert str(error).startswith(f"{path}: File too large: the file needs "), (room, error)
 
 
 def test_another_failure_keeps_its_own_words(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """Every file that a run reports to: refused before the start where it cannot be written, lost during the run."""
 
 import os
-import resource
-import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +11,7 @@ from megatron_kaiyuan.errors import MetricsError
 from megatron_kaiyuan.monitoring.metrics_file import append_metrics, check_metrics_place, read_metrics
 from megatron_kaiyuan.monitoring.outputs import append_or_lose, keep_event_file
 from megatron_kaiyuan.training.observation import check_event_place
-
-
-@pytest.fixture
-def full_after(tmp_path: Path) -> Iterator[Callable[[int], None]]:
-    """Let no file of this process grow beyond so many bytes, as a quota or a full disk does."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+from tests.helpers import files_end_at
 
 
 def look_at_metrics(place: Path) -> None:
@@ -45,12 +33,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_start(tmp_path: Pa
 
 
 @pytest.mark.parametrize("flag", LOOKS)
-def test_a_full_disk_is_refused_before_the_start(tmp_path: Path, flag: str, full_after: Callable[[int], None]) -> None:
-    full_after(0)
-    with pytest.raises(MetricsError, match=rf"cannot be written \(File too large\); choose another {flag}"):
+def test_a_full_disk_is_refused_before_the_start(tmp_path: Path, flag: str) -> None:
+    told = rf"cannot be written \(File too large\); choose another {flag}"
+    with files_end_at(0), pytest.raises(MetricsError, match=told):
         LOOKS[flag](tmp_path)
-    full_after(100)
-    LOOKS[flag](tmp_path / "new")
+    with files_end_at(100):
+        LOOKS[flag](tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -60,23 +48,19 @@ def test_a_rank_that_writes_no_events_does_not_look(tmp_path: Path) -> None:
     check_event_place(Namespace(tensorboard_dir=None, rank=0, world_size=1))
 
 
-def test_an_append_is_whole_or_nothing(
-    tmp_path: Path, full_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_append_is_whole_or_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "file"
     append_or_lose(path, b"12345", "numbers")
-    full_after(8)
-    append_or_lose(path, b"6789", "numbers")
-    append_or_lose(path, b"6789", "numbers")
-    assert path.read_bytes() == b"12345"
-    assert capsys.readouterr().err.count("the run goes on, numbers are lost until there is space") == 1
-    append_or_lose(path, b"678", "numbers")
+    with files_end_at(8):
+        append_or_lose(path, b"6789", "numbers")
+        append_or_lose(path, b"6789", "numbers")
+        assert path.read_bytes() == b"12345"
+        assert capsys.readouterr().err.count("the run goes on, numbers are lost until there is space") == 1
+        append_or_lose(path, b"678", "numbers")
     assert path.read_bytes() == b"12345678"
 
 
-def test_metrics_and_events_go_on_after_the_disk_was_full(
-    tmp_path: Path, full_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metrics_and_events_go_on_after_the_disk_was_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both lose what is written meanwhile, with one warning each, and what is read back is whole."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,9 +74,8 @@ def test_metrics_and_events_go_on_after_the_disk_was_full(
             writer.flush()
 
     write(range(1, 4))
-    full_after(metrics.stat().st_size)
-    write(range(4, 7))
-    full_after(resource.RLIM_INFINITY)
+    with files_end_at(metrics.stat().st_size):
+        write(range(4, 7))
     write(range(7, 10))
     writer.close()
     kept = [1, 2, 3, 7, 8, 9]
