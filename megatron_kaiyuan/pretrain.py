@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_kaiyuan.host.endings import end_helpers, end_process, record_reason
 from megatron_kaiyuan.host.parent_death import die_with_launcher
+from megatron_kaiyuan.host.quiet import lose_lines
 from megatron_kaiyuan.host.stop_signals import end_at_interrupt
 
 # Nothing above imports torch. That takes seconds, in which Ctrl-C would end in a traceback.
@@ -20,6 +21,7 @@ def main() -> None:
     Its exit code is 0 when the run is done, or was asked to stop and has saved; 1 after a mistake or a fault, explained
     on stderr; Megatron's own where it ends the run.
     """
+    lose_lines()
     end_at_interrupt()
     die_with_launcher()
     if code := _train_and_report():

@@ -1,10 +1,47 @@
-"""Importing Megatron without what it says about optional packages that are not installed."""
+"""What a process does not say: Megatron's list of packages that are not installed, and lines that nobody can keep."""
 
+import io
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
-__all__ = ["quiet_megatron_import"]
+__all__ = ["lose_lines", "quiet_megatron_import"]
+
+
+class _LossyFile(io.FileIO):
+    """A file whose bytes are lost where they cannot be written."""
+
+    def write(self, data: Buffer, /) -> int:
+        """Write them, or say that it was done."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def lose_lines() -> None:
+    """Let this process go on where its stdout or stderr cannot be written: a full disk, or a `tee` that is gone.
+
+    A log is no reason to end a training: `metrics.jsonl` and TensorBoard's file follow the same rule. Lines come again
+    as soon as they can be written.
+    """
+    sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
+
+
+def _lossy(stream: TextIO) -> TextIO:
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream  # somebody else's, who knows what to do
+    stream.flush()
+    raw = _LossyFile(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=getattr(stream, "line_buffering", False) or stream is sys.stderr,
+        write_through=getattr(stream, "write_through", False),
+    )
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Every file that a run reports to: refused before the start where it cannot be written, lost during the run."""
 
 import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -85,3 +87,36 @@ def test_metrics_and_events_go_on_after_the_disk_was_full(tmp_path: Path, capsys
     assert [event.step for event in events.Scalars("loss")] == kept
     assert capsys.readouterr().err.count("the run goes on") == 2
     assert len(os.listdir(tmp_path / "events")) == 1  # noqa: PTH208
+
+
+PRINTING = """
+import sys
+from megatron_kaiyuan.host.quiet import lose_lines
+lose_lines()
+for number in range(3):
+    print(number, flush=True)
+    print(number, file=sys.stderr)
+print("end", end="")
+with open(sys.argv[1], "w") as file:
+    file.write("went on")
+"""
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "a pipe that nobody reads"])
+def test_a_process_goes_on_where_its_log_cannot_be_written(tmp_path: Path, place: str) -> None:
+    command = [sys.executable, "-c", PRINTING, str(tmp_path / "done")]
+    if place == "/dev/full":
+        output = os.open(place, os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+    process = subprocess.run(command, stdout=output, stderr=output, check=False, timeout=60)
+    os.close(output)
+    assert process.returncode == 0
+    assert (tmp_path / "done").read_text() == "went on"
+
+
+def test_a_log_that_can_be_written_is_whole_and_in_order(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PRINTING, str(tmp_path / "done")]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert finished.stdout == "0\n0\n1\n1\n2\n2\nend"
