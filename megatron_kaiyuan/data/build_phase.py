@@ -29,14 +29,28 @@ _MOST_TOKENS = 1 << 62
 
 
 def build_phase(
-    spec: PhaseSpec, plan: PlanSpec, sources: Mapping[str, OpenedSource], earlier: Sequence[Phase]
+    spec: PhaseSpec,
+    plan: PlanSpec,
+    sources: Mapping[str, OpenedSource],
+    earlier: Sequence[Phase],
+    *,
+    indexed: bool = True,
 ) -> Phase:
     """Resolve the selections, repetitions and the token budget of a phase.
+
+    Args:
+        spec: the phase.
+        plan: that it is of.
+        sources: of the plan, opened.
+        earlier: phases, resolved.
+        indexed: whether what `tools/rank_data.py` stores for large sources must be there.
 
     Raises:
         PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
     """
-    parts = [Part(plan, spec.name, spec.order, name, part, sources[name]) for name, part in spec.sources.items()]
+    parts = [
+        Part(plan, spec.name, spec.order, name, part, sources[name], indexed) for name, part in spec.sources.items()
+    ]
     most_at_once = sources_at_once(part.source.source for part in parts)
     streams = side_by_side(
         lambda part: continued_stream(part, earlier) if part.spec.start == "unseen" else build_stream(part),
@@ -131,7 +145,7 @@ def _refuse_budget(
 
 def _asked(part: PhaseSourceSpec, name: str, stream: Stream, used: int) -> tuple[str, str]:
     """What a budget asks of a source that has less, and the field that would let it have that."""
-    needed = Fraction((stream.seen.windows + used) * stream.seq_length + 1, stream.selected.num_tokens)
+    needed = Fraction(stream.tokens_of(stream.seen.windows + used), stream.selected.num_tokens)
     limit = "" if part.max_repeat is None else f", above its max_repeat {float(part.max_repeat):g}"
     text = (
         f"source {name!r} for {used * stream.seq_length:,} tokens, its selection x{float(part.repeat):g} has "

@@ -117,21 +117,30 @@ def _check_same(part: Part, last: _Earlier) -> None:
             f"phase {last.phase.name!r} kept {spec.draw or spec.keep}, and only that can be continued",
             "leave out keep and draw",
         )
-    shuffle = "windows" if last.stream.shuffling is None else "documents"
-    if "shuffle" in part.spec.model_fields_set and part.spec.shuffle != shuffle:
-        _refuse(
-            part,
-            f"phase {last.phase.name!r} packed the source with shuffle: {shuffle}, and only that can be continued",
-            "leave out shuffle",
-        )
+    for field, kept in _packing_of(last.stream).items():
+        if field in part.spec.model_fields_set and getattr(part.spec, field) != kept:
+            _refuse(
+                part,
+                f"phase {last.phase.name!r} packed the source with {field}: {kept}, and only that can be continued",
+                f"leave out {field}",
+            )
+
+
+def _packing_of(stream: Stream) -> dict[str, str]:
+    packed = stream.packed
+    shuffled = stream.shuffling is not None or (packed is not None and packed.is_shuffled)
+    return {
+        "shuffle": "documents" if shuffled else "windows",
+        "packing": "flowing" if packed is None else "whole",
+    }
 
 
 def _check_others(part: Part, shown: Sequence[_Earlier]) -> None:
     """Refuse phases before the chain that showed some of the same documents."""
     first = max(number for number, one in enumerate(shown) if not one.continues)
-    mine = shown[first].stream.selected
+    mine = shown[first].stream.documents_selected
     for one in shown[:first]:
-        other = one.stream.selected
+        other = one.stream.documents_selected
         if other.order.ranked != mine.order.ranked or other.common_with(mine).num_documents:
             _refuse(
                 part,

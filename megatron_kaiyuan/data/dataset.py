@@ -68,6 +68,11 @@ class CurriculumDataset:
         stream, window = self._stream_and_window(sample)
         return {"tokens": stream.read(window)}
 
+    def padding(self, sample: int) -> int:
+        """Tokens at the end of a sample that are padding: as many targets, the last ones, do not count."""
+        stream, window = self._stream_and_window(sample)
+        return stream.padding(window)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CurriculumDataset, (self.plan,)
 
@@ -92,7 +97,8 @@ class CurriculumDataset:
         """Input tokens of a sample by quantile band of the document they are from.
 
         Returns:
-            int64 `[NUM_BANDS]`, lowest scores first; it sums to `seq_length`, or to 0 for an unscored source.
+            int64 `[NUM_BANDS]`, lowest scores first; it sums to `seq_length` less padding, or to 0 for an
+            unscored source.
         """
         phase, number, window = self._place(sample)
         name, stream = phase.source_list[number], phase.stream_list[number]

@@ -93,8 +93,9 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "keep": phase.spec.sources[name].kept,
         "repeat": float(stream.repeat),
         "order": _order_text(stream),
-        "documents": stream.selected.num_documents,
-        "unique_tokens": stream.selected.num_tokens,
+        "documents": stream.documents_selected.num_documents,
+        "unique_tokens": stream.documents_selected.num_tokens,
+        "padding": 0.0 if stream.packed is None else stream.packed.padding,
         "samples": used,
         "tokens": used * stream.seq_length,
         "share": used / phase.num_samples,
@@ -109,6 +110,9 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
 
 
 def _order_text(stream: Stream) -> str:
+    if stream.packed is not None:
+        rising = "ascending" if stream.ascending else "random"
+        return f"{rising} windows of whole{' shuffled' if stream.packed.is_shuffled else ''} documents"
     if stream.shuffling is None:
         return "ascending quality" if stream.ascending else "random"
     return f"random in {stream.shuffling.num_bands} ascending bands" if stream.ascending else "random documents"
@@ -130,9 +134,15 @@ def _times_shown(version: int, stream: Stream, used: int) -> list[dict[str, int]
     return [count for count in counts if count["tokens"]]
 
 
+def _tokens_seen(phase: Phase, number: int) -> int:
+    """Tokens that a phase shows of a source, less padding."""
+    stream, tokens = phase.stream_list[number], int(phase.used[number]) * phase.stream_list[number].seq_length
+    return tokens if stream.packed is None else round(tokens * (1 - stream.packed.padding))
+
+
 def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> dict[str, Any]:
     seen = sum(
-        int(phase.used[number]) * plan.seq_length
+        _tokens_seen(phase, number)
         for phase in plan.phases
         for number, name in enumerate(phase.streams)
         if name == source.name
@@ -191,6 +201,9 @@ def _band_tokens(
     """
     if isinstance(phase, AmendedPhase) and stream.ascending:
         return _amended_tokens(phase, number, edges)
+    if stream.packed is not None:
+        one = _pass_tokens(stream, stream.packed.runs, edges, tokens)
+        return np.asarray(one * (int(phase.used[number]) / stream.packed.num_documents), dtype=np.float64)
     whole = _pass_tokens(stream, stream.selected, edges, tokens) * stream.whole_passes
     extra = _pass_tokens(stream, stream.extra, edges, tokens) if stream.extra else 0.0
     used: NDArray[np.float64] = (whole + extra) * (int(phase.used[number]) / stream.num_windows)

@@ -18,8 +18,10 @@ from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.data.stream import Shuffling, Stream
 from megatron_kaiyuan.documents.draws import Draw
 from megatron_kaiyuan.documents.even_sample import even_sample
+from megatron_kaiyuan.documents.packing import PackedOrder
 from megatron_kaiyuan.documents.permutation import derive_key
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count
+from megatron_kaiyuan.documents.shuffled import ShuffledOrder
 from megatron_kaiyuan.errors import PlanError
 
 __all__ = ["Part", "build_stream", "fitted_stream", "most_windows"]
@@ -38,6 +40,8 @@ class Part:
     name: str
     spec: PhaseSourceSpec
     source: OpenedSource
+    indexed: bool = True
+    """Whether what `tools/rank_data.py` stores for large sources must be there."""
 
     @property
     def ascending(self) -> bool:
@@ -78,7 +82,9 @@ def build_stream(part: Part) -> Stream:
         PlanError: a selection that leaves less than one window.
     """
     available = part.source.trainable(ranked=part.ranked)
-    selected = _select(available, part)
+    documents = _select(available, part)
+    packed = _packed(part, documents) if part.spec.packing == "whole" else None
+    selected = documents if packed is None else _all_of(packed)
     whole, fraction = divmod(part.spec.repeat, 1)
     extra = _some(part, selected, nearest_count(fraction, selected.num_documents), fraction) if fraction else None
     stream = Stream(
@@ -89,12 +95,13 @@ def build_stream(part: Part) -> Stream:
         seq_length=part.plan.seq_length,
         ascending=part.ascending,
         key=part.key,
-        shuffling=_shuffling(part, selected),
+        shuffling=_shuffling(part, selected) if packed is None else None,
+        packed=packed,
     )
     if stream.num_windows == 0:
         raise PlanError(
             f"phase {part.phase!r}, source {part.name!r}: keep {part.spec.kept} of {available.num_documents:,} "
-            f"documents leaves {selected.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
+            f"documents leaves {documents.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
             f"{float(part.spec.repeat):g}; one window needs {part.plan.seq_length + 1:,}: keep more, repeat more, or "
             "leave the source out of the phase"
         )
@@ -108,7 +115,7 @@ def fitted_stream(part: Part, stream: Stream, used: int) -> Stream:
         return stream
     if stream.seen.windows and stream.ascending:
         return stream  # one pass, of which earlier phases have shown some: the rest is thinned
-    whole, missing = divmod(shown * stream.seq_length + 1, stream.selected.num_tokens)
+    whole, missing = divmod(stream.tokens_of(shown), stream.selected.num_tokens)
     if not stream.ascending:  # cut short within its last pass, which a longer budget would go on with
         return replace(stream, whole_passes=whole + (1 if missing else 0), extra=None)
     if whole == 0 and used < stream.num_windows:  # less than one pass: what there is of it is thinned evenly
@@ -121,8 +128,8 @@ def most_windows(stream: Stream, max_repeat: Fraction | None) -> int:
     """How many windows of a stream a budget may ask for."""
     if stream.seen.windows and (stream.ascending or stream.seen.levels):
         return stream.available
-    stretched = 0 if max_repeat is None else (math.floor(max_repeat * stream.selected.num_tokens) - 1)
-    return max(stream.num_windows, stretched // stream.seq_length) - stream.seen.windows
+    stretched = 0 if max_repeat is None else stream.windows_in(math.floor(max_repeat * stream.selected.num_tokens))
+    return max(stream.num_windows, stretched) - stream.seen.windows
 
 
 def _select(available: DocumentRuns, part: Part) -> DocumentRuns:
@@ -205,6 +212,19 @@ def _with_bands(part: Part, stream: Stream) -> Stream:
     if not stream.ascending or part.even or part.spec.repeat_order == "passes" or stream.num_passes == 1:
         return replace(stream, num_bands=1)
     return replace(stream, num_bands=_num_bands(part, stream.selected))
+
+
+def _packed(part: Part, documents: DocumentRuns) -> PackedOrder:
+    """The windows that a selection is packed into whole; shuffled before, where that is asked for, once."""
+    shuffled = None
+    if (shuffling := _shuffling(part, documents)) is not None:
+        edges = np.arange(shuffling.num_bands + 1, dtype=np.int64) * documents.num_documents // shuffling.num_bands
+        shuffled = ShuffledOrder(documents, edges, derive_key(shuffling.key, "documents"))
+    return PackedOrder(documents, part.plan.seq_length, shuffled, ascending=part.ascending, must_be_stored=part.indexed)
+
+
+def _all_of(packed: PackedOrder) -> DocumentRuns:
+    return DocumentRuns(packed, np.zeros(1, dtype=np.int64), np.array([packed.num_documents], dtype=np.int64))
 
 
 def _num_bands(part: Part, selected: DocumentRuns) -> int:

@@ -11,9 +11,10 @@ from megatron_kaiyuan.data.interleave import merged_block, merged_sample
 from megatron_kaiyuan.data.plan_schema import LearningRateSpec, PhaseSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.data.unseen import thinned
+from megatron_kaiyuan.documents.packing import PackedOrder
 from megatron_kaiyuan.documents.shuffled import ShuffledOrder
 
-__all__ = ["Phase", "stored_shuffles"]
+__all__ = ["Phase", "stored_orders"]
 
 _FEW = 16  # samples of a shuffled stream; below, plain integers are faster than arrays
 _FEW_STREAMS = 48  # likewise for the merge of one sample
@@ -108,8 +109,9 @@ class Phase:
         return [number for number, stream in enumerate(self.stream_list) if stream.ascending and stream.seen.windows]
 
 
-def stored_shuffles(phases: Iterable[Phase]) -> Iterator[ShuffledOrder]:
-    """Random orders of documents whose sums are too many to be made at each start."""
+def stored_orders(phases: Iterable[Phase]) -> Iterator[ShuffledOrder | PackedOrder]:
+    """Orders of documents, as the phases pack them, whose sums are too many to be made at each start."""
     for phase in phases:
         for stream in phase.streams.values():
-            yield from (order for order in stream.shuffled_orders() if not order.is_small)
+            orders = stream.shuffled_orders() if stream.packed is None else [stream.packed]
+            yield from (order for order in orders if not order.is_small)

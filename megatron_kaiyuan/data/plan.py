@@ -15,7 +15,7 @@ from megatron_kaiyuan.data.build_phase import build_phase
 from megatron_kaiyuan.data.constraints import check_domain_bounds
 from megatron_kaiyuan.data.description import ResolvedPlan, describe_plan
 from megatron_kaiyuan.data.opened import OpenedSource, check_held_out, open_plan_sources
-from megatron_kaiyuan.data.phase import Phase, stored_shuffles
+from megatron_kaiyuan.data.phase import Phase, stored_orders
 from megatron_kaiyuan.data.plan_phases import AveragingSpec
 from megatron_kaiyuan.data.plan_rules import check_first_version, otherwise_in_second
 from megatron_kaiyuan.data.plan_schema import (
@@ -65,7 +65,7 @@ class Plan:
         Args:
             spec: the plan.
             simulate: as `load`.
-            indexed: whether what `tools/rank_data.py` stores of shuffled documents must be there, as for reading.
+            indexed: whether what `tools/rank_data.py` stores for large sources must be there, as for reading.
         """
         if isinstance(spec, dict):
             spec = parse_plan_spec(spec)
@@ -76,9 +76,9 @@ class Plan:
         check_held_out(opened, spec.seq_length)
         phases: list[Phase] = []
         for phase in spec.phases:
-            phases.append(build_phase(phase, spec, opened, phases))
+            phases.append(build_phase(phase, spec, opened, phases, indexed=indexed))
         check_domain_bounds(spec, phases)
-        for order in () if simulate or not indexed else stored_shuffles(phases):
+        for order in () if simulate or not indexed else stored_orders(phases):
             order.open_stored()
         return cls(spec, opened, phases)
 

@@ -82,6 +82,8 @@ class PhaseSourceSpec(Strict):
     """Size of the bands of `ranked`, a share of the selection; None: 5 %."""
     shuffle: Literal["windows", "documents"] = "windows"
     """What comes in random order: packed windows, or also the documents before they are packed, anew in each pass."""
+    packing: Literal["flowing", "whole"] = "flowing"
+    """Whether documents run on from window to window, or stay whole where they fit, with padding at the ends."""
 
     @model_validator(mode="before")
     @classmethod

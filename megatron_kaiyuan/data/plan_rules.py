@@ -14,6 +14,7 @@ _SECOND = {
     "repeat_order": "repeat_order",
     "repeat_spacing": "repeat_spacing",
     "shuffle": "shuffle",
+    "packing": "packing",
 }
 """Fields of a part that version 1 of the plan does not have, and how a plan writes them."""
 

@@ -1,12 +1,13 @@
-"""Rank indices of all scored sources of a plan, and sums of shuffled documents, in one go that can be run again."""
+"""What a plan needs of large sources, in one go that can be run again: rank indices, and sums of documents."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_kaiyuan.data.phase import stored_shuffles
+from megatron_kaiyuan.data.phase import stored_orders
 from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.plan_schema import PlanSpec, load_plan_spec
+from megatron_kaiyuan.documents.packing import PackedOrder
 from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index, write_rank_index
 from megatron_kaiyuan.documents.shuffled import ShuffledOrder
 from megatron_kaiyuan.errors import RankIndexError
@@ -20,7 +21,7 @@ __all__ = ["RankedSource", "rank_plan_sources"]
 
 @dataclass(frozen=True, slots=True)
 class RankedSource:
-    """A source whose rank index, or the sums of a random order of its documents, are there."""
+    """A source whose rank index, or the sums of an order of its documents, are there."""
 
     name: str
     source: Source
@@ -30,7 +31,7 @@ class RankedSource:
 
 
 def rank_plan_sources(plan: Path, seed: int = 0, meter: Meter | None = None) -> Iterator[RankedSource]:
-    """Build what each source lacks or has of old: rank indices, then the sums of large shuffled sets of documents.
+    """Build what each source lacks or has of old: rank indices, then the sums of large sets shuffled or packed whole.
 
     A run that was killed left whole indices or none, so the same call again does what is left.
 
@@ -45,7 +46,8 @@ def rank_plan_sources(plan: Path, seed: int = 0, meter: Meter | None = None) -> 
     """
     spec = load_plan_spec(plan)
     yield from _rank(spec, seed, meter)
-    if any(part.shuffle == "documents" for phase in spec.phases for part in phase.sources.values()):
+    parts = [part for phase in spec.phases for part in phase.sources.values()]
+    if any(part.shuffle == "documents" or part.packing == "whole" for part in parts):
         yield from _sum_up(spec)
 
 
@@ -62,14 +64,14 @@ def _rank(plan: PlanSpec, seed: int, meter: Meter | None) -> Iterator[RankedSour
 
 
 def _sum_up(plan: PlanSpec) -> Iterator[RankedSource]:
-    for order in stored_shuffles(Plan.from_spec(plan, indexed=False).phases):
+    for order in stored_orders(Plan.from_spec(plan, indexed=False).phases):
         built = not _is_stored(order)
         if built:
             order.write()
         yield RankedSource(order.source.name, order.source, order.path, built)
 
 
-def _is_stored(order: ShuffledOrder) -> bool:
+def _is_stored(order: ShuffledOrder | PackedOrder) -> bool:
     try:
         order.open_stored()
     except RankIndexError:

@@ -28,6 +28,7 @@ _OPTIONAL = {
     "denied",
     "thin",
     "shuffle",
+    "packing",
 }  # only records of parts that have it
 
 
@@ -85,8 +86,8 @@ def _stream_record(
         "keep": str(phase.spec.sources[name].keep),
         "ascending": stream.ascending,
         "ranking": source.ranking if stream.selected.order.ranked else None,
-        "documents": stream.selected.num_documents,
-        "tokens": stream.selected.num_tokens,
+        "documents": stream.documents_selected.num_documents,
+        "tokens": stream.documents_selected.num_tokens,
         "repeat": str(stream.repeat),
         "rate": rate,
         "passes": stream.whole_passes,
@@ -101,8 +102,14 @@ def _second_record(phase: Phase, name: str, stream: Stream) -> dict[str, Any]:
     levels = [list(level) for level in stream.seen.levels]
     seen = {"seen": [levels, stream.seen.samples]} if part.start == "unseen" else {}
     but = {} if part.but is None else {"except": str(part.but)}
-    shuffle = {} if stream.shuffling is None else {"shuffle": ["documents", stream.shuffling.num_bands]}
-    return {"draw": part.draw, "bands": stream.num_bands} | seen | but | shuffle
+    return {"draw": part.draw, "bands": stream.num_bands} | seen | but | _packing_record(stream)
+
+
+def _packing_record(stream: Stream) -> dict[str, Any]:
+    """How documents are packed, where it is not as they are stored or ranked, one after another."""
+    if stream.packed is not None:
+        return {"packing": ["whole", stream.packed.num_documents, stream.packed.group, stream.packed.is_shuffled]}
+    return {} if stream.shuffling is None else {"shuffle": ["documents", stream.shuffling.num_bands]}
 
 
 def version_of_record(record: Mapping[str, Any]) -> int:
@@ -198,6 +205,8 @@ def _passes_are_free(old: dict[str, Any], new: dict[str, Any], shown: int, seq_l
     if not old.get("extra_documents") and not new["extra_documents"]:
         return True
     common = min(old.get("passes", 0), new["passes"]) * old.get("tokens", 0)
+    if "packing" in old:  # windows are whole in their pass
+        return bool(shown <= min(old["passes"], new["passes"]) * old["packing"][1])
     return bool(shown <= max(0, (common - 1) // seq_length))
 
 

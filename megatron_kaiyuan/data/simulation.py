@@ -74,6 +74,10 @@ class SimulatedOrder:
         """Documents are numbered by position."""
         return positions
 
+    def lengths_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Invented lengths."""
+        return self.token_offsets(positions + 1) - self.token_offsets(positions)
+
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Documents are numbered by rank; held-out ones are drawn at random anyway."""
         return documents

@@ -6,8 +6,11 @@ is shown as often as asked for before the next one begins. In rank order that is
 With `shuffle: documents` each pass has its documents in a random order of its own before they are packed; where the
 stream ascends, band by band.
 
-Packing is Megatron's: the stream's tokens are cut every `seq_length` tokens, a window has one token more (the last
-target, which is the next window's first input), and documents flow across windows. An ascending stream starts
+With `packing: whole` the documents of the stream are windows already, each of whole documents and, by count, of
+`seq_length` tokens; passes, bands and partial passes are of windows.
+
+Otherwise packing is Megatron's: the stream's tokens are cut every `seq_length` tokens, a window has one token more (the
+last target, which is the next window's first input), and documents flow across windows. An ascending stream starts
 `leftover` tokens late, so that its last window ends with its best document; any other stream ends early. Either way
 fewer than `seq_length` tokens of a stream are never predicted, and `leftover` says how many.
 """
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.unseen import NOTHING, Seen, thinned
 from megatron_kaiyuan.documents.order import Pieces
+from megatron_kaiyuan.documents.packing import PackedOrder
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.documents.shuffled import ShuffledOrder, as_shuffled, stride_of
@@ -76,6 +80,26 @@ class Stream:
     """What earlier phases have shown of it; this one goes on with the rest."""
     shuffling: Shuffling | None = None
     """Of documents; None: they are packed in the order of the selection."""
+    packed: PackedOrder | None = None
+    """What `selected` are windows of, where documents are packed whole."""
+
+    @property
+    def documents_selected(self) -> DocumentRuns:
+        """The documents of one whole pass, however they are packed."""
+        return self.selected if self.packed is None else self.packed.runs
+
+    @property
+    def tokens_shared(self) -> int:
+        """Tokens that a window shares with the next one: the last target, unless windows are packed whole."""
+        return 1 if self.packed is None else 0
+
+    def tokens_of(self, windows: int) -> int:
+        """Tokens that so many windows need."""
+        return windows * self.seq_length + self.tokens_shared
+
+    def windows_in(self, tokens: int) -> int:
+        """Windows that so many tokens fill."""
+        return max(0, (tokens - self.tokens_shared) // self.seq_length)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -85,7 +109,7 @@ class Stream:
     @cached_property
     def num_windows(self) -> int:
         """Windows of all passes."""
-        return max(0, (self.num_tokens - 1) // self.seq_length)
+        return self.windows_in(self.num_tokens)
 
     @property
     def available(self) -> int:
@@ -95,7 +119,7 @@ class Stream:
     @property
     def leftover(self) -> int:
         """Tokens of the stream that no window predicts, not counting the very first."""
-        return self.num_tokens - 1 - self.num_windows * self.seq_length if self.num_windows else self.num_tokens
+        return self.num_tokens - self.tokens_of(self.num_windows) if self.num_windows else self.num_tokens
 
     @cached_property
     def first_token(self) -> int:
@@ -123,7 +147,7 @@ class Stream:
         """
         ends = np.arange(1, self.num_passes + 1, dtype=np.int64) * self.selected.num_tokens
         ends[-1] = self.num_tokens
-        complete = (ends - 1 - self.first_token) // self.seq_length
+        complete = (ends - self.tokens_shared - self.first_token) // self.seq_length
         return np.maximum(np.minimum(complete, self.num_windows) - self.pass_windows[:-1], 0)
 
     def windows(self, samples: NDArray[np.int64], used: int) -> NDArray[np.int64]:
@@ -175,12 +199,27 @@ class Stream:
     def read(self, window: int) -> NDArray[np.int64]:
         """Tokens of a window: inputs and, shifted by one, targets; int64 `[seq_length + 1]`."""
         out = np.empty(self.seq_length + 1, dtype=np.int64)
+        if self.packed is not None:
+            self.packed.read(self._packed_token(window), out)
+            return out
         done = 0
         for documents, token, count in self._pass_pieces(window):
             for order_token, size in documents.pieces(token, count):
                 documents.order.read(order_token, out[done : done + size])
                 done += size
         return out
+
+    def padding(self, window: int) -> int:
+        """Tokens at the end of a window that are none of its documents'."""
+        if self.packed is None:
+            return 0
+        return self.seq_length + 1 - sum(int(pieces.sizes.sum()) for pieces in self.pieces(window))
+
+    def _packed_token(self, window: int) -> int:
+        """Where the order of packed windows has a window of the stream."""
+        ((documents, token, count),) = self._pass_pieces(window)
+        ((order_token, _),) = documents.pieces(token, count)
+        return order_token
 
     def pieces(self, window: int) -> list[Pieces]:
         """The pieces of documents that a window is made of, run by run."""
@@ -205,7 +244,7 @@ class Stream:
 
     def positions(self, window: int) -> tuple[int, int]:
         """Lowest and highest position, in the documents' order, of the documents of a window."""
-        if self.shuffling is not None:
+        if self.shuffling is not None or self.packed is not None:
             all_of_it = np.concatenate([pieces.positions for pieces in self.pieces(window)])
             return int(all_of_it.min()), int(all_of_it.max())
         found = [
@@ -219,9 +258,11 @@ class Stream:
     def middle_position(self, window: int) -> int:
         """Position, in the documents' order, of the document in the middle of a window.
 
-        Where documents are shuffled it is the middle of the band that this one is of.
+        Where documents are shuffled or packed whole it is the middle of the band or of the group that this one is of.
         """
         before = self.seq_length // 2
+        if self.packed is not None:
+            return self.packed.middle_position(self._packed_token(window) // self.seq_length)
         if self.shuffling is not None:
             return self._middle_of_band(window)
         for documents, token, count in self._pass_pieces(window):
@@ -249,7 +290,7 @@ class Stream:
     def _passes_of(self, window: int) -> list[tuple[int, int, int]]:
         """A window's tokens pass by pass: number of the pass, first token within the pass, count."""
         token = self.first_token + window * self.seq_length
-        missing = self.seq_length + 1
+        missing = self.seq_length + self.tokens_shared
         starts, selected, extra = self._band_lists
         pieces = []
         while missing:

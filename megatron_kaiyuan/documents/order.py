@@ -67,6 +67,9 @@ class DocumentOrder(Protocol):
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers, in the source, of the documents at these positions; int64 `[n]`."""
 
+    def lengths_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of the documents at these positions; int64 `[n]`."""
+
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of these documents; int64 `[n]`."""
 
@@ -113,6 +116,10 @@ class StorageOrder:
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Documents are their own positions."""
         return positions
+
+    def lengths_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of these documents."""
+        return self.source.lengths(positions)
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Documents are their own positions."""
@@ -188,6 +195,13 @@ class RankedOrder:
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The documents of these ranks."""
         return look_up(self.index.order, positions).astype(np.int64)
+
+    def lengths_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of the documents of these ranks."""
+        try:
+            return self.source.lengths(self.documents_at(positions))
+        except IndexError as error:  # a document that the source does not have
+            raise damaged_index(self.index, self.source, self.score) from error
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ranks of these documents."""

@@ -9,10 +9,8 @@ In a curriculum the set is cut into bands of neighbours, and each band is shuffl
 """
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +20,12 @@ from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.rank_index import content_digest
 from megatron_kaiyuan.documents.ranking import STRIDE
 from megatron_kaiyuan.documents.runs import DocumentRuns
+from megatron_kaiyuan.documents.stored_sums import open_sums, write_sums
 from megatron_kaiyuan.errors import RankIndexError
-from megatron_kaiyuan.host.atomic import atomic_file
-from megatron_kaiyuan.host.cli import python_command
-from megatron_kaiyuan.host.maps import map_array
 from megatron_kaiyuan.shards.source import Segment, Source
 
-__all__ = ["ShuffledOrder", "as_shuffled", "stride_of"]
+__all__ = ["ShuffledOrder", "as_shuffled", "digest_of", "stride_of"]
 
-_MAGIC = b"KYSHUF01"
-_HEADER_BYTES = 4096
 _SMALL_SET = 1 << 20
 _AT_ONCE = 1 << 20
 
@@ -77,6 +71,10 @@ class ShuffledOrder:
         """Numbers of the documents at these positions of the order that the set is of."""
         return self._runs.order.documents_at(positions)
 
+    def lengths_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of the documents at these positions of the order that the set is of."""
+        return self._runs.order.lengths_at(positions)
+
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Their positions in the order that the set is of."""
         return self._runs.order.positions_of(documents)
@@ -94,7 +92,7 @@ class ShuffledOrder:
             return last[2]
         first = int(self.marks.searchsorted(token, side="right")) - 1
         stop = int(self.marks.searchsorted(token + count, side="left"))
-        positions = self._positions(first * self._stride, min(stop * self._stride, self.num_documents))
+        positions = self.positions_in(first * self._stride, min(stop * self._stride, self.num_documents))
         documents = self._runs.order.documents_at(positions)
         lengths = self.source.lengths(documents)
         ends = int(self.marks[first]) + lengths.cumsum()
@@ -134,24 +132,18 @@ class ShuffledOrder:
 
     def write(self) -> None:
         """Store the sums."""
-        sums = self._sums()
-        facts = {"digest": self._digest, "stride": self._stride, "sums": len(sums)}
-        header = json.dumps(facts, sort_keys=True).encode()
-        with atomic_file(self.path) as stream:
-            stream.write((_MAGIC + len(header).to_bytes(8, "little") + header).ljust(_HEADER_BYTES, b"\0"))
-            stream.write(sums.data)
+        write_sums(self.path, self._digest, {"stride": self._stride}, self._sums())
 
     @cached_property
     def _digest(self) -> str:
-        """Identifies what the sums depend on: the shards, the set, its bands and the key."""
-        order = self._runs.order
-        ranking = f"{order.index.digest} {order.index.seed}" if isinstance(order, RankedOrder) else "as stored"
-        digest = hashlib.sha256(f"{content_digest(self.source)} {ranking} {self._key}".encode())
-        for numbers in (self._runs.starts, self._runs.stops, self._edges):
-            digest.update(np.ascontiguousarray(numbers, dtype=np.int64).tobytes())
-        return digest.hexdigest()
+        return digest_of(self._runs, *self.identity)
 
-    def _positions(self, first: int, stop: int) -> NDArray[np.int64]:
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What the order of the set depends on."""
+        return self._edges.tolist(), self._key
+
+    def positions_in(self, first: int, stop: int) -> NDArray[np.int64]:
         """Positions, in the order of the set, of places `first <= place < stop` of the random order."""
         indices = np.arange(first, stop)
         bands = np.searchsorted(self._edges, indices, side="right") - 1
@@ -178,7 +170,7 @@ class ShuffledOrder:
         sums = np.zeros(-(-count // stride) + 1, dtype=np.int64)
         for first in range(0, count, _AT_ONCE):
             stop = min(first + _AT_ONCE, count)
-            lengths = self.source.lengths(self._runs.order.documents_at(self._positions(first, stop)))
+            lengths = self._runs.order.lengths_at(self.positions_in(first, stop))
             starts = np.arange(0, stop - first, stride)
             sums[first // stride + 1 : first // stride + 1 + len(starts)] = np.add.reduceat(lengths, starts)
         np.cumsum(sums, out=sums)
@@ -187,29 +179,13 @@ class ShuffledOrder:
         return sums
 
     def _stored(self) -> NDArray[np.int64]:
-        facts = self._header()
-        self._stride = int(facts["stride"])
-        return map_array(self.path, np.dtype(np.int64), int(facts["sums"]), _HEADER_BYTES, random=True)
-
-    def _header(self) -> dict[str, Any]:
-        remedy = f"run\n  {python_command()} tools/rank_data.py --plan PLAN"
-        if not self.path.is_file():
-            raise RankIndexError(
-                f"source {self.source.name!r}: shuffle: documents of {self.num_documents:,} documents needs the sums "
-                f"{self.path}; to make those of all sources of the plan, once, {remedy}"
-            )
-        with self.path.open("rb") as stream:
-            raw = stream.read(_HEADER_BYTES)
-        try:
-            facts: dict[str, Any] = json.loads(raw[16 : 16 + int.from_bytes(raw[8:16], "little")])
-            stride, sums = int(facts["stride"]), int(facts["sums"])
-            expected = _HEADER_BYTES + 8 * sums
-            whole = raw.startswith(_MAGIC) and self.path.stat().st_size == expected and facts["digest"] == self._digest
-            if not whole or stride < 1 or sums != -(-self.num_documents // stride) + 1:
-                raise ValueError("not what its header says")
-        except (ValueError, KeyError, TypeError) as error:
-            raise RankIndexError(f"{self.path}: damaged ({error}); delete it and {remedy}") from error
-        return facts
+        what = f"source {self.source.name!r}: shuffle: documents of {self.num_documents:,} documents"
+        facts, sums = open_sums(self.path, self._digest, ("stride",), what)
+        self._stride = facts["stride"]
+        if self._stride < 1 or len(sums) != -(-self.num_documents // self._stride) + 1:
+            raise self._damaged()
+        found: NDArray[np.int64] = sums
+        return found
 
     def _damaged(self) -> RankIndexError:
         where = "" if self.is_small else f"{self.path}: "
@@ -224,3 +200,13 @@ def as_shuffled(runs: DocumentRuns, edges: NDArray[np.int64], key: int, stride: 
     """The set as one run of a random order."""
     order: DocumentOrder = ShuffledOrder(runs, edges, key, stride)
     return DocumentRuns(order, np.zeros(1, dtype=np.int64), np.array([runs.num_documents], dtype=np.int64))
+
+
+def digest_of(runs: DocumentRuns, *more: object) -> str:
+    """Identifies the documents of a set and their order, by the shards and the ranking, and what else is given."""
+    order = runs.order
+    ranking = f"{order.index.digest} {order.index.seed}" if isinstance(order, RankedOrder) else "as stored"
+    digest = hashlib.sha256(f"{content_digest(order.source)} {ranking} {more}".encode())
+    for numbers in (runs.starts, runs.stops):
+        digest.update(np.ascontiguousarray(numbers, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -37,12 +37,13 @@ class SampleOptions:
     """Token ids have to be below it; None: nobody looks."""
 
 
-def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, Tensor]:
+def make_sample(window: NDArray[np.int64], options: SampleOptions, padding: int = 0) -> dict[str, Tensor]:
     """Split a window into inputs and targets.
 
     Args:
         window: int64 `[s + 1]`.
         options: Document boundaries.
+        padding: Tokens at the window's end that are no text; they are not predicted.
 
     Returns:
         `tokens`, `labels`, `position_ids` (int64), `loss_mask` (float32, 1 = counts), each `[s]`, and, if asked for,
@@ -57,6 +58,9 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions) -> dict[str, 
     starts = None if ends is None else torch.from_numpy(_document_starts(ends))
     if ends is not None and options.eod_mask_loss:
         loss_mask = torch.from_numpy((~ends).astype(np.float32))
+    if padding:
+        loss_mask = loss_mask.clone()
+        loss_mask[length - min(padding, length) :] = 0
     sample = {
         "tokens": torch.from_numpy(tokens.copy()),
         "labels": torch.from_numpy(labels.copy()),

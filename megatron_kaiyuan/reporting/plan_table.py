@@ -40,7 +40,7 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
     if description.get("retained"):
         parts.append(_retained_table(description["retained"]))
     parts.append(_summary(description, global_batch_size))
-    parts += [Text(line) for line in fill_notes(description)]
+    parts += [Text(line) for line in fill_notes(description) + padding_notes(description)]
     parts += [Text(f"warning: {line}", style="yellow") for line in rate_warnings(description)]
     parts += [Text(f"warning: {line}", style="yellow") for line in retention_warnings(description.get("retained", []))]
     lost = batch_warnings(description, global_batch_size) if global_batch_size else []
@@ -139,6 +139,17 @@ def fill_notes(description: dict[str, Any]) -> list[str]:
         for phase in description["phases"]
         for name, row in phase["sources"].items()
         if row["fill"] and row["share"] < row["share_asked"] - row["mix_bound_samples"] / phase["samples"]
+    ]
+
+
+def padding_notes(description: dict[str, Any]) -> list[str]:
+    """Parts that are packed whole, and how much of them is padding."""
+    return [
+        f"phase {phase['name']!r}: {row['padding']:.2%} of what is shown of {name} is padding, {format_tokens(tokens)} "
+        "of its tokens"
+        for phase in description["phases"]
+        for name, row in phase["sources"].items()
+        if (tokens := round(row["padding"] * row["tokens"]))
     ]
 
 

@@ -64,7 +64,7 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
             where = self.order.provenance(index)
             named = f"sample {index} (phase {where.phase!r}, source {where.source!r})"
             raise _outside(named, window, place, where.segments, self.options)
-        sample = make_sample(window, self.options)
+        sample = make_sample(window, self.options, self.order.padding(index))
         sample["dataset_id"] = _source_number(self.order.source_index(index))
         sample["band_tokens"] = torch.from_numpy(self.order.band_tokens(index))
         return sample

@@ -67,6 +67,28 @@ def windows(tokens: Sequence[int], seq_length: int, *, drop_first: bool) -> list
     return [tuple(tokens[first + w * seq_length : first + (w + 1) * seq_length + 1]) for w in range(count)]
 
 
+def packed_whole(documents: Sequence[list[int]], room: int, group: int) -> list[list[list[int]]]:
+    """Windows of whole documents, as docs/plan.md says, group by group: tokens of each, without padding."""
+    windows: list[list[list[int]]] = []
+    for first in range(0, len(documents), group):
+        pieces: list[list[int]] = []
+        bins: list[list[list[int]]] = []
+        for document in documents[first : first + group]:
+            while len(document) > room:
+                bins.append([document[:room]])
+                document = document[room - 1 :]
+            if document:
+                pieces.append(document)
+        for piece in sorted(pieces, key=len, reverse=True):
+            fitting = [one for one in bins if sum(map(len, one)) + len(piece) <= room]
+            if fitting:
+                max(fitting, key=lambda one: sum(map(len, one))).append(piece)
+            else:
+                bins.append([piece])
+        windows += bins
+    return windows
+
+
 def bands(part: Part, seq_length: int) -> list[list[list[int]]]:
     """The selection cut into bands: as many as the spacing asks for, of two documents and four windows or more."""
     documents = selected(part)

@@ -74,6 +74,13 @@ def test_shuffled_documents_are_what_their_example_says():
     assert plan.describe()["phases"][1]["sources"]["web"]["order"] == "random in 10 ascending bands"
 
 
+def test_documents_packed_whole_are_what_their_example_says():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "whole")
+    told = [phase["sources"]["web"] for phase in told_of(with_phases(phases))["phases"]]
+    assert [row["samples"] for row in told] == [999_385, 99_908]
+    assert [f"{row['padding']:.2%}" for row in told] == ["0.36%", "0.36%"]
+
+
 def test_what_is_unseen_is_what_its_example_says():
     phases = next(block["phases"] for block in BLOCKS if "phases" in block and block["phases"][0]["name"] == "first")
     told = told_of(with_phases(phases))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan, interleave, parts, phase, stream, unseen
+from megatron_kaiyuan.documents import packing
 from megatron_kaiyuan.documents.draws import Draw
 from megatron_kaiyuan.documents.runs import DocumentRuns
 from tests.unit_tests.data import oracle
@@ -94,7 +95,20 @@ def check_documents(sources: dict[str, Any]) -> None:
             assert bands == sorted(bands)
 
 
-CHECKS = [check_curricula, check_draws, check_passes, check_unseen, check_documents]
+def check_packing(sources: dict[str, Any]) -> None:
+    """Documents packed whole, against the oracle."""
+    spec = plan_of(sources, phase_of("shuffled", {"a": {"packing": "whole"}}), seq_length=12)
+    order = CurriculumDataset(Plan.from_spec(spec))
+    shown = [order[sample]["tokens"].tolist()[: 13 - order.padding(sample)] for sample in range(len(order))]
+    by_hand = oracle.packed_whole(numbered_documents(LENGTHS), 13, 512)
+    assert sorted(map(len, shown)) == sorted(sum(map(len, window)) for window in by_hand)
+    uneven = [1 + number * number * 7 % 31 for number in range(200)]
+    packed = [sum(stop - start for _, start, stop in window) for window in packing.pack_group(uneven, 39)]
+    by_hand = oracle.packed_whole(numbered_documents(uneven), 40, 200)
+    assert sorted(packed) == sorted(sum(map(len, window)) for window in by_hand)
+
+
+CHECKS = [check_curricula, check_draws, check_passes, check_unseen, check_documents, check_packing]
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 _left_out, _left_out_one = unseen.left_out, unseen.left_out_one
@@ -166,7 +180,19 @@ def pack_every_pass_alike(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stream, "as_shuffled", lambda runs, edges, key, stride: _shuffled(runs, edges, 5, stride))
 
 
+def pack_where_most_is_free(patch: pytest.MonkeyPatch) -> None:
+    """Documents go where they leave most free."""
+    patch.setattr(packing, "bisect_left", lambda free, asked: len(free) - (bool(free) and free[-1][0] >= asked[0]))
+
+
+def take_padding_for_text(patch: pytest.MonkeyPatch) -> None:
+    """Nobody knows what is padding."""
+    patch.setattr(stream.Stream, "padding", lambda self, window: 0)
+
+
 FAULTS = [
+    pack_where_most_is_free,
+    take_padding_for_text,
     shuffle_documents_across_bands,
     pack_every_pass_alike,
     thin_from_the_start,
