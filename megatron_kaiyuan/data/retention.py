@@ -20,12 +20,26 @@ from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_phases import AveragingSpec
 
-__all__ = ["averaging_weights", "kept_weights", "retained_by_band", "retention_warnings"]
+__all__ = [
+    "averaging_weights",
+    "effective_tokens",
+    "kept_weights",
+    "repetition_notes",
+    "repetition_warnings",
+    "retained_by_band",
+    "retention_warnings",
+]
 
 _PLACES = 64
 """Equal parts of a phase for which the rate, the quality and the weight are reported."""
 _LEAST_SHARE = 1 / 3
 """Of the largest weight: below, the best band of a curriculum is warned of."""
+_WORTH = 15.387756
+"""Repetitions after which another one is worth 1/e of new data: `R_D*` of Muennighoff et al. (2023)."""
+_REPEATED = 1.005
+"""Passes from which data count as repeated."""
+_HARMLESS = 4
+"""Passes up to which they found repeated data nearly as good as new ones."""
 
 
 def averaging_weights(kind: str, count: int) -> NDArray[np.float64]:
@@ -127,6 +141,54 @@ def retained_by_band(
             else:
                 rows.append(row | {"kept": mean, "bands": [mean] * bands})
     return rows
+
+
+def effective_tokens(unique: int, shown: int) -> float:
+    """Return how many tokens that are shown once would lower the loss as much, by Muennighoff et al. (2023).
+
+    `R` repetitions of `U` tokens are worth `U (1 + r (1 - exp(-R / r)))`, `r` = 15.39. Fitted on about 400 models of
+    10M to 9B parameters and up to 900B tokens of web text, repeated as a whole; in a mix it is an approximation.
+
+    Args:
+        unique: different tokens.
+        shown: tokens in all, at least as many.
+    """
+    if not unique:
+        return 0.0
+    repetitions = max(shown / unique - 1, 0.0)
+    return min(shown, unique) * (1 + _WORTH * -math.expm1(-repetitions / _WORTH))
+
+
+def repetition_notes(description: Mapping[str, Any]) -> list[str]:
+    """Parts that repeat data, and what their tokens are worth; `description` is what `Plan.describe` returned."""
+    lines = []
+    for phase in description["phases"]:
+        for name, row in phase["sources"].items():
+            unique = sum(one["tokens"] for one in row["shown"] or () if one["times"])
+            shown = sum(one["tokens"] * one["times"] for one in row["shown"] or ())
+            if shown > unique * _REPEATED:
+                worth = effective_tokens(unique, shown) / shown
+                lines.append(
+                    f"phase {phase['name']!r}: {name} is shown {shown / unique:.2f} times on the average, which is "
+                    f"worth {worth:.1%} of as many new tokens (Muennighoff et al. 2023: models up to 9B, up to "
+                    "900B tokens of web text, repeated as a whole)"
+                )
+    return lines
+
+
+def repetition_warnings(description: Mapping[str, Any]) -> list[str]:
+    """Sources of which some tenth is seen more than four times in the run."""
+    lines = []
+    for name, source in description["sources"].items():
+        times = max((band["epochs"] for band in source["bands"]), default=source["epochs"])
+        if times > _HARMLESS:
+            where = "its most repeated band" if source["bands"] else "it"
+            lines.append(
+                f"source {name!r}: {where} is seen {times:.1f} times in the run. Up to 4 times were nearly as good as "
+                "new data, and with more the worth of another one decays towards nothing (Muennighoff et al. 2023); "
+                "keep more of it, or repeat less"
+            )
+    return lines
 
 
 def retention_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
-from megatron_kaiyuan.data.retention import retention_warnings
+from megatron_kaiyuan.data.retention import repetition_warnings, retention_warnings
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
@@ -29,7 +29,9 @@ def write_plan_page(description: dict[str, Any], path: Path) -> None:
         "plan.html",
         title=f"Plan {description['fingerprint']}",
         lead=f"Seed {description['seed']}, fingerprint {description['fingerprint']}.",
-        warnings=rate_warnings(description) + retention_warnings(description.get("retained", [])),
+        warnings=rate_warnings(description)
+        + repetition_warnings(description)
+        + retention_warnings(description.get("retained", [])),
         retained=[
             [row["phase"], row["source"], *("-" if kept is None else f"{kept:.2f}" for kept in reversed(row["bands"]))]
             for row in description.get("retained", [])

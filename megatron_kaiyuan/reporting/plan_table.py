@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_kaiyuan.data.learning_rate import batch_warnings, rate_warnings
-from megatron_kaiyuan.data.retention import retention_warnings
+from megatron_kaiyuan.data.retention import repetition_notes, repetition_warnings, retention_warnings
 from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.terminal import counted
 
@@ -40,8 +40,10 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
     if description.get("retained"):
         parts.append(_retained_table(description["retained"]))
     parts.append(_summary(description, global_batch_size))
-    parts += [Text(line) for line in fill_notes(description) + padding_notes(description)]
-    parts += [Text(f"warning: {line}", style="yellow") for line in rate_warnings(description)]
+    notes = fill_notes(description) + padding_notes(description) + repetition_notes(description)
+    parts += [Text(line) for line in notes]
+    warnings = rate_warnings(description) + repetition_warnings(description)
+    parts += [Text(f"warning: {line}", style="yellow") for line in warnings]
     parts += [Text(f"warning: {line}", style="yellow") for line in retention_warnings(description.get("retained", []))]
     lost = batch_warnings(description, global_batch_size) if global_batch_size else []
     parts += [Text(f"warning: {line}", style="yellow") for line in lost]

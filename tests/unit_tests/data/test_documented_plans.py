@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data.retention import repetition_notes
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.reporting.plan_table import fill_notes, format_tokens, times_shown
 
@@ -63,6 +64,12 @@ def test_a_named_draw_is_what_its_example_says():
         phase["sources"]["web"] = "random 20%"
     apart = [phase.streams["web"].selected for phase in Plan.from_spec(with_phases(phases[:2]), simulate=True).phases]
     assert abs(apart[0].common_with(apart[1]).num_documents - 40_000) < 5 * 130 * 8, "64 neighbours a block: 8 times"
+
+
+def test_repeated_data_are_worth_what_the_document_says():
+    (note,) = repetition_notes(told_of(EXAMPLE))
+    assert "web is shown 1.48 times on the average, which is worth 99.5%" in note
+    assert documented("1.48 times on the average, which is worth 99.5 %")
 
 
 def test_shuffled_documents_are_what_their_example_says():

@@ -6,7 +6,14 @@ import pytest
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.learning_rate import rate_at
 from megatron_kaiyuan.data.plan_schema import parse_plan_spec
-from megatron_kaiyuan.data.retention import averaging_weights, kept_weights, retention_warnings
+from megatron_kaiyuan.data.retention import (
+    averaging_weights,
+    effective_tokens,
+    kept_weights,
+    repetition_notes,
+    repetition_warnings,
+    retention_warnings,
+)
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.reporting.plan_page import write_plan_page
 from megatron_kaiyuan.reporting.plan_table import plan_tables
@@ -102,3 +109,23 @@ def test_a_duration_counts_checkpoints_and_a_decay_is_a_weighting():
     ):
         with pytest.raises(PlanError, match=message):
             averaging_of(**fields)
+
+
+def test_repeated_tokens_are_worth_what_the_law_says():
+    """By hand: 10 more passes are worth 15.39 (1 - exp(-10 / 15.39)) = 7.35, each the less the later it comes."""
+    assert effective_tokens(100, 100) == 100
+    assert effective_tokens(100, 40) == 40, "a part of one pass"
+    assert effective_tokens(100, 1100) == pytest.approx(100 + 735.3, abs=0.2)
+    worths = np.diff([effective_tokens(100, 100 * passes) for passes in range(1, 60)])
+    assert np.all(np.diff(worths) < 0)
+    assert 90 < worths[0] < 100
+    assert effective_tokens(100, 10**9) == pytest.approx(100 * 16.387756)
+
+
+def test_a_band_that_is_seen_often_is_warned_of():
+    sources = {"a": {"shards": "none", "score": "s", "expected": {"documents": 1000, "tokens": 100_000}}}
+    for repeat, lines in ((4, 0), (5, 1)):
+        phase = {"name": "p", "order": "shuffled", "sources": {"a": {"keep": "top 10%", "repeat": repeat}}}
+        told = Plan.from_spec({"seq_length": 100, "sources": sources, "phases": [phase]}, simulate=True).describe()
+        assert len(repetition_warnings(told)) == lines
+        assert len(repetition_notes(told)) == 1

@@ -97,6 +97,9 @@ def test_rarer_evaluations_after_a_resume_have_samples_left(monkeypatch: pytest.
 class Order(Windows):
     """What is asked of a `CurriculumDataset`."""
 
+    def padding(self, sample: int) -> int:
+        return 0
+
     def source_index(self, sample: int) -> int:
         return 10 + sample
 
