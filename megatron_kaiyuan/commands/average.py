@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import CommandParser, say
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Average the weights of several checkpoints of one run, on the CPU and in one process. The "
         "result is a torch_dist checkpoint for any parallel layout, without optimizer state: load it with --finetune, "
         "or evaluate it."
@@ -50,5 +51,5 @@ def main() -> None:
         meter.start("averaging", sum(checkpoint.num_bytes for checkpoint in checkpoints))
         manifest = average_checkpoints(checkpoints, arguments.weights or weights, arguments.output, meter.advance)
     for part in manifest.checkpoints:
-        print(f"{part.weight:8.4f} x iteration {part.iteration} ({part.consumed_samples:,} samples)")
-    print(f"{arguments.output}: average of {manifest.parameters:,} parameters in {manifest.tensors} tensors")
+        say(f"{part.weight:8.4f} x iteration {part.iteration} ({part.consumed_samples:,} samples)")
+    say(f"{arguments.output}: average of {manifest.parameters:,} parameters in {manifest.tensors} tensors")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import CommandParser, say
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LAYOUTS = ("auto", "kaiyuan", "llama", "qwen2", "qwen3", "gemma3")
@@ -21,7 +22,7 @@ def _size(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Convert a torch_dist checkpoint to a model folder of Hugging Face transformers, or back. Any "
         "parallel layout, averages too; on the CPU, with the memory of one layer. docs/convert.md has examples."
     )
@@ -97,10 +98,10 @@ def _export(options: argparse.Namespace) -> None:
         )
     _print_model(options.output, exported.layout.architecture)
     code = "; loads with trust_remote_code=True" if exported.layout.has_code else "; loads without trust_remote_code"
-    print(f"layout {exported.layout.name}, {exported.dtype}{code}")
+    say(f"layout {exported.layout.name}, {exported.dtype}{code}")
     if exported.largest is not None:
         of = f", of {torch.finfo(exported.dtype).max:.6g}" if exported.dtype == torch.float16 else ""
-        print(f"checked on a text: largest activation {exported.largest.value:.4g}{of} ({exported.largest.module})")
+        say(f"checked on a text: largest activation {exported.largest.value:.4g}{of} ({exported.largest.module})")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -115,7 +116,7 @@ def _import(options: argparse.Namespace) -> None:
 
 def _print_model(output: Path, model: Any) -> None:
     cap = f"soft-cap {model.logit_softcap:g}" if model.logit_softcap else "no soft-cap"
-    print(
+    say(
         f"{output}: {model.num_layers} layers, hidden size {model.hidden_size}, {model.padded_vocab_size:,} "
         f"token ids, {cap}"
     )

@@ -1,6 +1,5 @@
 """Say what this machine can do for training, what is missing, and what to do about it. Needs no plan and no GPU."""
 
-import argparse
 import json
 import platform
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.examination import GIB, Finding, examine_machine, examine_packages, free_disk
 from megatron_kaiyuan.host.terminal import visible, visible_data
 from megatron_kaiyuan.host.version import code_version
@@ -26,7 +26,7 @@ _MARKS = {"ok": "ok", "weak": "WEAK", "absent": "-", "broken": "BROKEN"}
 
 def main() -> None:
     """Examine the machine and print one line a fact."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--save", type=Path, default=Path(), metavar="DIR", help="where runs will write; default: here")
     parser.add_argument("--plan", type=Path, help="with --parameters its checkpoints are compared with the disk")
     parser.add_argument("--parameters", type=float, metavar="N", help="of the model, such as 2e9")
@@ -42,10 +42,10 @@ def main() -> None:
         findings.append(_disk_for(args.plan, args.parameters, work))
     if args.json:
         facts = {"version": code_version(), "system": platform.platform(), "findings": list(map(asdict, findings))}
-        print(json.dumps(visible_data(facts), indent=2))
+        say(json.dumps(visible_data(facts), indent=2))
     else:
-        print(f"megatron_kaiyuan {code_version()}, {platform.platform()}")
-        print("\n".join(_lines(findings)))
+        say(f"megatron_kaiyuan {code_version()}, {platform.platform()}")
+        say("\n".join(_lines(findings)))
     if broken := [finding.name for finding in findings if finding.state == "broken"]:
         raise ConfigError(f"{', '.join(broken)}: mend this first; the remedies stand above")
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
@@ -13,7 +14,7 @@ from megatron_kaiyuan.reporting.held_out_table import band_tables, source_table
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Held-out loss of checkpoints of one model, for each source of a plan and each quantile band of "
         "its documents, in one process (GPU or CPU)."
     )
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
-    print(start_device(), file=sys.stderr)
+    say(start_device(), file=sys.stderr)
     with quiet_megatron_import():
         from megatron_kaiyuan.evaluation.held_out import evaluate_checkpoints, results_as_json
 
@@ -58,7 +59,7 @@ def main() -> None:
         max_windows=options.windows,
         batch_size=options.batch_size,
         bytes_of_token=token_bytes(tokenizer) if tokenizer else None,
-        progress=lambda line: print(line, file=sys.stderr),
+        progress=lambda line: say(line, file=sys.stderr),
     )
     for table in (source_table(results, plan), *band_tables(results, plan)):
         SafeConsole().print(table)

@@ -4,14 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.devices import start_device
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
-from megatron_kaiyuan.host.terminal import visible
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(description="Continue prompts with the model of a checkpoint, in one process.")
+    parser = CommandParser(description="Continue prompts with the model of a checkpoint, in one process.")
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="iter_* folder, or save directory (its latest)"
     )
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the tool."""
     options = build_parser().parse_args()
-    print(start_device(), file=sys.stderr)
+    say(start_device(), file=sys.stderr)
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
     from megatron_kaiyuan.checkpoints.tokenizer import tokenizer_of_checkpoint
     from megatron_kaiyuan.commands.verifying import shown_on
@@ -55,6 +55,6 @@ def main() -> None:
     model, positions = load_model(checkpoint)
     texts = [prompt + continue_text(model, tokenizer, prompt, sampling, positions) for prompt in options.prompt]
     separated = f"\n{'-' * 40}\n".join(texts) + "\n"
-    print(visible(separated))
+    say(separated)
     if options.output:
         options.output.write_text(separated, encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError, ShardError
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.inspection.describe import NoSuchScoreError
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
 from megatron_kaiyuan.reporting.sample_text import parse_sample_range
@@ -33,7 +34,7 @@ def sample_word(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__,
         epilog="Exit code 1 if anything is wrong with the shards. docs/inspect.md reads the output.",
     )
@@ -110,7 +111,7 @@ def main() -> None:
             build_parser().error(str(error))
     if args.json:
         json.dump(_plain(told), sys.stdout, indent=2, allow_nan=False)
-        print()
+        say()
     wrong = sum(len(source["findings"]) for source in told.get("sources", ()))
     if wrong:
         raise ShardError(f"findings: {wrong:,}, listed above; each names its file and what to do")

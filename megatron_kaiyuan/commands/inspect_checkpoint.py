@@ -7,12 +7,13 @@ from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host import cpu_platform
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.terminal import visible_data
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Say what a checkpoint is: step, samples, parallel layout, model, options and identity of its run, "
         "sizes and checksums. No file of it can run code.",
         epilog="Exit code 1 if the checkpoint is damaged.",
@@ -44,7 +45,7 @@ def main() -> None:
             found = shown_on(meter)(checkpoint.folder)
     verified = False if found.damage else True if found.files else None
     told = visible_data(describe(checkpoint) | {"verified": verified, "damage": found.damage})
-    print(json.dumps(told, indent=1) if options.json else as_text(told, looked=options.verify))
+    say(json.dumps(told, indent=1) if options.json else as_text(told, looked=options.verify))
     if found.damage is not None:
         raise ConfigError(f"{checkpoint.folder} {found}; restore it from a copy, or name another checkpoint")
 

@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.cli import run_tool, say
 from megatron_kaiyuan.host.version import code_version
 
 __all__ = ["VERBS", "main"]
@@ -30,13 +30,13 @@ def main() -> int:
     """Call the verb of the command line, and return its exit code."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        say(_overview())
         return 0
     if words[0] in ("--version", "-V"):
-        print(f"megatron_kaiyuan {code_version()}")
+        say(f"megatron_kaiyuan {code_version()}")
         return 0
     if words[0] not in VERBS:
-        print(f"error: kaiyuan has no verb {words[0]!r}; it has {', '.join(VERBS)}", file=sys.stderr)
+        say(f"error: kaiyuan has no verb {words[0]!r}; it has {', '.join(VERBS)}", file=sys.stderr)
         return 2
     sys.argv = [f"kaiyuan {words[0]}", *words[1:]]  # argparse names the command after the first
     return run_tool(lambda: import_module(f"megatron_kaiyuan.commands.{VERBS[words[0]][0]}").main())

@@ -1,6 +1,5 @@
 """Dry run of a plan: what a run will see, how often and in what order. Needs no GPU."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from megatron_kaiyuan.commands.proxy import write_proxy
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.plan_page import write_plan_page
 from megatron_kaiyuan.reporting.plan_table import print_plan
@@ -31,7 +31,7 @@ def check_as_training_would(plan: Plan, global_batch_size: int | None) -> None:
 
 def main() -> None:
     """Describe one plan file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("plan", type=Path, help="plan file (YAML)")
     parser.add_argument("--json", action="store_true", help="print the description as JSON instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.html", help="also write a page with plots")
@@ -52,7 +52,7 @@ def main() -> None:
         parser.error("--proxy SHARE and --output FILE.yaml go together: the share of this plan, and the plan to write")
     if args.proxy is not None:
         write_proxy(args.plan, args.proxy, args.output)
-        print(f"wrote {args.output}", file=sys.stderr)
+        say(f"wrote {args.output}", file=sys.stderr)
         return
     if args.bands < 1 or (args.global_batch_size is not None and args.global_batch_size < 1):
         parser.error("--bands and --global-batch-size must be at least 1")
@@ -65,9 +65,9 @@ def main() -> None:
         description["retained"] = plan.retained(args.global_batch_size, args.weight_decay, args.bands)
     if args.plot:
         write_plan_page(description, args.plot)
-        print(f"wrote {args.plot}", file=sys.stderr)
+        say(f"wrote {args.plot}", file=sys.stderr)
     if args.json:
         json.dump(description, sys.stdout, indent=2)
-        print()
+        say()
     else:
         print_plan(description, args.global_batch_size)

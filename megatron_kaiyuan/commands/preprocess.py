@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterable, Mapping
 
 from megatron_kaiyuan.errors import ConfigError, PreprocessError, TokenizerError
-from megatron_kaiyuan.host.terminal import counted, visible
+from megatron_kaiyuan.host.cli import CommandParser, say
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess import PreprocessConfig, RunSummary, TokenizerConfig, preprocess
 from megatron_kaiyuan.preprocess.config import SHARD_BYTES
 from megatron_kaiyuan.preprocess.dry_run import DryRun, dry_run
@@ -23,7 +24,7 @@ _MOST_SHARDS_LISTED = 8
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the tool; those that Megatron's tool has mean the same here."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="docs/shards.md describes files and policies.")
+    parser = CommandParser(description=__doc__, epilog="docs/shards.md describes files and policies.")
     _add_data_flags(parser.add_argument_group("input and output"))
     _add_tokenizer_flags(parser.add_argument_group("tokenizer"))
     _add_run_flags(parser.add_argument_group("run"))
@@ -197,19 +198,19 @@ def print_summary(summary: RunSummary, seconds: float) -> None:
     if len(summary.manifests) <= _MOST_SHARDS_LISTED:
         for prefix, manifest in summary.manifests.items():
             documents = counted(manifest.documents, "document")
-            print(visible(f"{prefix}: {documents}, {counted(manifest.tokens, 'token')} ({manifest.dtype})"))
+            say(f"{prefix}: {documents}, {counted(manifest.tokens, 'token')} ({manifest.dtype})")
             for key, score in manifest.scores.items():
-                print(visible(f"  {key}: min {score.min:.6g}, mean {score.mean:.6g}, max {score.max:.6g}"))
+                say(f"  {key}: min {score.min:.6g}, mean {score.mean:.6g}, max {score.max:.6g}")
     found = summary.manifests.values()
     documents = counted(sum(manifest.documents for manifest in found), "document")
     tokens = counted(sum(manifest.tokens for manifest in found), "token")
-    print(f"{counted(len(found), 'shard')}: {documents}, {tokens}")
+    say(f"{counted(len(found), 'shard')}: {documents}, {tokens}")
     print_special_tokens(manifest.special_tokens for manifest in found)
     print_skipped(summary.skipped, summary.rows, summary.examples)
     if summary.shards_of_others:
-        print(f"left to other tasks: {counted(summary.shards_of_others, 'shard')}")
+        say(f"left to other tasks: {counted(summary.shards_of_others, 'shard')}")
     kept = f"; {summary.shards_kept:,} complete already" if summary.shards_kept else ""
-    print(f"built {summary.shards_built:,} in {seconds:.1f} s{kept}")
+    say(f"built {summary.shards_built:,} in {seconds:.1f} s{kept}")
 
 
 def print_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> None:
@@ -217,23 +218,23 @@ def print_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> None:
     record = merged_special_tokens(records)
     if record is not None and (told := special_token_facts(record)):
         kept = "; kept as ids, as Megatron does: --split-special-tokens encodes them as text"
-        print(visible(f"special tokens: {told}{kept if record.occurrences else ''}"))
+        say(f"special tokens: {told}{kept if record.occurrences else ''}")
 
 
 def print_skipped(skipped: Mapping[str, int], rows: int, examples: Mapping[str, str]) -> None:
     """Rows that gave no document, and the first of each reason."""
     for reason, count in skipped.items():
         example = f"; first: {examples[reason]}" if reason in examples else ""
-        print(visible(f"skipped {count:,} of {counted(rows, 'row')}: {reason}{example}"))
+        say(f"skipped {count:,} of {counted(rows, 'row')}: {reason}{example}")
 
 
 def print_dry_run(told: DryRun, seconds: float) -> None:
     """What a run would write and leave out."""
     for key, tokens in told.tokens.items():
-        print(visible(f"{key}: {counted(told.documents, 'document')}, {counted(tokens, 'token')}"))
+        say(f"{key}: {counted(told.documents, 'document')}, {counted(tokens, 'token')}")
     print_special_tokens(told.special_tokens.values())
     print_skipped(told.skipped, told.rows, told.examples)
-    print(f"dry run: {counted(told.shards, 'shard')} to build, nothing written, {seconds:.1f} s")
+    say(f"dry run: {counted(told.shards, 'shard')} to build, nothing written, {seconds:.1f} s")
 
 
 def parse_size(text: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.quantile.runs import SlicedStudy, my_share, read_slices, write_slices
 from megatron_kaiyuan.quantile.study import Study, load_study
@@ -20,7 +21,7 @@ from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Train one small model on slices at score quantiles of each dataset, compare them on held-out text "
         "and tasks, and propose which part of which dataset to train on. The steps come in this order; each can be "
         "repeated, and goes on where it was. The study file is explained in docs/quantile-benchmark.md."
@@ -72,7 +73,7 @@ def _slice(study: Study, options: argparse.Namespace) -> None:
     ]  # fmt: skip
     _print_table(f"{len(sliced.runs)} runs, plans in {study.folder / 'plans'}", columns, rows)
     for line in [*(f"warning: {line}" for line in sliced.warnings), *cost.lines()]:
-        print(line)
+        say(line)
 
 
 def _train(study: Study, options: argparse.Namespace) -> None:
@@ -83,10 +84,10 @@ def _train(study: Study, options: argparse.Namespace) -> None:
         meter.start(f"training {len(runs)} runs", len(runs) * study.steps)
         outcomes = train_runs(study, runs, concurrent=options.concurrent, progress=meter.advance)
     counts = Counter(outcome.state for outcome in outcomes)
-    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    say(", ".join(f"{count} {state}" for state, count in counts.items()))
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
-        print(f"\n{outcome.run.name} failed: {outcome.detail}\n(whole log: {outcome.log})", file=sys.stderr)
+        say(f"\n{outcome.run.name} failed: {outcome.detail}\n(whole log: {outcome.log})", file=sys.stderr)
     if failed:
         names = ", ".join(outcome.run.name for outcome in failed)
         raise StudyError(f"{len(failed)} of {len(runs)} runs failed: {names}; mend the cause and run `train` again")
@@ -99,7 +100,7 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     from megatron_kaiyuan.host.devices import start_device
     from megatron_kaiyuan.host.quiet import quiet_megatron_import
 
-    print(start_device(), file=sys.stderr)
+    say(start_device(), file=sys.stderr)
     with quiet_megatron_import():
         from megatron_kaiyuan.quantile.evaluation import evaluate_runs
 
@@ -108,11 +109,11 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     with ConsoleMeter() as meter:
         meter.start(f"evaluating {len(runs)} runs", len(runs))
         outcome = evaluate_runs(study, sliced, runs, progress=lambda: meter.advance(1))
-    print(f"{outcome.evaluated} runs evaluated, {outcome.up_to_date} were up to date")
+    say(f"{outcome.evaluated} runs evaluated, {outcome.up_to_date} were up to date")
     for task, reason in outcome.not_evaluated.items():
-        print(f"task {task} was not evaluated: {reason}", file=sys.stderr)
+        say(f"task {task} was not evaluated: {reason}", file=sys.stderr)
     for name, reason in outcome.failed.items():
-        print(f"{name} could not be evaluated: {reason}", file=sys.stderr)
+        say(f"{name} could not be evaluated: {reason}", file=sys.stderr)
     problems = []
     if outcome.failed:
         problems.append(
@@ -138,10 +139,10 @@ def _report(study: Study, options: argparse.Namespace) -> None:
     sliced: SlicedStudy = read_slices(study)
     written = write_report(study, sliced, partial=options.partial)
     for line in written.warnings:
-        print(f"warning: {line}")
+        say(f"warning: {line}")
     for line in written.conclusions:
-        print(line)
-    print("", written.page, written.data, written.plan or "no plan is proposed", sep="\n")
+        say(line)
+    say("", written.page, written.data, written.plan or "no plan is proposed", sep="\n")
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,12 +4,14 @@ import argparse
 import time
 from pathlib import Path
 
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.numpy_dispatch import prefer_fast_sort
+from megatron_kaiyuan.host.terminal import counted
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("shards", nargs="*", metavar="SHARDS", help="prefix, directory or glob of .bin/.idx shards")
     parser.add_argument(
         "--plan",
@@ -95,7 +97,7 @@ def rank_plan(args: argparse.Namespace) -> None:
     with ConsoleMeter() as meter:
         for ranked in rank_plan_sources(args.plan, args.seed, meter):
             state = "ranked" if ranked.built else "up to date"
-            print(f"{ranked.name}: {state}, {ranked.source.num_documents:,} documents, {ranked.path}", flush=True)
+            say(f"{ranked.name}: {state}, {ranked.source.num_documents:,} documents, {ranked.path}", flush=True)
 
 
 def rank_one(args: argparse.Namespace) -> None:
@@ -115,12 +117,12 @@ def rank_one(args: argparse.Namespace) -> None:
     path = args.output or index_path(source, args.score)
     if args.verify:
         verify_rank_index(path, source, args.score)
-        print(f"{path}: correct for {source.num_documents:,} documents, {source.num_tokens:,} tokens")
+        say(f"{path}: correct for {source.num_documents:,} documents, {source.num_tokens:,} tokens")
         return
     started = time.perf_counter()
     with ConsoleMeter() as meter:
         write_rank_index(source, args.score, path, args.seed, meter)
-    print(
-        f"{path}: {source.num_documents:,} documents, {source.num_tokens:,} tokens in {len(source.shards)} shard(s), "
-        f"{path.stat().st_size:,} bytes, {time.perf_counter() - started:.1f} s"
+    say(
+        f"{path}: {source.num_documents:,} documents, {source.num_tokens:,} tokens in "
+        f"{counted(len(source.shards), 'shard')}, {path.stat().st_size:,} bytes, {time.perf_counter() - started:.1f} s"
     )

@@ -1,17 +1,17 @@
 """What happened in a training run, as one HTML page: loss, data, FP16 and throughput. Several runs are compared."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.reporting.run_report import report_runs
 from megatron_kaiyuan.reporting.run_summary import print_summaries
 
 
 def main() -> None:
     """Read, write the page, print the headline."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__,
         epilog="The page loads nothing from elsewhere. A run that is still going can be reported at any time. "
         "docs/monitoring.md reads the page.",
@@ -36,7 +36,7 @@ def main() -> None:
     summaries = report_runs(args.runs, page, args.plan)
     if args.json:
         json.dump(summaries, sys.stdout, indent=2, allow_nan=False)
-        print()
+        say()
     else:
         print_summaries(summaries)
-    print(f"wrote {page}", file=sys.stderr)
+    say(f"wrote {page}", file=sys.stderr)

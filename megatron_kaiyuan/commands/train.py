@@ -7,6 +7,7 @@ import sys
 import torch
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.cli import CommandParser
 from megatron_kaiyuan.host.devices import DEVICE_VARIABLE
 
 __all__ = ["launch_command", "main"]
@@ -64,7 +65,7 @@ def _visible_gpus() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, usage="%(prog)s [launcher's flags] --plan PLAN <Megatron's flags>", allow_abbrev=False
     )
     for flag, meaning in _LAUNCHER_FLAGS.items():

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from megatron_kaiyuan.checkpoints.damage import Verified, Verifier, verify
+from megatron_kaiyuan.host.cli import say
 from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
 __all__ = ["shown_on"]
@@ -17,7 +18,7 @@ def shown_on(meter: ConsoleMeter) -> Verifier:
         meter.start(f"verifying {folder.name}", sum(path.stat().st_size for path in files))
         found = verify(folder, meter.advance)
         if found.damage is None and not found.files:
-            print(f"{folder} is {found}", file=sys.stderr)
+            say(f"{folder} is {found}", file=sys.stderr)
         return found
 
     return look

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import DomainBoundSpec, PlanSpec
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["DomainShare", "bounded_shares", "check_domain_bounds", "describe_bound", "domain_samples"]
 
@@ -97,7 +98,7 @@ def check_domain_bounds(spec: PlanSpec, phases: Sequence[Phase]) -> None:
     if not broken:
         return
     lines = [_explain(share, spec, phases) for share in broken]
-    raise PlanError(f"plan: {len(lines)} broken domain bound(s)\n" + "\n".join(lines))
+    raise PlanError(f"plan: {counted(len(lines), 'broken domain bound')}\n" + "\n".join(lines))
 
 
 def _explain(share: DomainShare, spec: PlanSpec, phases: Sequence[Phase]) -> str:

@@ -12,6 +12,7 @@ from megatron_kaiyuan.data.plan_phases import AveragingSpec, LearningRateSpec, P
 from megatron_kaiyuan.data.plan_rules import check_draws, check_first_version, check_repeats, named_draws
 from megatron_kaiyuan.data.selection import Keep
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.yaml_file import NotYamlError, read_yaml
 
 __all__ = [
@@ -209,7 +210,7 @@ def parse_plan_spec(raw: object, origin: str = "plan") -> PlanSpec:
         return PlanSpec.model_validate(raw)
     except ValidationError as error:
         lines = [_describe(detail) for detail in error.errors()]
-        raise PlanError(f"{origin}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error
+        raise PlanError(f"{origin}: {counted(len(lines), 'wrong field')}\n" + "\n".join(lines)) from error
 
 
 def _describe(detail: Any) -> str:

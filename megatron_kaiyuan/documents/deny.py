@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.source import Source
 
 __all__ = ["read_denied"]
@@ -37,8 +38,8 @@ def read_denied(path: Path, source: Source) -> NDArray[np.int64]:
                 wrong.append(f"line {number} ({text[:80]!r})")
     if wrong:
         raise PlanError(
-            f"{where}: {len(wrong):,} line(s) name no document of the source, the first {wrong[0]}; write a number "
-            f"below {source.num_documents:,}, or a shard and a number below its documents, such as "
+            f"{where}: {counted(len(wrong), 'line')} without a document of the source, the first {wrong[0]}; write a "
+            f"number below {source.num_documents:,}, or a shard and a number below its documents, such as "
             f"{Path(source.shards[0].prefix).name} 17"
         )
     return np.unique(np.array(found, dtype=np.int64))

@@ -1,15 +1,25 @@
 """What every tool shares: exit codes, and errors without tracebacks."""
 
+import argparse
 import contextlib
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 from megatron_kaiyuan.errors import KaiyuanError
 from megatron_kaiyuan.host.terminal import visible
 
-__all__ = ["python_command", "run_tool"]
+__all__ = ["CommandParser", "python_command", "run_tool", "say"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, whose refusals show the control characters of what they name."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2, the usage and this message."""
+        super().error(visible(message))
 
 
 def python_command() -> str:
@@ -18,6 +28,11 @@ def python_command() -> str:
     with contextlib.suppress(ValueError):
         executable = executable.relative_to(Path.cwd())
     return shlex.quote(str(executable))
+
+
+def say(*values: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
+    """Print as `print` does, with control characters shown: what a tool says holds names that others chose."""
+    print(visible(sep.join(map(str, values))), file=file, flush=flush)
 
 
 def run_tool(main: Callable[[], None]) -> int:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.data import HeldOutDataset, Plan
 from megatron_kaiyuan.errors import PlanError, ScoreError, StudyError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["LEAST_GROUPS", "LEAST_HELD_OUT", "HeldOutDocuments", "group_numbers"]
 
@@ -88,7 +89,7 @@ def group_numbers(plan: Plan, name: str, sidecar: str, documents: NDArray[np.int
     found = len(np.unique(scores))
     if found < LEAST_GROUPS:
         raise StudyError(
-            f"{place}: {len(documents)} documents are of {found} group(s), too few to tell the spread between groups; "
-            f"{LEAST_GROUPS} are needed: hold out more documents, or documents of more groups"
+            f"{place}: {len(documents)} documents are of {counted(found, 'group')}, too few to tell the spread "
+            f"between groups; {LEAST_GROUPS} are needed: hold out more documents, or documents of more groups"
         )
     return tuple(int(score) for score in scores)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from megatron_kaiyuan.data.plan_schema import TokenizerSpec, Tokens
 from megatron_kaiyuan.data.selection import parse_fraction
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.yaml_file import NotYamlError, read_yaml
 from megatron_kaiyuan.quantile.evaluation_spec import EvaluationSpec, StrictModel
 from megatron_kaiyuan.quantile.reference_model import ReferenceModel, preset_model
@@ -305,7 +306,7 @@ def parse_study(raw: object, origin: str = "study") -> Study:
         return Study.model_validate(raw)
     except ValidationError as error:
         lines = [line for detail in error.errors() for line in _describe(detail).split("\n")]
-        raise StudyError(f"{origin}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error
+        raise StudyError(f"{origin}: {counted(len(lines), 'wrong field')}\n" + "\n".join(lines)) from error
 
 
 def _describe(detail: Any) -> str:

@@ -72,7 +72,7 @@ def test_a_phase_may_break_what_the_run_keeps():
     with pytest.raises(PlanError) as refusal:
         plan({"c": {"max": "30%", "scope": "phase"}, "x": {"min": "60%", "scope": "phase"}}, phases)
     text = str(refusal.value)
-    assert text.startswith("plan: 2 broken domain bound(s)\n")
+    assert text.startswith("plan: 2 broken domain bounds\n")
     assert "domains.c: 50.00% of phase 'p0', 599 of 1,198 tokens (c), above max 0.3." in text
     assert "Show at most 256 tokens of it, or at least 1,398 of others" in text
     assert "set scope: run" in text

@@ -67,7 +67,7 @@ def plan_file(folder):
 def test_ranking_and_verifying_a_source(folder):
     built = run("rank_data", folder)
     assert built.returncode == 0, built.stderr
-    assert "50 documents, 400 tokens in 2 shard(s)" in built.stdout
+    assert "50 documents, 400 tokens in 2 shards" in built.stdout
     source = open_source("web", str(folder))
     path = index_path(source, "score")
     assert str(path) in built.stdout

@@ -135,7 +135,7 @@ def test_what_is_denied_in_one_source_is_denied_in_every_source_of_the_same_shar
 def test_a_line_that_names_no_document_is_refused(source, tmp_path, line):
     (tmp_path / "deny.txt").write_text(f"3\n{line}\n")
     with pytest.raises(
-        PlanError, match=r"sources\.s\.deny .*1 line\(s\) name no document of the source.*line 2"
+        PlanError, match=r"sources\.s\.deny .*1 line without a document of the source.*line 2"
     ) as caught:
         kept(source | {"deny": str(tmp_path / "deny.txt")}, "all")
     assert "write a number below 60, or a shard and a number below its documents, such as part-000 17" in str(
