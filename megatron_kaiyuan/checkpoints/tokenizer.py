@@ -47,12 +47,13 @@ class CheckpointTokenizer:
         return ids[: len(ids) - len(after)] if after and ids[-len(after) :] == after else ids
 
 
-def named_config(path: Path) -> TokenizerConfig:
+def named_config(path: Path, flag: str = "--tokenizer") -> TokenizerConfig:
     """Return the tokenizer in a file or folder, by what it holds.
 
     Args:
         path: Folder with a `tokenizer.json` or one `.model`; `tokenizer.json`; SentencePiece `.model`; or the JSON list
             of ranks of a TikTokenizer.
+        flag: Gave the path, for messages.
 
     Raises:
         TokenizerError: there is no tokenizer.
@@ -64,13 +65,13 @@ def named_config(path: Path) -> TokenizerConfig:
         models = sorted(path.glob("*.model"))
         if len(models) != 1:
             found = f"{len(models)} .model files" if models else "neither tokenizer.json nor a .model file"
-            raise TokenizerError(f"--tokenizer {path}: {found} there; name the file of the tokenizer")
+            raise TokenizerError(f"{flag} {path}: {found} there; name the file of the tokenizer")
         file = models[0]
     try:
         content = read_regular(file)
     except OSError as error:
         raise TokenizerError(
-            f"--tokenizer {path}: {error.strerror} (looked in {Path.cwd()}); give its folder or file"
+            f"{flag} {path}: {error.strerror} (looked in {Path.cwd()}); give its folder or file"
         ) from error
     return TokenizerConfig(type=_type_of(content), model=str(file))
 
@@ -83,17 +84,18 @@ def _type_of(content: bytes) -> str:
     return "TikTokenizer" if isinstance(parsed, list) else "HuggingFaceTokenizer"
 
 
-def tokenizer_of_checkpoint(path: Path, saved: argparse.Namespace) -> CheckpointTokenizer:
+def tokenizer_of_checkpoint(path: Path, saved: argparse.Namespace, flag: str = "--tokenizer") -> CheckpointTokenizer:
     """Open a tokenizer for the model of a checkpoint.
 
     Args:
         path: As for `named_config`.
         saved: Arguments in the checkpoint.
+        flag: Gave the path, for messages.
 
     Raises:
         TokenizerError: it is another tokenizer than the checkpoint's, or has ids that the model has no row for.
     """
-    choices = list(_choices(named_config(path), saved))
+    choices = list(_choices(named_config(path, flag), saved))
     planned = getattr(saved, PLAN_RECORD, None) is not None
     of_file = getattr(saved, TOKENIZER, None) if planned else None
     of_ids = getattr(saved, COMMAND_LINE_TOKENIZER if planned else TOKENIZER, None)
@@ -106,10 +108,10 @@ def tokenizer_of_checkpoint(path: Path, saved: argparse.Namespace) -> Checkpoint
     if found is None:
         told = f"fingerprint {of_file[:12]}, here {tokenizer_fingerprint(choices[0])[:12]}" if of_file else "other ids"
         raise TokenizerError(
-            f"--tokenizer {path}: another one than the model was trained with ({told}); give the tokenizer that built "
+            f"{flag} {path}: another one than the model was trained with ({told}); give the tokenizer that built "
             "its shards"
         )
-    return _fitting(path, found, saved, compared=of_file is not None or of_ids is not None)
+    return _fitting(f"{flag} {path}", found, saved, compared=of_file is not None or of_ids is not None)
 
 
 def _choices(config: TokenizerConfig, saved: argparse.Namespace) -> Iterator[TokenizerConfig]:
@@ -136,12 +138,12 @@ def _fingerprint_of_ids(config: TokenizerConfig) -> str:
     return probe_fingerprint(lambda text: tokenizer.encode([text]).tokens.tolist())
 
 
-def _fitting(path: Path, config: TokenizerConfig, saved: argparse.Namespace, *, compared: bool) -> CheckpointTokenizer:
+def _fitting(named: str, config: TokenizerConfig, saved: argparse.Namespace, *, compared: bool) -> CheckpointTokenizer:
     tokenizer = load_reference_tokenizer(config)
     rows = saved.padded_vocab_size
     if tokenizer.vocab_size > rows:
         raise TokenizerError(
-            f"--tokenizer {path}: its ids go up to {tokenizer.vocab_size - 1}, the model has {rows} rows; give the "
+            f"{named}: its ids go up to {tokenizer.vocab_size - 1}, the model has {rows} rows; give the "
             "tokenizer that the model was trained with"
         )
     # A NullTokenizer that was given no such id makes one up.
@@ -150,7 +152,7 @@ def _fitting(path: Path, config: TokenizerConfig, saved: argparse.Namespace, *, 
     end = tokenizer.eod_id if end is None else end
     if end is not None and end >= tokenizer.vocab_size:
         raise TokenizerError(
-            f"--tokenizer {path}: it has {tokenizer.vocab_size} ids, but the documents of the run ended with id {end}; "
+            f"{named}: it has {tokenizer.vocab_size} ids, but the documents of the run ended with id {end}; "
             "give the tokenizer that the model was trained with"
         )
     return CheckpointTokenizer(config, tokenizer, end, compared)

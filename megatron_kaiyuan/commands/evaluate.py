@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer-model",
         metavar="PATH",
-        help="tokenizer.json or its folder, for bits per byte (default: the one the plan names)",
+        help="the run's tokenizer, for bits per byte; they are known of a byte-level tokenizer.json (default: the one "
+        "the plan names)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the losses as JSON")
     return parser
@@ -45,13 +46,15 @@ def main() -> None:
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
     from megatron_kaiyuan.commands.verifying import shown_on
-    from megatron_kaiyuan.evaluation.token_bytes import token_bytes
+    from megatron_kaiyuan.evaluation.token_bytes import check_tokenizer, token_bytes
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
     plan = Plan.load(options.plan)
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan.tokenizer else None)
     with ConsoleMeter() as meter:
         checkpoints = [open_intact_checkpoint(path, shown_on(meter)) for path in options.checkpoints]
+    if tokenizer:
+        check_tokenizer(tokenizer, checkpoints[0].arguments, plan)
     results = evaluate_checkpoints(
         checkpoints,
         plan,

@@ -1,14 +1,37 @@
 """How many bytes of text each token stands for: turns nats per token into bits per byte."""
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.errors import TokenizerError
+from megatron_kaiyuan.checkpoints.tokenizer import tokenizer_of_checkpoint
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import ShardError, TokenizerError
 
-__all__ = ["token_bytes"]
+__all__ = ["check_tokenizer", "token_bytes"]
+
+
+def check_tokenizer(tokenizer_model: str | Path, saved: argparse.Namespace, plan: Plan | None) -> None:
+    """Refuse a tokenizer that is not that of a checkpoint, or does not know the ids of the shards.
+
+    Args:
+        tokenizer_model: As for `named_config`.
+        saved: Arguments in the checkpoint.
+        plan: Names the shards; None: there are none.
+
+    Raises:
+        TokenizerError: says which.
+    """
+    path = Path(tokenizer_model)
+    found = tokenizer_of_checkpoint(path, saved, "--tokenizer-model")
+    try:
+        if plan is not None:
+            plan.check_vocabulary(found.tokenizer.vocab_size)
+    except ShardError as error:
+        raise TokenizerError(f"--tokenizer-model {path}: not the tokenizer of the shards: {error}") from error
 
 
 def token_bytes(tokenizer_model: str | Path) -> NDArray[np.int64] | None:

@@ -3,17 +3,22 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
-from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.errors import ConfigError, TokenizerError
 from megatron_kaiyuan.evaluation.held_out import check_counts
+from megatron_kaiyuan.evaluation.token_bytes import check_tokenizer, token_bytes
 from tests.unit_tests.data.tiny import numbered_documents, write_shard
 from tests.unit_tests.export.small_models import KAIYUAN, save_model
-from tests.unit_tests.preprocess.corpus import save_bpe
+from tests.unit_tests.export.test_tokenizers import train_sentencepiece
+from tests.unit_tests.export.test_transformers import write_tokenizer
+from tests.unit_tests.preprocess.corpus import save_bpe, save_tiktoken
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -58,6 +63,26 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path: 
     save_model(KAIYUAN, tmp_path / "run", torch.float16)
     said = run("generate", tmp_path / "run", "--tokenizer", save_bpe(tmp_path / "bpe"), "--prompt", "the")
     assert "the model has 64 rows" in said
+
+
+def test_a_tokenizer_that_cannot_be_that_of_the_losses_is_refused(plan: Path, tmp_path: Path) -> None:
+    opened, rows = Plan.load(plan), Namespace(padded_vocab_size=64, vocab_size=64)
+    for size, complaint in (
+        (65, "its ids go up to 64, the model has 64 rows"),
+        (30, "token id 40, but the vocabulary"),
+    ):
+        folder = write_tokenizer(tmp_path / str(size), size)
+        with pytest.raises(TokenizerError, match=f"--tokenizer-model {folder}: .*{complaint}"):
+            check_tokenizer(folder, rows, opened)
+    check_tokenizer(write_tokenizer(tmp_path / "fits", 50), rows, opened)
+
+
+def test_losses_are_told_without_bytes_where_the_tokenizer_is_not_byte_level(plan: Path, tmp_path: Path) -> None:
+    ranks = save_tiktoken(tmp_path / "ranks.json")
+    pieces = train_sentencepiece(tmp_path / "t.model", model_type="bpe")
+    for path, size in ((ranks, 1263), (pieces, 1000)):
+        check_tokenizer(path, Namespace(padded_vocab_size=1280, vocab_size=size), Plan.load(plan))
+        assert token_bytes(path) is None
 
 
 @pytest.mark.parametrize(("flag", "windows", "batch_size"), [("--windows", 0, 8), ("--batch-size", None, 0)])
