@@ -35,12 +35,13 @@ def _lossy(stream: TextIO) -> TextIO:
         return stream  # somebody else's, who knows what to do
     stream.flush()
     raw = _LossyFile(stream.fileno(), "wb", closefd=False)
+    unbuffered = getattr(stream, "write_through", False)  # as `python -u` makes it: nothing is held in any layer
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=getattr(stream, "line_buffering", False) or stream is sys.stderr,
-        write_through=getattr(stream, "write_through", False),
+        write_through=unbuffered,
     )
 
 

@@ -97,7 +97,7 @@ FAULTS = {
         "saving checkpoint at", nothing, "File too large", before=(sys.executable, "-c", LIMITED)
     ),
     "token id outside the vocabulary": Fault("successfully saved", overwrite_tokens, "token id 5000", times=2),
-    "loader worker killed": Fault("successfully saved", kill_worker, "is killed by signal: Killed", times=2),
+    "loader worker killed": Fault("successfully saved", kill_worker, "ran out of memory. Lower --num-workers", times=2),
     "save helper killed": Fault(
         "successfully saved",
         kill_save_helper,

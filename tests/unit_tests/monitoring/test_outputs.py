@@ -120,3 +120,9 @@ def test_a_log_that_can_be_written_is_whole_and_in_order(tmp_path: Path) -> None
     command = [sys.executable, "-c", PRINTING, str(tmp_path / "done")]
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     assert finished.stdout == "0\n0\n1\n1\n2\n2\nend"
+
+
+def test_an_unbuffered_process_holds_nothing_back() -> None:
+    """`os._exit` flushes nothing."""
+    script = "import os; from megatron_kaiyuan.host import quiet; quiet.lose_lines(); print(1, end=''); os._exit(0)"
+    assert subprocess.run([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, check=True).stdout == b"1"
