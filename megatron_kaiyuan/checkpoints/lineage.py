@@ -6,14 +6,19 @@ far itself. They have the right names, model, seed and data, and other weights.
 
 import argparse
 
-__all__ = ["STARTS", "comes_from", "store_start"]
+from megatron_kaiyuan.host.version import code_version
+
+__all__ = ["CODE", "STARTS", "comes_from", "store_start"]
+
+CODE = "kaiyuan_code"
+"""Name of the argument that holds the version and the commit of the code of the start that saved a checkpoint."""
 
 STARTS = "kaiyuan_starts"
 """Name of the argument that holds `[iteration, id]` of each start up to a checkpoint; None: they are not known."""
 
 
 def store_start(args: argparse.Namespace, saved: argparse.Namespace | None, start: str | None) -> None:
-    """Let every checkpoint of this run say which starts led to it.
+    """Let every checkpoint of this run say which starts led to it, and which code the last of them ran.
 
     Args:
         args: Validated arguments of this run.
@@ -22,6 +27,7 @@ def store_start(args: argparse.Namespace, saved: argparse.Namespace | None, star
     """
     earlier = getattr(saved, STARTS, None) or []
     here = 0 if saved is None else int(saved.iteration)
+    setattr(args, CODE, code_version())
     setattr(args, STARTS, None if start is None else [*earlier, [here, start]])
 
 

@@ -71,6 +71,10 @@ class SourceSpec(Strict):
     """Score sidecar that ranks the documents, higher is better; None: unscored, always in random order."""
     domain: str | None = Field(default=None, min_length=1)
     """Group that reports and domain bounds sum over."""
+    origin: str | None = Field(default=None, min_length=1)
+    """Where the documents come from, such as the address of a dataset; for the data card of a release."""
+    licence: str | None = Field(default=None, min_length=1)
+    """Their licence, such as `odc-by`; for the data card of a release."""
     rank_index: IndexPath | None = None
     """Path of the rank index, when it is not beside the shards."""
     thin: Spacing | None = None

@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from megatron_kaiyuan import __version__
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.files import read_regular
 from megatron_kaiyuan.host.terminal import counted
+from megatron_kaiyuan.host.version import code_version
 
 __all__ = [
     "FileRecord",
@@ -168,8 +168,8 @@ class Manifest(_Record):
 
 
 def created_by() -> str:
-    """`megatron_kaiyuan <version>`."""
-    return f"megatron_kaiyuan {__version__}"
+    """`megatron_kaiyuan <version> (commit <commit>)`."""
+    return f"megatron_kaiyuan {code_version()}"
 
 
 def manifest_path(prefix: str) -> Path:

@@ -14,7 +14,7 @@ from megatron_kaiyuan.arguments import (
     defaults_without_optional_kernels,
 )
 from megatron_kaiyuan.checkpoints.identity import AVERAGING, store_tokenizer
-from megatron_kaiyuan.checkpoints.lineage import store_start
+from megatron_kaiyuan.checkpoints.lineage import CODE, store_start
 from megatron_kaiyuan.checkpoints.megatron_files import open_checkpoints_as_data, write_checkpoints_to_stay
 from megatron_kaiyuan.checkpoints.recovery import Start, agree_on_start
 from megatron_kaiyuan.checkpoints.save_helper import watch_save_helper
@@ -84,6 +84,7 @@ def run_pretraining() -> None:
     args, plan, saved, start = _configure()
     store_record(args, plan)
     store_start(args, saved, start.name)
+    print_rank_0(f"> megatron_kaiyuan {getattr(args, CODE)}")
     last = final_iteration(args, saved)
     setattr(args, AVERAGING, plan_averaging(args, plan, last))
     check_skipped_steps(args, (getattr(args, AVERAGING) or {"iterations": ()})["iterations"])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_kaiyuan.checkpoints.averaging import choose_checkpoints, choose_planned, choose_so_far
-from megatron_kaiyuan.checkpoints.lineage import STARTS, comes_from, store_start
+from megatron_kaiyuan.checkpoints.lineage import CODE, STARTS, comes_from, store_start
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.version import code_version
 from tests.unit_tests.checkpoints.test_averaging import save
 
 FIRST, SECOND, THIRD = [0, "first"], [20, "second"], [30, "third"]
@@ -25,6 +26,7 @@ def test_each_start_is_added_to_those_of_the_run_that_it_continues() -> None:
     store_start(resumed, saved, "second")
     assert getattr(resumed, STARTS) == [FIRST, SECOND]
     assert getattr(saved, STARTS) == [FIRST]
+    assert getattr(resumed, CODE) == code_version()
     store_start(resumed, saved, None)
     assert getattr(resumed, STARTS) is None
 

@@ -214,6 +214,8 @@ def test_the_order_of_a_plan_is_that_of_plans_already_running(tmp_path):
     )
     spec = plan_of({"s": folder}, *phases, validation={"s": {"documents": 7}}, version=1)
     assert Plan.from_spec(spec).fingerprint == "9c9148773ed12491"
+    spec["sources"]["s"] |= {"origin": "https://example.org/s", "licence": "odc-by"}  # facts for a release
+    assert Plan.from_spec(spec).fingerprint == "9c9148773ed12491"
 
 
 def test_the_first_damaged_shard_of_the_first_source_is_named(tmp_path):
