@@ -41,7 +41,10 @@ EXTRAS = {
     "model": ["transformer-engine[core_cu13,pytorch]>=2.12", "liger-kernel>=0.6"],
     "hf": ["safetensors>=0.4", "transformers>=5.2"],  # to run what tools/convert_checkpoint.py exports
     "wandb": ["wandb"],
-    "eval": ["lm-eval>=0.4.13"],  # tasks of tools/quantile_benchmark.py evaluate
+    "eval": [
+        "accelerate>=1",
+        "lm-eval>=0.4.13",
+    ],  # tasks of tools/evaluate.py and quantile_benchmark.py; lm-eval's own hf
     "preprocess": ["gigatoken>=0.10", "orjson>=3.10", "tiktoken>=0.9", "zstandard>=0.23"],
     "test": [
         "hypothesis>=6.100",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Held-out loss of checkpoints, for each source of a plan and each quantile band of its documents."""
+"""Held-out loss of checkpoints by source and quantile band of a plan, and their scores on tasks of lm-eval."""
 
 import sys
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,26 +73,30 @@ class CheckpointLoss:
     iteration: int
     """Training steps; 0 for untrained weights."""
     sources: Mapping[str, SourceLoss]
-    """By source name, in the plan's order."""
+    """By source name, in the plan's order; empty without a plan."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What `more` measured of them, JSON-ready."""
 
 
 def evaluate_checkpoints(
     checkpoints: Sequence[Checkpoint],
-    plan: Plan,
+    plan: Plan | None,
     *,
+    more: Callable[[Any, int], Mapping[str, Any]] = lambda _model, _positions: {},
     untrained: bool = False,
     max_windows: int | None = None,
     batch_size: int = 8,
     bytes_of_token: NDArray[np.int64] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[CheckpointLoss]:
-    """Evaluate checkpoints of one model on the held-out documents of a plan.
+    """Evaluate checkpoints of one model on the held-out documents of a plan, and on what else the caller measures.
 
     Documents are kept apart, and what follows their ends counts, as in the run that saved the first checkpoint.
 
     Args:
         checkpoints: At least one; the model is built from the arguments of the first.
-        plan: Names the held-out documents.
+        plan: Names the held-out documents; None: there are none.
+        more: Called with the model and its longest context (tokens) for each state of the weights.
         untrained: Begin with untrained weights.
         max_windows: Windows of each source; None: all.
         batch_size: Windows in one forward pass.
@@ -106,10 +110,13 @@ def evaluate_checkpoints(
     check_counts(max_windows, batch_size)
     start_single_process()
     arguments = single_process_arguments(checkpoints[0].arguments)
-    _check_plan(plan, arguments.max_position_embeddings)
-    plan.check_vocabulary(arguments.padded_vocab_size)
-    held_out = {name: HeldOutDataset(plan, name) for name in plan.validation}
-    options = document_options(arguments, plan.tokenizer_record)
+    positions = int(arguments.max_position_embeddings)
+    held_out: dict[str, HeldOutDataset] = {}
+    if plan is not None:
+        _check_plan(plan, positions)
+        plan.check_vocabulary(arguments.padded_vocab_size)
+        held_out = {name: HeldOutDataset(plan, name) for name in plan.validation}
+        options = document_options(arguments, plan.tokenizer_record)
     model = build_untrained(arguments)
     results = []
     for label, iteration, checkpoint in _states(checkpoints, untrained=untrained):
@@ -119,7 +126,7 @@ def evaluate_checkpoints(
             name: _source_loss(model, windows, options, max_windows, batch_size, bytes_of_token)
             for name, windows in held_out.items()
         }
-        results.append(CheckpointLoss(label, iteration, losses))
+        results.append(CheckpointLoss(label, iteration, losses, more(model, positions)))
         progress(f"{label}: " + ", ".join(f"{name} {result.loss:.3f}" for name, result in losses.items()))
     return results
 
@@ -230,7 +237,11 @@ def window_losses(
     return np.where(counts, losses, 0.0), counts
 
 
-def results_as_json(results: Sequence[CheckpointLoss], plan: Plan) -> str:
-    """Results with the fingerprint of the plan they belong to, as JSON text."""
-    content = {"plan_fingerprint": plan.fingerprint, "results": [asdict(result) for result in results]}
+def results_as_json(results: Sequence[CheckpointLoss], plan: Plan | None) -> str:
+    """Results with the fingerprint of the plan they belong to, as JSON text; what `more` measured stands beside."""
+    rows = [asdict(result) for result in results]
+    content = {
+        "plan_fingerprint": None if plan is None else plan.fingerprint,
+        "results": [{**row, **row.pop("more")} for row in rows],
+    }
     return json.dumps(content, indent=2) + "\n"

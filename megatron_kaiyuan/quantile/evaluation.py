@@ -166,7 +166,7 @@ class _Evaluator:
 
     def __init__(self, study: Study, sliced: SlicedStudy, first: Run) -> None:
         self._study, self._sliced = study, sliced
-        self._suite = TaskSuite.load(study)
+        self._suite = TaskSuite.load(study.evaluation, study.tokenizer.model if study.tokenizer else None)
         plan = Plan.load(first.plan)
         self._held_out = {
             name: HeldOutDocuments(plan, name, study.evaluation.max_windows) for name in study.evaluation.held_out
@@ -195,7 +195,7 @@ class _Evaluator:
             self._model, self._arguments = build_untrained(arguments), arguments
         load_weights(self._model, checkpoint)
         held_out = {name: self._held_out_result(name, documents) for name, documents in self._held_out.items()}
-        tasks, failed = self._suite.evaluate(self._model, self._study, self._arguments.max_position_embeddings)
+        tasks, failed = self._suite.evaluate(self._model, self._arguments.max_position_embeddings)
         identity = Identity(
             tokenizer=self._sliced.tokenizer,
             model=_model_digest(checkpoint.arguments),

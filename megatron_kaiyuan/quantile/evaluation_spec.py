@@ -9,7 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_kaiyuan.errors import StudyError
 
-__all__ = ["DEFAULT_CAPABILITIES", "DEFAULT_TASKS", "EvaluationSpec", "HeldOutSpec", "StrictModel", "TaskSpec"]
+__all__ = [
+    "DEFAULT_CAPABILITIES",
+    "DEFAULT_TASKS",
+    "EvaluationSpec",
+    "HeldOutSpec",
+    "StrictModel",
+    "TaskListSpec",
+    "TaskSpec",
+]
 
 DEFAULT_CAPABILITIES: dict[str, tuple[str, ...]] = {
     "knowledge": ("mmlu", "arc_easy", "arc_challenge", "commonsense_qa", "boolq"),
@@ -58,13 +66,9 @@ class TaskSpec(StrictModel):
         return {"name": value} if isinstance(value, str) else value
 
 
-class EvaluationSpec(StrictModel):
-    """What every model is measured with."""
+class TaskListSpec(StrictModel):
+    """Which tasks of lm-evaluation-harness a model is measured with, and how."""
 
-    held_out: dict[str, HeldOutSpec] = Field(min_length=1)
-    """By name; bits per byte on each."""
-    max_windows: int | None = Field(default=None, gt=0)
-    """Windows of each held-out set; None: all."""
     batch_size: int = Field(default=16, gt=0)
     tasks: Annotated[tuple[TaskSpec, ...] | Literal["default"], Field()] = ()
     """lm-evaluation-harness tasks; `default`: the suite of the Kaiyuan-2B report."""
@@ -78,6 +82,28 @@ class EvaluationSpec(StrictModel):
     def all_tasks(self) -> tuple[TaskSpec, ...]:
         """The tasks, the default suite spelled out."""
         return tuple(TaskSpec(name=name) for name in DEFAULT_TASKS) if self.tasks == "default" else self.tasks
+
+    def check_folders(self) -> None:
+        """Refuse folders of tasks that are not there.
+
+        Raises:
+            StudyError: names the first of them.
+        """
+        missing = [folder for folder in self.task_folders if not Path(folder).is_dir()]
+        if missing:
+            raise StudyError(
+                f"evaluation.task_folders: {missing[0]} is no folder; put it there: results belong to the tasks it "
+                "holds"
+            )
+
+
+class EvaluationSpec(TaskListSpec):
+    """What every model of a study is measured with."""
+
+    held_out: dict[str, HeldOutSpec] = Field(min_length=1)
+    """By name; bits per byte on each."""
+    max_windows: int | None = Field(default=None, gt=0)
+    """Windows of each held-out set; None: all."""
 
     def capability_of(self, measure: str) -> str:
         """The capability that a held-out set or a task stands for."""
@@ -98,17 +124,13 @@ class EvaluationSpec(StrictModel):
         for task in content["tasks"] if isinstance(content["tasks"], list | tuple) else ():
             del task["capability"]  # a label of the report; renaming it changes nothing that was measured
         groups = {name: told.groups for name, told in self.held_out.items() if told.groups is not None}
+        self.check_folders()
         files = [_files_of(self.task_folders)] if self.task_folders else []
         return [content, *files, *([groups] if groups else [])]  # absent where older results have none
 
 
 def _files_of(folders: tuple[str, ...]) -> list[list[str]]:
     """Names and digests of all files in the folders, but for hidden ones and what Python leaves there."""
-    missing = [folder for folder in folders if not Path(folder).is_dir()]
-    if missing:
-        raise StudyError(
-            f"evaluation.task_folders: {missing[0]} is no folder; put it there: results belong to the tasks it holds"
-        )
     return [
         [place.as_posix(), _digest(path.resolve(), *_version(path))]
         for folder in folders

@@ -15,61 +15,66 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.quantile.evaluation_spec import TaskListSpec
 from megatron_kaiyuan.quantile.results import TaskResult
 from megatron_kaiyuan.quantile.study import Study
 
-__all__ = ["TaskSuite", "check_tasks", "choice_scores", "error_summary"]
+__all__ = ["TaskSuite", "check_requirements", "check_tasks", "choice_scores", "error_summary"]
 
 _FEWSHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """The tasks of a study that could be loaded, and why the others could not."""
+    """The tasks of a list that could be loaded, and why the others could not."""
 
+    spec: TaskListSpec
     loaded: dict[str, dict[str, Any]]
-    """lm-eval's description of each task or group by the study's name for it."""
+    """lm-eval's description of each task or group by the list's name for it."""
     failed: dict[str, str]
     tokenizer: Any = None
 
     @classmethod
-    def load(cls, study: Study) -> "TaskSuite":
+    def load(cls, spec: TaskListSpec, tokenizer: str | None) -> "TaskSuite":
         """Load all tasks; one that fails is remembered with its reason.
+
+        Args:
+            spec: Names the tasks.
+            tokenizer: Hugging Face tokenizer, a folder or a name.
 
         Raises:
             StudyError: tasks are asked for, and lm-eval is not installed, a folder is missing, or no tokenizer.
         """
-        wanted = study.evaluation.all_tasks()
+        wanted = spec.all_tasks()
         if not wanted:
-            return cls({}, {})
-        _check_requirements(study)
+            return cls(spec, {}, {})
+        check_requirements(spec, tokenizer)
+        assert tokenizer is not None, "checked"
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         from lm_eval.tasks import TaskManager
         from transformers import AutoTokenizer
 
-        folders = list(study.evaluation.task_folders)
+        folders = list(spec.task_folders)
         manager = TaskManager(include_path=folders, include_defaults=False)
-        if any(spec.name not in manager.all_tasks for spec in wanted):  # reading the harness's own takes seconds
+        if any(task.name not in manager.all_tasks for task in wanted):  # reading the harness's own takes seconds
             manager = TaskManager(include_path=folders or None)
         loaded, failed = {}, {}
-        for spec in wanted:
+        for task in wanted:
             try:
-                loaded[spec.name] = _prepare(manager.load([spec.name]), spec.num_fewshot)
+                loaded[task.name] = _prepare(manager.load([task.name]), task.num_fewshot)
             except Exception as error:  # a task is data and code of many authors, and its data may need a network
-                failed[spec.name] = error_summary(error)
-        assert study.tokenizer is not None, "checked above"
-        return cls(loaded, failed, AutoTokenizer.from_pretrained(study.tokenizer.model))
+                failed[task.name] = error_summary(error)
+        return cls(spec, loaded, failed, AutoTokenizer.from_pretrained(tokenizer))
 
-    def evaluate(self, model: Any, study: Study, positions: int) -> tuple[dict[str, TaskResult], dict[str, str]]:
+    def evaluate(self, model: Any, positions: int) -> tuple[dict[str, TaskResult], dict[str, str]]:
         """Score one model.
 
         Args:
             model: In evaluation mode.
-            study: The study.
             positions: Longest context of the model, tokens.
 
         Returns:
-            Results by name of the study, and the reasons of the tasks that gave none.
+            Results by name in the list, and the reasons of the tasks that gave none.
         """
         results: dict[str, TaskResult] = {}
         failed = dict(self.failed)
@@ -77,11 +82,11 @@ class TaskSuite:
             return results, failed
         from megatron_kaiyuan.quantile.language_model import MegatronLanguageModel
 
-        batch = study.evaluation.batch_size
+        batch = self.spec.batch_size
         language_model = MegatronLanguageModel(model, self.tokenizer, positions=positions, batch_size=batch)
         for name, tasks in self.loaded.items():
             try:
-                results[name] = _score_tasks(language_model, tasks, study)
+                results[name] = _score_tasks(language_model, tasks, self.spec)
             except Exception as error:  # as above: one broken task must not cost the others their results
                 failed[name] = error_summary(error)
         return results, failed
@@ -93,18 +98,28 @@ def check_tasks(study: Study) -> None:
     Raises:
         StudyError: tasks without a tokenizer or their folder.
     """
-    if study.evaluation.all_tasks() and study.tokenizer is None:
-        raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
+    _check_tokenizer(study.evaluation, study.tokenizer.model if study.tokenizer else None)
     study.evaluation.digested()
 
 
-def _check_requirements(study: Study) -> None:
+def check_requirements(spec: TaskListSpec, tokenizer: str | None) -> None:
+    """Whether tasks can be loaded on this machine.
+
+    Raises:
+        StudyError: lm-eval is not installed, a folder is missing, or there is no tokenizer.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise StudyError(
-            "evaluation.tasks needs lm-evaluation-harness, which is not installed: pip install -c constraints.txt "
-            '-e ".[eval]", or leave evaluation.tasks out'
+            "evaluation tasks need lm-evaluation-harness, which is not installed: pip install -c constraints.txt "
+            '-e ".[eval]", or leave the tasks out'
         )
-    check_tasks(study)
+    _check_tokenizer(spec, tokenizer)
+    spec.check_folders()
+
+
+def _check_tokenizer(spec: TaskListSpec, tokenizer: str | None) -> None:
+    if spec.all_tasks() and tokenizer is None:
+        raise StudyError("evaluation.tasks needs the tokenizer; add tokenizer: {type, model} to the study")
 
 
 def error_summary(error: BaseException) -> str:
@@ -123,16 +138,16 @@ def _prepare(loaded: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:
     return loaded
 
 
-def _score_tasks(language_model: Any, loaded: dict[str, Any], study: Study) -> TaskResult:
+def _score_tasks(language_model: Any, loaded: dict[str, Any], spec: TaskListSpec) -> TaskResult:
     """Scores of all leaf tasks of one name, item after item."""
     rows: list[dict[str, float]] = []
     digest = hashlib.sha256()
     for name, task in loaded["tasks"].items():
         kind = task.get_config("output_type")
         if kind == "multiple_choice":
-            items = _choice_items(language_model, name, task, study.evaluation.limit)
+            items = _choice_items(language_model, name, task, spec.limit)
         elif kind in ("generate_until", "loglikelihood"):
-            items = _answer_items(language_model, name, task, study)
+            items = _answer_items(language_model, name, task, spec)
         else:
             raise StudyError(f"{name}: output type {kind!r} has no answer to score; multiple_choice, generate_until do")
         for text, row in items:
@@ -212,11 +227,11 @@ def choice_scores(
     }
 
 
-def _answer_items(language_model: Any, name: str, task: Any, study: Study) -> list[tuple[str, dict[str, float]]]:
+def _answer_items(language_model: Any, name: str, task: Any, spec: TaskListSpec) -> list[tuple[str, dict[str, float]]]:
     """Likelihood of the reference answer of tasks that ask for a text; the generated text's own score on demand."""
     from lm_eval.api.instance import Instance
 
-    task.build_all_requests(limit=study.evaluation.limit, rank=0, world_size=1)
+    task.build_all_requests(limit=spec.limit, rank=0, world_size=1)
     documents = [instance.doc for instance in task.instances if instance.idx == 0]
     contexts = [instance.args[0] for instance in task.instances if instance.idx == 0]
     answers = [_answer(task, document) for document in documents]
@@ -229,8 +244,8 @@ def _answer_items(language_model: Any, name: str, task: Any, study: Study) -> li
         {"answer_bits_per_byte": -value / math.log(2) / max(1, len(answer.encode()))}
         for (value, _), answer in zip(scored, answers, strict=True)
     ]
-    if study.evaluation.generate:
-        _add_generated_scores(language_model, name, task, study.evaluation.limit, rows)
+    if spec.generate:
+        _add_generated_scores(language_model, name, task, spec.limit, rows)
     return [(f"{context}\n{answer}", row) for context, answer, row in zip(contexts, answers, rows, strict=True)]
 
 

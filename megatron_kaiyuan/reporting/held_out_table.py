@@ -1,7 +1,7 @@
-"""Held-out losses of checkpoints as tables for a terminal."""
+"""Held-out losses of checkpoints and their scores on tasks, as tables for a terminal."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
@@ -11,7 +11,7 @@ from megatron_kaiyuan.data import NUM_BANDS, Plan, band_name
 if TYPE_CHECKING:  # it imports Megatron
     from megatron_kaiyuan.evaluation.held_out import CheckpointLoss, SourceLoss
 
-__all__ = ["band_tables", "source_table"]
+__all__ = ["band_tables", "source_table", "task_tables"]
 
 
 def source_table(results: Sequence["CheckpointLoss"], plan: Plan) -> Table:
@@ -45,6 +45,30 @@ def band_tables(results: Sequence["CheckpointLoss"], plan: Plan) -> list[Table]:
             table.add_row(name, *("-" if loss is None else f"{loss:.3f}" for loss in result.sources[name].bands))
         tables.append(table)
     return tables
+
+
+def task_tables(results: Sequence["CheckpointLoss"]) -> list[Table]:
+    """One table a checkpoint: mean and standard error of each score of each task; none without tasks."""
+    tables = []
+    for result in results:
+        rows = result.more.get("tasks", {})
+        names = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
+        if not rows:
+            continue
+        columns = [Column(name.replace("_", " "), justify="right") for name in ("items", "shots", *names)]
+        table = Table(Column("task", overflow="fold"), *columns, title=f"{result.label}\ntasks, +- standard error")
+        for task, row in rows.items():
+            shots = "-" if row["num_fewshot"] is None else str(row["num_fewshot"])
+            table.add_row(task, f"{row['items']:,}", shots, *(_score(row, name) for name in names))
+        tables.append(table)
+    return tables
+
+
+def _score(row: Mapping[str, Any], name: str) -> str:
+    if name not in row["scores"]:
+        return "-"
+    error = row["standard_errors"][name]
+    return f"{row['scores'][name]:.3f}" + ("" if error is None else f" +- {error:.3f}")
 
 
 def _cell(loss: "SourceLoss") -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_kaiyuan.errors import StudyError
-from megatron_kaiyuan.quantile.study import parse_study
+from megatron_kaiyuan.quantile.study import Study, parse_study
 from megatron_kaiyuan.quantile.tasks import TaskSuite, choice_scores
 from tests.unit_tests.quantile.tiny_study import study_content
 
@@ -39,12 +39,16 @@ def test_tasks_without_the_harness_say_how_to_install_it(tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     study = parse_study(with_tasks(tmp_path, ["quiz"]))
     with pytest.raises(StudyError, match=r"pip install -c constraints.txt -e \".\[eval\]\""):
-        TaskSuite.load(study)
+        load(study)
 
 
 def test_a_study_without_tasks_does_not_need_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert TaskSuite.load(parse_study(study_content(tmp_path))).loaded == {}
+    assert load(parse_study(study_content(tmp_path))).loaded == {}
+
+
+def load(study: Study) -> TaskSuite:
+    return TaskSuite.load(study.evaluation, study.tokenizer.model if study.tokenizer else None)
 
 
 def with_tasks(folder: Path, tasks: list[str]) -> dict[str, Any]:
@@ -188,10 +192,10 @@ def write_tasks(folder: Path) -> None:
 def test_local_tasks_are_scored_and_missing_ones_named(harness: Any) -> None:
     write_tasks(harness.folder)
     study = parse_study(with_tasks(harness.folder, ["quiz", "gone", "essay"]))
-    suite = TaskSuite.load(study)
+    suite = load(study)
     assert list(suite.failed) == ["gone"]
     assert "nowhere.jsonl" in suite.failed["gone"]
-    results, failed = suite.evaluate(harness.model, study, positions=64)
+    results, failed = suite.evaluate(harness.model, positions=64)
     assert list(results) == ["quiz", "essay"]
     assert list(failed) == ["gone"]
     model = language_model(harness)
@@ -201,4 +205,4 @@ def test_local_tasks_are_scored_and_missing_ones_named(harness: Any) -> None:
     assert results["quiz"].metrics["accuracy"][1] == expected["accuracy"]
     answer = model.loglikelihood([request("the cat 2", " the mat")])[0][0]
     assert results["essay"].answer_bits_per_byte[2] == pytest.approx(-answer / math.log(2) / 8, abs=1e-4)
-    assert suite.evaluate(harness.model, study, positions=64)[0] == results
+    assert suite.evaluate(harness.model, positions=64)[0] == results
