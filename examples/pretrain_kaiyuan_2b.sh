@@ -70,11 +70,16 @@ GPT_MODEL_ARGS=(
     --swiglu
     --disable-bias-linear
     --untie-embeddings-and-output-weights
-    --padded-vocab-size 151936
     --init-method-std 0.018
     --attention-dropout 0
     --hidden-dropout 0
 )
+
+# Rows of the embedding: as many as Qwen2's own models have where the tokenizer is Qwen2's, with its unused ids or without. Of
+# any other, Megatron takes its ids and pads them to a multiple of 128 for each tensor-parallel rank.
+IDS=$(python -c 'import sys, tokenizers; print(tokenizers.Tokenizer.from_file(sys.argv[1]).get_vocab_size())' \
+    "$TOKENIZER/tokenizer.json" 2>/dev/null) || IDS=0
+if [ "$IDS" -ge 151643 ] && [ "$IDS" -le 151936 ]; then GPT_MODEL_ARGS+=(--padded-vocab-size 151936); fi
 
 # What keeps FP16 in range; MODEL_FEATURES="" trains Megatron's own GPT of the same shape, for comparison. The branch scale
 # is no part of the model: it rises by itself, up to 8, when the monitor finds less than 8 times the room.

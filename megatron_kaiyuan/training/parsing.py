@@ -17,6 +17,7 @@ from megatron.training import get_tokenizer, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args, parse_args
 from megatron.training.config.container import PretrainConfigContainer
+from megatron.training.utils import print_rank_0
 
 from megatron_kaiyuan.arguments import arguments_provider
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
@@ -117,6 +118,28 @@ def _check_rows(args: argparse.Namespace) -> None:
             f"--padded-vocab-size {args.padded_vocab_size}: the tokenizer has {tokens} tokens; give at least as many "
             "rows, or leave it out"
         )
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    if said := say_unused_rows(args.padded_vocab_size, tokens, multiple, args.hidden_size):
+        print_rank_0(f"> {said}")
+
+
+def say_unused_rows(rows: int, tokens: int, multiple: int, hidden_size: int) -> str | None:
+    """Return a line about rows of the embedding that no token has; None where they are few, or padding needs them.
+
+    Args:
+        rows: `--padded-vocab-size`.
+        tokens: Ids of the tokenizer.
+        multiple: Megatron pads to a multiple of it.
+        hidden_size: Width of a row.
+    """
+    unused = rows - tokens
+    if unused < multiple or unused <= tokens // 10:
+        return None
+    return (
+        f"WARNING: --padded-vocab-size {rows:,} for {tokens:,} ids of the tokenizer: {unused:,} rows stand for no "
+        f"token, {unused * hidden_size:,} parameters in the embedding and as many in an output matrix of its own. "
+        "Leave it out to pad by no more than is needed"
+    )
 
 
 def tell_what_building_refuses() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from megatron_kaiyuan.arguments import add_kaiyuan_arguments
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
@@ -95,7 +96,10 @@ def megatron_reads(flags: list[str]) -> dict[str, object]:
 
 
 def test_megatron_reads_the_2b_script_as_the_recipe_says(workplace: Workplace) -> None:
-    started = torchrun_arguments(workplace, "--exit-signal", "SIGUSR1", "--micro-batch-size", "2")
+    tokenizer = write_words(workplace.root / "qwen2", 151_646)  # its ids, without those that its models keep unused
+    started = torchrun_arguments(
+        workplace, "--exit-signal", "SIGUSR1", "--micro-batch-size", "2", TOKENIZER=str(tokenizer)
+    )
     flags = started[started.index("megatron_kaiyuan.pretrain") + 1 :]
 
     values = megatron_reads(flags)
@@ -122,6 +126,21 @@ def test_megatron_reads_the_2b_script_as_the_recipe_says(workplace: Workplace) -
     }
     assert {name: values[name] for name in shape} == shape
     assert values["micro_batch_size"] == 2, "a flag given to the script must win over the script's own"
+
+
+def test_the_2b_script_leaves_the_rows_of_another_tokenizer_to_megatron(workplace: Workplace) -> None:
+    other = torchrun_arguments(workplace, TOKENIZER=str(write_words(workplace.root / "other", 4096)))
+    unknown = torchrun_arguments(workplace, "--tokenizer-type", "NullTokenizer", "--vocab-size", "4096")
+    whole = torchrun_arguments(workplace, TOKENIZER=str(write_words(workplace.root / "whole", 151_936)))
+    assert [started.count("--padded-vocab-size") for started in (other, unknown, whole)] == [0, 0, 1]
+
+
+def write_words(folder: Path, count: int) -> Path:
+    """A tokenizer of so many words."""
+    folder.mkdir()
+    words = models.WordLevel({f"w{number}": number for number in range(count)}, unk_token="w0")
+    Tokenizer(words).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def test_the_distribution_of_the_2b_script_comes_from_the_environment(workplace: Workplace) -> None:

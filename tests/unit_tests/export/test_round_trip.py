@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_kaiyuan.checkpoints.averaging import average_checkpoints
+from megatron_kaiyuan.checkpoints.model_identity import carried_options
 from megatron_kaiyuan.checkpoints.parts import LazyTensor, read_rows, row_groups, write_parts
 from megatron_kaiyuan.checkpoints.reading import (
     Checkpoint,
@@ -143,3 +144,12 @@ def test_a_checkpoint_of_stock_megatron_has_all_options_off(tmp_path: Path) -> N
         if name.startswith("kaiyuan_"):
             delattr(arguments, name)
     assert architecture_from_arguments(arguments) == VARIANTS[1].architecture
+
+
+def test_an_imported_model_has_no_dropout_for_megatrons_own_default_is_another(tmp_path: Path) -> None:
+    export_checkpoint(save_model(KAIYUAN, tmp_path / "run", torch.float32), tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "back")
+    arguments = open_checkpoint(tmp_path / "back").arguments
+    assert (arguments.attention_dropout, arguments.hidden_dropout) == (0.0, 0.0)
+    given = carried_options(arguments, set(), {"attention_dropout": 0.1, "hidden_dropout": 0.1})
+    assert (given["attention_dropout"], given["hidden_dropout"]) == (0.0, 0.0), "training on takes them from there"
