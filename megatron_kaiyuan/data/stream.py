@@ -285,7 +285,10 @@ class Stream:
 
     def _pass_pieces(self, window: int) -> list[tuple[DocumentRuns, int, int]]:
         """A window's tokens pass by pass: documents of the pass, first token within the pass, count."""
-        return [(self.documents_of_pass(number), token, count) for number, token, count in self._passes_of(window)]
+        passes = self._passes_of(window)
+        if self.shuffling is None and len(passes) == 1 and passes[0][0] < self.whole_passes:  # the usual case
+            return [(self.selected, *passes[0][1:])]
+        return [(self.documents_of_pass(number), token, count) for number, token, count in passes]
 
     def _passes_of(self, window: int) -> list[tuple[int, int, int]]:
         """A window's tokens pass by pass: number of the pass, first token within the pass, count."""
