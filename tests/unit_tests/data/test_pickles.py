@@ -151,4 +151,4 @@ def test_spawned_workers_map_the_files_and_copy_none(opened, tmp_path):
     for own, maps, total in json.loads(done.stdout):
         assert total == DOCUMENTS - 1 + 3 * (DOCUMENTS // 40)
         assert maps >= 6, "two .idx, two .bin, the rank index; some twice"
-        assert own < 6_000, "KiB; the two .idx alone have 7 800, all files 15 000"
+        assert own < 7_000, "KiB (3 200 to 6 200 without a copy); the two .idx alone have 7 800, all files 15 000"
