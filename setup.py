@@ -93,7 +93,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={f"{PACKAGE}.reporting": ["templates/*.html"]},
+    package_data={f"{PACKAGE}.reporting": ["templates/*.html"], f"{PACKAGE}.release": ["templates/*.md"]},
     python_requires=">=3.12",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -83,6 +83,10 @@ class TokenizerError(KaiyuanError):
     """A tokenizer that is missing or is not the one the shards were built with."""
 
 
+class ReleaseError(KaiyuanError):
+    """A release cannot be made: a file of it is missing, wrong or of another run."""
+
+
 class ResumeError(KaiyuanError):
     """A resume whose already consumed samples would differ from those of the saved run."""
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_ARGUMENT, read_checksums
 from megatron_kaiyuan.checkpoints.identity import AVERAGING, COMMAND_LINE_TOKENIZER, PLAN_RECORD, TOKENIZER
-from megatron_kaiyuan.checkpoints.lineage import CODE, STARTS
+from megatron_kaiyuan.checkpoints.lineage import CODE, COMMAND, STARTS
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 
 __all__ = ["describe"]
@@ -38,7 +38,7 @@ _MODEL = (
     "padded_vocab_size",
     "params_dtype",
 )
-_NO_OPTIONS = {TOKENIZER, COMMAND_LINE_TOKENIZER, CODE, STARTS, CHECKSUMS_ARGUMENT, PLAN_RECORD, AVERAGING}
+_NO_OPTIONS = {TOKENIZER, COMMAND_LINE_TOKENIZER, CODE, COMMAND, STARTS, CHECKSUMS_ARGUMENT, PLAN_RECORD, AVERAGING}
 """Arguments that are kept with a run and are no flags."""
 
 
@@ -71,6 +71,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "tokenizer": getattr(args, TOKENIZER, None) or getattr(args, COMMAND_LINE_TOKENIZER, None),
             "starts": getattr(args, STARTS, None),
             "code": getattr(args, CODE, None),
+            "command": getattr(args, COMMAND, None),
         },
         "tensors": _tensors(checkpoint),
         "files": _files(checkpoint.folder),

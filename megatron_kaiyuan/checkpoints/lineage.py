@@ -5,14 +5,18 @@ far itself. They have the right names, model, seed and data, and other weights.
 """
 
 import argparse
+import shlex
+import sys
 
 from megatron_kaiyuan.host.version import code_version
 
-__all__ = ["CODE", "STARTS", "comes_from", "store_start"]
+__all__ = ["CODE", "COMMAND", "STARTS", "comes_from", "store_start"]
 
 CODE = "kaiyuan_code"
 """Name of the argument that holds the version and the commit of the code of the start that saved a checkpoint."""
 
+COMMAND = "kaiyuan_command"
+"""Name of the argument that holds the flags of that start, as a shell takes them."""
 STARTS = "kaiyuan_starts"
 """Name of the argument that holds `[iteration, id]` of each start up to a checkpoint; None: they are not known."""
 
@@ -28,6 +32,7 @@ def store_start(args: argparse.Namespace, saved: argparse.Namespace | None, star
     earlier = getattr(saved, STARTS, None) or []
     here = 0 if saved is None else int(saved.iteration)
     setattr(args, CODE, code_version())
+    setattr(args, COMMAND, shlex.join(sys.argv[1:]))
     setattr(args, STARTS, None if start is None else [*earlier, [here, start]])
 
 

@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": ("evaluate", "measure the loss on held-out documents, by source"),
     "generate": ("generate", "continue prompts"),
     "convert": ("convert", "write a model for Hugging Face, or read one from there"),
+    "release": ("release", "make a release: weights, cards, and the commands that made them"),
     "quantile": ("quantile", "compare datasets slice by slice with small models"),
     "report": ("report", "write the page of a run"),
 }

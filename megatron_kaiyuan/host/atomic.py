@@ -63,8 +63,11 @@ def rename_durably(source: Path, target: Path) -> Path:
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:
-    """Force a folder and its files to disk and give it its final name, which must be free; then on disk too."""
-    for path in unfinished.iterdir():
+    """Force a folder and all below it to disk and give it its final name, which must be free; then on disk too."""
+    for path in unfinished.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+            continue
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     sync_folder(unfinished)
