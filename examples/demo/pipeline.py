@@ -133,6 +133,13 @@ class DemoRun:
                 outputs=[self._at("generated.txt")],
                 run=self._generate,
             ),
+            Stage(
+                name="release",
+                title="release: tools/release.py, the model for transformers with its cards",
+                inputs=[self._code("export", "release")],
+                outputs=[self._at("release")],
+                run=self._release,
+            ),
         ]
 
     def _code(self, *rooms: str) -> str:
@@ -224,6 +231,16 @@ class DemoRun:
             *["--prompt", *self.settings.prompts],
         )
         run_command(command, self.repository, self.log("generate"))
+
+    def _release(self) -> None:
+        self._tool(
+            "release",
+            "release.py",
+            *[self.output / "checkpoints", "--averaged", self.output / "averaged", "--name", "kaiyuan-demo"],
+            *["--tokenizer", self.output / "tokenizer", "--plan", self.plan, "--language", "en"],
+            *["--evaluation", self.output / "evaluation.json", "--hardware", self.settings.place],
+            *["--output", self.output / "release"],
+        )
 
 
 def _environment() -> Sequence[str]:

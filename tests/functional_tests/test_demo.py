@@ -52,13 +52,13 @@ def test_the_report_names_every_result(demo: tuple[Path, str]) -> None:
     output, text = demo
     for part in ("Held-out loss", "Tokens seen per quality band", "Loss-scale history", "Generated with", "Wall time"):
         assert part in text
-    for name in ("plan.html", "generated.txt", "averaged", "tensorboard", "logs/train.log"):
+    for name in ("plan.html", "generated.txt", "averaged", "tensorboard", "logs/train.log", "release/README.md"):
         assert (output / name).exists()
 
 
 def test_a_second_run_repeats_no_stage_and_prints_the_same_report(demo: tuple[Path, str]) -> None:
     output, text = demo
     again = run_demo(output)
-    assert again.count("up to date, skipped") == 9
+    assert again.count("up to date, skipped") == 10
     cut = "Held-out loss"
     assert again[again.index(cut) : again.index("Wall time")] == text[text.index(cut) : text.index("Wall time")]
