@@ -17,7 +17,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan",
         type=Path,
         metavar="PLAN",
-        help="instead of SHARDS: all scored sources of a plan; an index that is there and up to date stays",
+        help="instead of SHARDS, all that a plan needs: the index of each scored source, and sums of large ones that "
+        "it shuffles by documents or packs whole; what is there and up to date stays",
     )
     parser.add_argument(
         "--score",

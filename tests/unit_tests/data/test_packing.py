@@ -186,6 +186,21 @@ def test_what_is_unseen_goes_on_with_the_same_windows(source, order):
         all_samples(plan_of(source, first | {"tokens": 600}, second, seq_length=ROOM - 1))
 
 
+@pytest.mark.parametrize("part", [{"packing": "whole"}, {"shuffle": "documents"}])
+def test_a_curriculum_that_has_begun_gets_another_length_and_held_out_documents_stay_out(source, part):
+    base = plan_of(source, phase_of("curriculum", {"a": part}, tokens=600), seq_length=ROOM - 1)
+    base["validation"] = {"a": {"documents": 20}}
+    longer = base | {"phases": [base["phases"][0] | {"amended": [{"at": 40, "tokens": 900}]}]}
+    before, after = all_samples(base), all_samples(longer)
+    assert (len(before), len(after)) == (100, 150)
+    assert (after[:40], after[-1]) == (before[:40], before[-1])
+    assert len(set(after)) == 150
+    plan = Plan.from_spec(longer)
+    plan.check_resume(Plan.from_spec(base).order_record(), 40)
+    held_out = {token for number in plan.opened["a"].held_out for token in DOCUMENTS[number]}
+    assert held_out.isdisjoint(token for sample in after for token in sample)
+
+
 def test_a_run_does_not_go_on_with_another_packing(source):
     plans = [Plan.from_spec(spec_of(source, packing=packed)) for packed in ("whole", "flowing")]
     for one, other in (plans, plans[::-1]):
