@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.markov_text import write_markov_text
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.yaml_file import read_yaml
 
 __all__ = ["large_plan", "plan_digest", "require_shards", "smoke_plan"]
 
@@ -25,7 +26,7 @@ def require_shards(plan: Path) -> None:
     Raises:
         StudyError: some are missing.
     """
-    sources = yaml.safe_load(plan.read_text(encoding="utf-8"))["sources"]
+    sources = read_yaml(plan)["sources"]
     named = [source["shards"] for source in sources.values()]
     items = [item for shards in named for item in ([shards] if isinstance(shards, str) else shards)]
     missing = [item for item in items if not _has_shards(item)]

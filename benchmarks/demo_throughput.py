@@ -22,12 +22,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks.plain_torch_gpt import Job, Shape
+from megatron_kaiyuan.host.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_SECONDS = re.compile(r"iteration +\d+/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
@@ -57,7 +57,7 @@ def demo_model(steps: int) -> tuple[Shape, Job, list[str]]:
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     from settings import FULL
 
-    plan = yaml.safe_load((ROOT / "examples" / "demo" / "plan.yaml").read_text(encoding="utf-8"))
+    plan = read_yaml(ROOT / "examples" / "demo" / "plan.yaml")
     model = FULL.model
     shape = Shape(
         layers=model.layers,

@@ -31,6 +31,7 @@ from benchmarks.packing import pack
 from benchmarks.scaling_jobs import end_family, family_of
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.yaml_file import read_yaml
 from megatron_kaiyuan.quantile.results import result_path
 from megatron_kaiyuan.quantile.runs import read_slices
 from megatron_kaiyuan.quantile.study import load_study
@@ -76,7 +77,7 @@ def main() -> None:
     if not (DATA / "shards").is_dir():
         unpack(args.carried)
     study = smaller(args.study) if args.smoke else args.study
-    output = Path(yaml.safe_load(study.read_text(encoding="utf-8"))["output"])
+    output = Path(read_yaml(study)["output"])
     forget_unfinished(study, output)
     problems = []
     for stage, commands in stages(args).items():
@@ -116,7 +117,7 @@ def forget_unfinished(study: Path, output: Path) -> None:
 
     A run that is asked to end saves first, and would fail at the next start.
     """
-    flags = yaml.safe_load(study.read_text(encoding="utf-8"))["training"].get("flags") or []
+    flags = read_yaml(study)["training"].get("flags") or []
     if "--no-save-optim" not in flags:
         return
     for folder in (output / "runs").glob("*"):
@@ -161,7 +162,7 @@ def unpack(archive: Path) -> None:
 
 def smaller(study: Path) -> Path:
     """A copy of a study at toy size, with an output folder of its own."""
-    content: dict[str, Any] = yaml.safe_load(study.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_yaml(study)
     content["output"] += "_smoke"
     content["seq_length"] = 128
     content["slices"] |= {"tops": ["0%", "80%"], "tokens": 65_536, "min_documents": 10}

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.checkpoints.damage import LEGACY_COMMON_STATE, Verifier, verify
-from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD, first_difference
+from megatron_kaiyuan.checkpoints.identity import AVERAGING, PLAN_RECORD, first_difference
 from megatron_kaiyuan.checkpoints.lineage import comes_from
 from megatron_kaiyuan.checkpoints.parts import LazyTensor, read_rows, row_groups, write_parts
 from megatron_kaiyuan.checkpoints.reading import (
@@ -32,14 +32,15 @@ from megatron_kaiyuan.checkpoints.reading import (
     saved_iterations,
 )
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+from megatron_kaiyuan.data.learning_rate import averaging_weights
 from megatron_kaiyuan.data.resume import check_resume
-from megatron_kaiyuan.data.retention import averaging_weights
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 
 __all__ = [
     "MANIFEST_NAME",
     "AverageManifest",
+    "add_weighted",
     "average_checkpoints",
     "check_one_run",
     "choose_checkpoints",
@@ -53,8 +54,6 @@ __all__ = [
 MANIFEST_NAME = "average.json"
 """File in the folder of the result that says what was averaged."""
 _FORMAT = "megatron_kaiyuan.average/1"
-PLANNED = "kaiyuan_averaging"
-"""Argument of a run that says what its plan wants averaged; see `checkpoint_keeping.AVERAGING`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ def choose_planned(directory: Path, verifier: Verifier = verify) -> tuple[list[C
         ConfigError: the plan had no averaging section, or some of them are not there.
     """
     newest = open_intact_checkpoint(directory, verifier)
-    planned = getattr(newest.arguments, PLANNED, None)
+    planned = getattr(newest.arguments, AVERAGING, None)
     if planned is None:
         raise ConfigError(
             f"{directory}: the plan of its run has no averaging section (or it was run without a plan); give --last N "
@@ -303,9 +302,20 @@ def _average_rows(
     total = torch.zeros((end - first, *shape[1:]))
     for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
         rows = read_rows(checkpoint, name, first, end)
-        total.add_(rows.to(torch.float32), alpha=weight)
+        add_weighted(total, rows, weight)
         progress(rows.nbytes)
     return total.to(dtype)
+
+
+def add_weighted(total: torch.Tensor, part: torch.Tensor, weight: float) -> None:
+    """Add the share of one checkpoint to an average, in place.
+
+    Args:
+        total: FP32 on the CPU.
+        part: Of the same shape, any floating-point type and device.
+        weight: From `weights_of`.
+    """
+    total.add_(part.to("cpu", torch.float32), alpha=weight)
 
 
 def check_one_run(checkpoints: Sequence[Checkpoint]) -> None:

@@ -10,6 +10,7 @@ from megatron_kaiyuan.data.plan_schema import load_plan_spec, parse_plan_spec
 from megatron_kaiyuan.data.selection import parse_count, parse_fraction, parse_keep
 from megatron_kaiyuan.errors import PlanError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.yaml_file import read_yaml
 
 __all__ = ["proxy_plan", "write_proxy"]
 
@@ -27,7 +28,7 @@ def write_proxy(plan: Path, share: str, output: Path) -> None:
     if not 0 < fraction < 1:
         raise PlanError(f"--proxy {share}: a proxy has a part of the plan; give a share between 0 and 1, such as 1/16")
     load_plan_spec(plan)
-    content = proxy_plan(yaml.safe_load(plan.read_text(encoding="utf-8")), fraction)
+    content = proxy_plan(read_yaml(plan), fraction)
     head = f"# {share} of {plan.name}: the same documents in every phase, each seen as often as there\n"
     write_text_atomically(output, head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120))
 

@@ -1,15 +1,21 @@
-"""Learning-rate shapes over the progress of a phase, and the rate that the best data of a curriculum meets."""
+"""Learning-rate shapes over the progress of a phase, the averages that stand for them, and what the best data meet."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["batch_warnings", "mean_rate", "rate_at", "rate_warnings"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["averaging_weights", "batch_warnings", "mean_rate", "rate_at", "rate_warnings"]
 
 _BEST_FROM = 0.8
 """The best data of an ascending stream: its last fifth."""
 _LOWEST_SHARE = 1 / 3
 """Of the run's highest rate: arXiv 2511.18903 found a decay to about a third to leave a curriculum its effect."""
+
+_WEIGHTING = re.compile(r"mean|wma|decay:(?P<shape>linear|cosine|sqrt)|ema:(?P<alpha>(\d+\.?\d*|\.\d+)(e-?\d+)?)")
 
 
 def rate_at(shape: str, start: float, end: float, progress: float) -> float:
@@ -27,6 +33,34 @@ def rate_at(shape: str, start: float, end: float, progress: float) -> float:
     }
     weight = weights[shape]
     return start * (1 - weight) + end * weight
+
+
+def averaging_weights(kind: str, count: int) -> NDArray[np.float64]:
+    """Return the weights of `count` checkpoints, oldest first, summing to 1; float64 `[count]`.
+
+    Args:
+        kind: `mean`; `wma`, 1 to `count`; `ema:A` with 0 < A <= 1, each newer one `A * newer + (1 - A) * average`;
+            `decay:SHAPE`, as if the rate had decayed to 0 between the oldest and the newest: an update between two of
+            them keeps the rate's share in their middle (arXiv 2507.17634). SHAPE: `linear`, `cosine`, `sqrt`.
+        count: at least 1.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    words = _WEIGHTING.fullmatch(kind)
+    alpha = float(words["alpha"] or 1) if words else 0.0
+    if words is None or not 0.0 < alpha <= 1.0:
+        raise ValueError(f"{kind!r} is not a weighting")
+    if words["shape"]:
+        middles = [(number - 0.5) / (count - 1) for number in range(1, count)]
+        shares = np.array([1.0, *(rate_at(words["shape"], 1.0, 0.0, middle) for middle in middles), 0.0])
+        return np.asarray(shares[:-1] - shares[1:], dtype=np.float64)
+    if words["alpha"]:
+        raw = alpha * (1.0 - alpha) ** np.arange(count - 1, -1, -1, dtype=np.float64)
+        raw[0] /= alpha
+    else:
+        raw = np.ones(count) if kind == "mean" else np.arange(1, count + 1, dtype=np.float64)
+    return np.asarray(raw / raw.sum(), dtype=np.float64)
 
 
 def mean_rate(lr: Mapping[str, Any], first: float, last: float) -> float:

@@ -43,6 +43,8 @@ class OpenedSource:
     """Further ones: another source of the plan names the same shards and holds these documents out, int64 `[n]`."""
     denied: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Documents that the source's `deny` file, or that of another source with the same shards, names, int64 `[n]`."""
+    rank_index: RankIndex | None = None
+    """Of a source whose documents are scored."""
 
     @cached_property
     def storage_order(self) -> DocumentOrder:
@@ -159,9 +161,10 @@ class OpenedSource:
         except IndexError as error:  # a document that the source does not have
             raise damaged_index(index, self.source, score) from error
 
-    @cached_property
+    @property
     def _rank_index(self) -> RankIndex:
-        return _load_index(self.source, self.spec, None)
+        assert self.rank_index is not None, "a source with a score is opened with its rank index"
+        return self.rank_index
 
 
 def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
@@ -208,9 +211,8 @@ def open_plan_sources(
     indices = side_by_side(
         lambda pair: _load_index(pair[0].source, pair[0].spec, pair[1]), list(zip(scored, digests, strict=True))
     )
-    for source, index in zip(scored, indices, strict=True):
-        source.__dict__["_rank_index"] = index  # what the cached property would find
-    return opened
+    indexed = zip(scored, indices, strict=True)
+    return opened | {source.name: replace(source, rank_index=index) for source, index in indexed}
 
 
 def leave_out_elsewhere(

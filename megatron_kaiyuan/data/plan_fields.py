@@ -1,11 +1,11 @@
 """What a single field of a plan may hold: numbers with units, shares, names of files."""
 
-import re
 from fractions import Fraction
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from megatron_kaiyuan.data.learning_rate import averaging_weights
 from megatron_kaiyuan.data.selection import Keep, exact_number, parse_count, parse_fraction, parse_keep
 from megatron_kaiyuan.shards.score_files import check_score_name
 
@@ -33,7 +33,6 @@ REST_OF = "rest of "
 MOST_PASSES = 1_000_000
 """Of a source in a phase."""
 _NAME_SHARDS = "name a prefix, a directory or a glob (. is the working directory), or a list of them"
-_WEIGHTS = re.compile(r"mean|wma|decay:(linear|cosine|sqrt)|ema:(0(\.\d+)?|1(\.0+)?|\.\d+)")
 
 
 def _parse_tokens(value: object) -> object:
@@ -93,11 +92,12 @@ def _some(value: Fraction) -> Fraction:
 
 
 def _check_weights(value: str) -> str:
-    if not _WEIGHTS.fullmatch(value) or (value.startswith("ema:") and float(value[4:]) == 0):
+    try:
+        averaging_weights(value, 1)
+    except ValueError as error:
         raise ValueError(
-            f"{value!r} is not a weighting; write mean, wma, ema:ALPHA with 0 < ALPHA <= 1, or {{as_decay: linear}}, "
-            "cosine or sqrt"
-        )
+            f"{error}; write mean, wma, ema:ALPHA with 0 < ALPHA <= 1, or {{as_decay: linear}}, cosine or sqrt"
+        ) from error
     return value
 
 

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.description import quality_at
-from megatron_kaiyuan.data.learning_rate import rate_at
+from megatron_kaiyuan.data.learning_rate import averaging_weights, rate_at
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_phases import AveragingSpec
 
 __all__ = [
-    "averaging_weights",
     "effective_tokens",
     "kept_weights",
     "repetition_notes",
@@ -40,33 +39,6 @@ _REPEATED = 1.005
 """Passes from which data count as repeated."""
 _HARMLESS = 4
 """Passes up to which they found repeated data nearly as good as new ones."""
-
-
-def averaging_weights(kind: str, count: int) -> NDArray[np.float64]:
-    """Weights of `count` checkpoints, oldest first, summing to 1; float64 `[count]`.
-
-    Args:
-        kind: `mean`; `wma`, 1 to `count`; `ema:A`, each newer one `A * newer + (1 - A) * average`; `decay:SHAPE`, as if
-            the rate had decayed to 0 between the oldest and the newest: an update between two of them keeps
-            the rate's share in their middle (arXiv 2507.17634). SHAPE: `linear`, `cosine`, `sqrt`.
-        count: at least 1.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
-    name, _, detail = kind.partition(":")
-    if name == "decay" and detail in ("linear", "cosine", "sqrt"):
-        middles = [(number - 0.5) / (count - 1) for number in range(1, count)]
-        shares = np.array([1.0, *(rate_at(detail, 1.0, 0.0, middle) for middle in middles), 0.0])
-        return np.asarray(shares[:-1] - shares[1:], dtype=np.float64)
-    if name == "ema" and 0.0 < float(detail) <= 1.0:
-        raw = float(detail) * (1.0 - float(detail)) ** np.arange(count - 1, -1, -1, dtype=np.float64)
-        raw[0] /= float(detail)
-    elif kind in ("mean", "wma"):
-        raw = np.ones(count) if kind == "mean" else np.arange(1, count + 1, dtype=np.float64)
-    else:
-        raise ValueError(f"{kind!r} is no weighting of checkpoints")
-    return np.asarray(raw / raw.sum(), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ follows by arithmetic; there are no tokens to read, so a simulated plan can be d
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +16,21 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.data.opened import OpenedSource, leave_out_elsewhere
 from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
 from megatron_kaiyuan.documents.invented_lengths import InventedLengths
-from megatron_kaiyuan.documents.order import Pieces, block_size
+from megatron_kaiyuan.documents.order import DocumentOrder, Pieces, block_size
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.shards.shard import Shard
 from megatron_kaiyuan.shards.source import Segment, Source
 
 __all__ = ["SimulatedSource", "simulate_plan_sources"]
 
 
+@dataclass(frozen=True)
 class SimulatedSource(Source):
     """Documents that are only counted."""
 
-    expected: ExpectedSpec
-
-    def __init__(self, name: str, expected: ExpectedSpec) -> None:
-        super().__init__(name, ())
-        object.__setattr__(self, "expected", expected)
+    shards: tuple[Shard, ...] = ()
+    expected: ExpectedSpec = field(kw_only=True)
 
     @property
     def num_documents(self) -> int:
@@ -101,6 +102,35 @@ class SimulatedOrder:
         )
 
 
+@dataclass(frozen=True)
+class SimulatedOpenedSource(OpenedSource):
+    """A source whose orders and whose identity follow from its `expected` field and the plan's seed."""
+
+    source: SimulatedSource
+    seed: int = field(kw_only=True)
+    """Of the plan."""
+
+    @cached_property
+    def storage_order(self) -> DocumentOrder:
+        """Documents as they would be stored."""
+        return SimulatedOrder(self.source, ranked=False, seed=self.seed)
+
+    @cached_property
+    def ranked_order(self) -> DocumentOrder:
+        """Documents in ascending rank."""
+        return SimulatedOrder(self.source, ranked=True, seed=self.seed)
+
+    @cached_property
+    def content(self) -> str:
+        """Identifies the sizes that were expected."""
+        return hashlib.sha256(f"simulated {self.source.expected}".encode()).hexdigest()
+
+    @cached_property
+    def ranking(self) -> str:
+        """Identifies the order by rank."""
+        return self.content[:16]
+
+
 def simulate_plan_sources(
     specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
 ) -> dict[str, OpenedSource]:
@@ -108,13 +138,10 @@ def simulate_plan_sources(
     opened = {name: _simulate(name, spec, held_out[name], seed) for name, spec in specs.items()}
     sizes = {name: source.source.num_documents for name, source in opened.items()}
     shards = {name: [((str(specs[name].shards), size), size)] for name, size in sizes.items()}
-    opened = leave_out_elsewhere(opened, shards)
-    for source in opened.values():
-        _invent_files(source, seed)
-    return opened
+    return leave_out_elsewhere(opened, shards)
 
 
-def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
+def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> SimulatedOpenedSource:
     """A source of the size its `expected` field gives, with held-out documents drawn as from a real one.
 
     Raises:
@@ -130,21 +157,8 @@ def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSo
             f"sources.{name}.deny: --simulate has no documents to deny; leave deny out until the shards exist, or run "
             "without --simulate"
         )
-    source = SimulatedSource(name, spec.expected)
+    source = SimulatedSource(name, expected=spec.expected)
     if held_out >= source.num_documents:
         raise PlanError(f"validation.{name}.documents: {held_out} of {source.num_documents} leaves none to train on")
     drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))
-    return OpenedSource(name, spec, source, np.sort(drawn))
-
-
-def _invent_files(opened: OpenedSource, seed: int) -> None:
-    """Put there what the cached properties of a real source find in its files."""
-    source = opened.source
-    assert isinstance(source, SimulatedSource)
-    digest = hashlib.sha256(f"simulated {source.expected}".encode()).hexdigest()
-    opened.__dict__.update(
-        storage_order=SimulatedOrder(source, ranked=False, seed=seed),
-        ranked_order=SimulatedOrder(source, ranked=True, seed=seed),
-        content=digest,
-        ranking=digest[:16],
-    )
+    return SimulatedOpenedSource(name, spec, source, np.sort(drawn), seed=seed)

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kaiyuan.checkpoints.averaging import choose_planned, choose_so_far, complete_average, weights_of
+from megatron_kaiyuan.checkpoints.averaging import (
+    add_weighted,
+    choose_planned,
+    choose_so_far,
+    complete_average,
+    weights_of,
+)
 from megatron_kaiyuan.checkpoints.reading import Checkpoint, find_checkpoints, open_checkpoint
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
 from megatron_kaiyuan.evaluation.loading import bare_model, load_weights, read_weights
@@ -166,8 +172,9 @@ def _average(chunk: Any, checkpoints: Sequence[Checkpoint], kind: str) -> Mappin
         last = read_weights(chunk, checkpoint)
         for name, value in last.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                wide = value.detach().to("cpu", torch.float32)
-                sums.setdefault(name, torch.zeros_like(wide)).add_(wide, alpha=weight)
+                if name not in sums:
+                    sums[name] = torch.zeros(value.shape)
+                add_weighted(sums[name], value.detach(), weight)
     return last | {name: total.to(last[name].dtype) for name, total in sums.items()}
 
 

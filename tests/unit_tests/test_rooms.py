@@ -130,3 +130,25 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 
     assert inside == set(ROOMS)
     assert outside == {name for name in folders if not name.endswith(".egg-info") and name not in made}
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern", "place"),
+    [
+        ("a YAML loader that takes a key twice", r"yaml\.(safe_|full_|unsafe_)load\(", None),
+        ("attributes of a frozen object that are set later", r"__dict__(\[\w+\] = |\.update)", "host/maps.py"),
+        ("setting attributes of a frozen object", r"object\.__setattr__", None),
+        ("the grammar of averages", r"ema:\(", "data/learning_rate.py"),
+        ("the weighted sum of checkpoints", r"add_\(.*alpha=", "checkpoints/averaging.py"),
+        ("the name of a run's planned average", r"\"kaiyuan_averaging\"", "checkpoints/identity.py"),
+    ],
+)
+def test_there_is_one(what: str, pattern: str, place: str | None) -> None:
+    """Two copies of a rule drift apart, and a user meets the one that was not mended."""
+    places = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if re.search(pattern, path.read_text(encoding="utf-8"))
+    }
+
+    assert places == ({place} if place else set()), what

@@ -116,6 +116,7 @@ def own_kib():
 def work(raw, folder, results):
     import numpy as np
     import megatron_kaiyuan.data
+    np.random.default_rng(0).integers(0, 9, 4000).sum()  # what a first use loads
     before = own_kib()
     plan, source, index = pickle.loads(raw)
     order = megatron_kaiyuan.data.CurriculumDataset(plan)
@@ -145,7 +146,7 @@ def test_spawned_workers_map_the_files_and_copy_none(opened, tmp_path):
     folder = str(Path(source.shards[0].prefix).parent)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "raw"), folder],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for own, maps, total in json.loads(done.stdout):

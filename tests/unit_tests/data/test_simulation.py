@@ -31,7 +31,7 @@ def orders(draw, most_documents=10**10, spreads=st.one_of(st.just(0.0), st.float
 
 def simulated(documents, tokens, trend=0.0, *, ranked=True, spread=0.9, seed=0):
     expected = ExpectedSpec(documents=documents, tokens=tokens, length_by_quality=trend, length_spread=spread)
-    return SimulatedOrder(SimulatedSource("s", expected), ranked=ranked, seed=seed)
+    return SimulatedOrder(SimulatedSource("s", expected=expected), ranked=ranked, seed=seed)
 
 
 def offsets(order, *positions):

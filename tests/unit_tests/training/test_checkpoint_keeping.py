@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kaiyuan.checkpoints.averaging import (
-    PLANNED,
     average_checkpoints,
     choose_checkpoints,
     choose_planned,
@@ -105,7 +104,6 @@ def test_a_checkpoint_is_lacking_until_it_is_saved_and_the_last_is_left_to_megat
 
 
 def test_planned_checkpoints_are_those_that_the_run_recorded(tmp_path: Path) -> None:
-    assert PLANNED == AVERAGING
     wanted = {"iterations": [10, 20], "weights": "wma"}
     for iteration in (10, 15, 20):
         save(tmp_path, iteration, kaiyuan_averaging=wanted)
