@@ -32,6 +32,8 @@ _STOPS, _ENDS = 30.0, 10.0
 _SMALL = 100_000
 """Bytes that a file may grow to where the disk is full; the parts of a checkpoint are larger."""
 _ALIKE = ("consumed_samples", "learning_rate", "loss", "grad_norm", "loss_scale", "sources")
+_ALIKE_IF_SKIPPED = tuple(key for key in _ALIKE if key != "learning_rate")
+"""Nothing is trained at the rate of a step that overflowed; the line has that of the step before, or of the start."""
 _STEP = re.compile(r"\] iteration +(\d+)/")
 
 
@@ -140,7 +142,8 @@ class Chain:
         for line in filter(None, (self.folder / name).read_text().splitlines()):
             with suppress(json.JSONDecodeError):  # torn by a kill
                 entry = json.loads(line)
-                wrong = [key for key in _ALIKE if entry[key] != expected[entry["iteration"]][key]]
+                alike = _ALIKE if entry["grad_norm"] is not None else _ALIKE_IF_SKIPPED
+                wrong = [key for key in alike if entry[key] != expected[entry["iteration"]][key]]
                 found += [f"step {entry['iteration']}: {', '.join(wrong)}"] if wrong else []
         return found + different_tensors(self._undisturbed, self.folder, steps)
 
