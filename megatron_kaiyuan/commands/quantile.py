@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.console import SafeConsole
+from megatron_kaiyuan.quantile.claimable import known_spread, planned_design, smallest_claimable
 from megatron_kaiyuan.quantile.runs import SlicedStudy, my_share, read_slices, write_slices
 from megatron_kaiyuan.quantile.study import Study, load_study
 from megatron_kaiyuan.quantile.tasks import check_tasks
@@ -43,7 +44,24 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--num-tasks", type=int, default=1, metavar="N", help="tasks that share the runs, as in a job array"
             )
+        if name == "slice":
+            command.add_argument(
+                "--expected-spread",
+                metavar="S",
+                help="spread between seeds in bits per byte, or the report.json of a pilot; the smallest differences "
+                "that the study can claim are then printed in bits per byte too",
+            )
         if name == "train":
+            trunk = command.add_mutually_exclusive_group()
+            trunk.add_argument(
+                "--trunk", action="store_true", help="with design: branch, train the trunks, before their branches"
+            )
+            trunk.add_argument(
+                "--branch-from",
+                type=Path,
+                metavar="OUTPUT",
+                help="branch from the trunks in the output folder of another study with the same trunks",
+            )
             command.add_argument(
                 "--concurrent", type=int, default=1, metavar="N", help="runs at a time in this task (default 1)"
             )
@@ -67,21 +85,29 @@ def _slice(study: Study, options: argparse.Namespace) -> None:
     sliced, cost = write_slices(study)
     columns = ["slice", "seed", "documents", "tokens", "scores"]
     rows = [
-        [f"{run.source} top {run.top * 100:.4g}%", str(run.seed), f"{run.documents:,}", f"{run.slice_tokens:,}",
-         f"{run.score_low:.4g} to {run.score_high:.4g}"]
+        [run.cell_name, str(run.seed), f"{run.documents:,}", f"{run.slice_tokens:,}",
+         f"{run.score_low:.4g} to {run.score_high:.4g}" if run.documents else "-"]
         for run in sliced.runs
     ]  # fmt: skip
     _print_table(f"{len(sliced.runs)} runs, plans in {study.folder / 'plans'}", columns, rows)
-    for line in [*(f"warning: {line}" for line in sliced.warnings), *cost.lines()]:
+    sizes = smallest_claimable(planned_design(study), study.level)
+    spread = None if options.expected_spread is None else known_spread(options.expected_spread)
+    lines = sizes.lines([float(top) for top in study.slices.tops], spread)
+    for line in [*(f"warning: {line}" for line in sliced.warnings), *cost.lines(), *lines]:
         say(line)
 
 
 def _train(study: Study, options: argparse.Namespace) -> None:
-    from megatron_kaiyuan.quantile.training import train_runs
+    from megatron_kaiyuan.quantile.training import check_trunks, train_runs
 
-    runs = my_share(read_slices(study).runs, options.task_id, options.num_tasks)
+    study = _with_trunks(study, options)
+    sliced = read_slices(study)
+    runs = my_share(sliced.trunks if options.trunk else sliced.runs, options.task_id, options.num_tasks)
+    if not options.trunk:
+        check_trunks(study, sliced.trunks)
+    steps = study.trunk_steps if options.trunk else study.steps
     with ConsoleMeter() as meter:
-        meter.start(f"training {len(runs)} runs", len(runs) * study.steps)
+        meter.start(f"training {len(runs)} {'trunks' if options.trunk else 'runs'}", len(runs) * steps)
         outcomes = train_runs(study, runs, concurrent=options.concurrent, progress=meter.advance)
     counts = Counter(outcome.state for outcome in outcomes)
     say(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -91,6 +117,22 @@ def _train(study: Study, options: argparse.Namespace) -> None:
     if failed:
         names = ", ".join(outcome.run.name for outcome in failed)
         raise StudyError(f"{len(failed)} of {len(runs)} runs failed: {names}; mend the cause and run `train` again")
+
+
+def _with_trunks(study: Study, options: argparse.Namespace) -> Study:
+    """The study with the trunks that the command line names.
+
+    Raises:
+        StudyError: it has no trunks, or they are those of another study, which trains them.
+    """
+    if study.trunk is None and (options.trunk or options.branch_from is not None):
+        flag = "--trunk" if options.trunk else "--branch-from"
+        raise StudyError(f"{flag}: the study is of design: scratch, where no run has a trunk; write design: branch")
+    if study.trunk is not None and options.branch_from is not None:
+        return study.model_copy(update={"trunk": study.trunk.model_copy(update={"folder": str(options.branch_from)})})
+    if options.trunk and study.trunk is not None and study.trunk.folder is not None:
+        raise StudyError(f"--trunk: the trunks are those of {study.trunk.folder}; train them there")
+    return study
 
 
 def _evaluate(study: Study, options: argparse.Namespace) -> None:

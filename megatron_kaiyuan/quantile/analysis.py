@@ -5,7 +5,7 @@ the mean of the capabilities. `inference.py` tests, this module prepares its sco
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import combinations
@@ -26,6 +26,7 @@ from megatron_kaiyuan.quantile.inference import (
     shapes_of,
     unsteady_of,
 )
+from megatron_kaiyuan.quantile.paired import without_trunks
 from megatron_kaiyuan.quantile.results import RunResult, bits_per_byte, groups_of
 from megatron_kaiyuan.quantile.runs import Run, SlicedStudy
 from megatron_kaiyuan.quantile.statistics import Composite, Estimate, Measure, Score
@@ -92,6 +93,10 @@ class Analysis:
     """Why some or all conclusions are not drawn."""
     warnings: tuple[str, ...]
     level: float
+    controls: tuple[str, ...] = ()
+    """Names of further cells, after `cells`, that slices of a branch design are compared with."""
+    against_controls: tuple[Pair, ...] = ()
+    """Each slice, first, against each control, which are numbered after the slices."""
 
     @cached_property
     def _by_cells(self) -> dict[tuple[str, int, int], Pair]:
@@ -193,17 +198,21 @@ def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult])
     Raises:
         StudyError: fewer than two cells have results.
     """
-    groups = _group(sliced.runs, results)
+    groups, controls = _group(sliced.runs, results), _control_groups(sliced.runs, results)
     if len(groups) < 2:
         raise StudyError("fewer than two slices have results; there is nothing to compare")
     cells = tuple(groups)
     reaches = tuple(_reach(runs) for runs in groups.values())
-    metrics = _metrics(study, [[results[run.name] for run in runs] for runs in groups.values()])
+    everybody = [*groups.values(), *controls.values()]
+    metrics = _metrics(study, [[results[run.name] for run in runs] for runs in everybody])
+    if study.design == "branch":
+        metrics = _within_trunks(metrics, everybody)
     scores = _scores(metrics)
     seeds = tuple(len(runs) for runs in groups.values())
     refusals = _refusals(study, seeds)
     level = study.level if max(seeds) >= 2 else 0.0
-    design = _design(study, cells, list(groups.values()))
+    design = _design(study, [*(cell.source for cell in cells), *controls], everybody)
+    pairs = pairs_of(scores, PAIRS_SHARE * level)
     shapes = shapes_of(design, scores, SHAPES_SHARE * level) if level and study.slices.documents != "shared" else ()
     warnings = (*_warnings(study, sliced, seeds, results), *_about_scores(metrics, cells, scores, design, seeds))
     return Analysis(
@@ -216,17 +225,32 @@ def analyse(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult])
         design=design,
         trends=tuple(shape for shape in shapes if shape.kind == "trend"),
         bends=tuple(shape for shape in shapes if shape.kind == "bend"),
-        pairs=pairs_of(scores, PAIRS_SHARE * level),
-        unsteady=unsteady_of(scores) if level else dict.fromkeys(scores, ()),
+        pairs=tuple(pair for pair in pairs if pair.second < len(cells)),
+        unsteady=_unsteady_slices(scores, len(cells)) if level else dict.fromkeys(scores, ()),
         refusals=refusals,
         warnings=warnings,
         level=study.level,
+        controls=tuple(controls),
+        against_controls=tuple(pair for pair in pairs if pair.first < len(cells) <= pair.second),
     )
 
 
-def _design(study: Study, cells: Sequence[Cell], groups: Sequence[Sequence[Run]]) -> Design:
+def _unsteady_slices(scores: Mapping[str, Score], slices: int) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(cell for cell in cells if cell < slices) for name, cells in unsteady_of(scores).items()}
+
+
+def _within_trunks(metrics: Sequence[Metric], groups: Sequence[Sequence[Run]]) -> tuple[Metric, ...]:
+    """The metrics without what the branches of one trunk share."""
+    seeds = [[run.seed for run in runs] for runs in groups]
+    return tuple(
+        replace(metric, measure=replace(metric.measure, values=without_trunks(metric.measure.values, seeds)))
+        for metric in metrics
+    )
+
+
+def _design(study: Study, sources: Sequence[str], groups: Sequence[Sequence[Run]]) -> Design:
     places = [np.array(_places([run.reach for run in runs])) for runs in groups]
-    return Design([cell.source for cell in cells], places, study.slices.documents == "spread")
+    return Design(sources, places, study.slices.documents == "spread")
 
 
 def _about_scores(
@@ -241,7 +265,7 @@ def _about_scores(
         return []
     same = [metric.name for metric in metrics if metric.decides and not metric.measure.steady]
     found = [f"Equal in all seeds, and so without a unit: {', '.join(same)}. Left out of the scores."] if same else []
-    for name, numbers in unsteady_of(scores).items():
+    for name, numbers in _unsteady_slices(scores, len(cells)).items():
         wild = [cells[number].name for number in numbers if seeds[number] >= LEAST_RUNS]
         if wild:
             found.append(
@@ -257,14 +281,23 @@ def _about_scores(
 
 
 def _quantiles(design: Design) -> list[int]:
-    return [len(design.cells_of(source)) for source in dict.fromkeys(design.sources)]
+    found = [len(design.cells_of(source)) for source in dict.fromkeys(design.sources)]
+    return [count for count in found if count > 1] or found  # a control is one cell
 
 
 def _group(runs: Sequence[Run], results: Mapping[str, RunResult]) -> dict[Cell, list[Run]]:
     groups: dict[Cell, list[Run]] = {}
     for run in runs:
-        if run.name in results:
+        if run.name in results and not run.control:
             groups.setdefault(Cell(run.source, Fraction(str(run.top))), []).append(run)
+    return groups
+
+
+def _control_groups(runs: Sequence[Run], results: Mapping[str, RunResult]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.name in results and run.control:
+            groups.setdefault(run.cell_name, []).append(run)
     return groups
 
 
@@ -352,6 +385,6 @@ def _warnings(
                 f"The bytes of the tokens of {name} are unknown: its losses are bits per token, of this tokenizer only."
             )
     found += sliced.warnings
-    if study.slices.documents != "shared" and study.budget > study.slices.tokens:
-        found.append(f"Each slice was seen {study.budget / study.slices.tokens:.3g} times.")
+    if study.slices.documents != "shared" and study.slice_budget > study.slices.tokens:
+        found.append(f"Each slice was seen {float(study.slice_budget / study.slices.tokens):.3g} times.")
     return tuple(found)

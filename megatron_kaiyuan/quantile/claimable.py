@@ -1,20 +1,24 @@
 """The smallest differences that a study can claim, known before anything runs."""
 
+import contextlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
+from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.quantile.inference import LEAST_RUNS, PAIRS_SHARE, Design, trend_terms
 from megatron_kaiyuan.quantile.rank_tests import range_p_value
 from megatron_kaiyuan.quantile.slices import stratum_centres
-from megatron_kaiyuan.quantile.statistics import moderated_variances
+from megatron_kaiyuan.quantile.statistics import moderated_variances, typical_variance
 from megatron_kaiyuan.quantile.study import Study
 
-__all__ = ["Claimable", "planned_design", "smallest_claimable"]
+__all__ = ["Claimable", "known_spread", "planned_design", "smallest_claimable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,41 @@ def planned_design(study: Study) -> Design:
             centres = [float(centre) for centre, parts in stratum_centres(study, top) for _ in range(parts)]
             names.append(source)
             places.append(1 - np.resize(np.array(centres), seeds))
+    if study.design == "branch":  # the controls: no curve of theirs is tested, but they are compared
+        names += [*(f"{source}, random documents" for source in study.sources), "the mix alone"]
+        places += [np.full(seeds, 0.5)] * (len(study.sources) + 1)
     return Design(names, places, study.slices.documents == "spread")
+
+
+def known_spread(told: str) -> float:
+    """Return the spread between seeds in bits per byte: a number, or the largest of the measures of a pilot.
+
+    Args:
+        told: The number, or the path of the `report.json` of an earlier study.
+
+    Raises:
+        StudyError: neither of the two.
+    """
+    with contextlib.suppress(ValueError):
+        if (number := float(told)) > 0 and math.isfinite(number):
+            return number
+    try:
+        content = json.loads(Path(told).read_text(encoding="utf-8"))
+        cells = [
+            [np.array(values) for values in metric["seed_values"]]
+            for metric in content["metrics"]
+            if metric["decides"] and metric["unit"] == "bits/byte"
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(
+            f"--expected-spread {told}: give bits per byte above 0, or the report.json of an earlier study"
+        ) from error
+    spreads = [math.sqrt(typical_variance(values)[0]) for values in cells]
+    if not spreads or max(spreads) == 0:
+        raise StudyError(
+            f"--expected-spread {told}: it has no measure in bits per byte with two seeds of a slice; give a number"
+        )
+    return max(spreads)
 
 
 def smallest_claimable(design: Design, level: float) -> Claimable:

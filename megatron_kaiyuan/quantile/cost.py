@@ -26,6 +26,8 @@ class CostEstimate:
     """6 x parameters x tokens of the main run."""
     assumption: str
     """Where the speed comes from."""
+    trunk_tokens: int = 0
+    """Of all trunks, among `tokens`; 0 where there are none to train."""
 
     @property
     def share_of_main_run(self) -> float:
@@ -35,8 +37,9 @@ class CostEstimate:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"{self.runs} runs of {self.steps:,} steps, {self.tokens / self.runs:,.0f} tokens each; a reference model "
-            f"of {self.parameters:,} parameters",
+            f"{self.runs} runs of {self.steps:,} steps, {(self.tokens - self.trunk_tokens) / self.runs:,.0f} tokens "
+            f"each; a reference model of {self.parameters:,} parameters",
+            *([f"{self.trunk_tokens:,} tokens more for the trunks"] if self.trunk_tokens else []),
             f"{self.flops:.3g} FLOPs of training in all, {format_share(self.share_of_main_run)} of the main run's "
             f"{self.main_run_flops:.3g}",
             f"{format_gpu_time(self.gpu_hours)} at {self.tokens_per_second:,.0f} tokens/s ({self.assumption})",
@@ -60,7 +63,12 @@ def estimate_cost(study: Study, vocab_size: int) -> CostEstimate:
         study: The study.
         vocab_size: Rows of the embedding.
     """
-    runs = len(study.sources) * len(study.slices.tops) * len(study.training.seeds)
+    seeds = len(study.training.seeds)
+    cells, trunk_tokens = len(study.sources) * len(study.slices.tops), 0
+    if study.trunk is not None:
+        cells += len(study.sources) + 1  # controls: random documents of each source, and the mix alone
+        trunk_tokens = 0 if study.trunk.folder is not None else study.trunk.tokens * seeds
+    runs = cells * seeds
     per_token = study.model.flops_per_token(vocab_size, study.seq_length)
     cost = study.cost
     if cost.tokens_per_second is not None:
@@ -68,7 +76,7 @@ def estimate_cost(study: Study, vocab_size: int) -> CostEstimate:
     else:
         speed = cost.peak_tflops * 1e12 * cost.mfu / per_token
         assumption = f"assumed: {cost.mfu:.0%} of {cost.peak_tflops:g} TFLOP/s"
-    tokens = runs * study.budget
+    tokens = runs * study.budget + trunk_tokens
     return CostEstimate(
         runs=runs,
         steps=study.steps,
@@ -79,4 +87,5 @@ def estimate_cost(study: Study, vocab_size: int) -> CostEstimate:
         gpu_hours=tokens / speed / 3600,
         main_run_flops=6.0 * cost.main_run.parameters * cost.main_run.tokens,
         assumption=assumption,
+        trunk_tokens=trunk_tokens,
     )

@@ -68,6 +68,7 @@ def write_page(
         ranking_figure=figure_block(ranking_figure(analysis)),
         ranking=_ranking(analysis),
         reversals=_reversals(analysis),
+        controls=_controls(analysis) if several_seeds else None,
         proposal=proposal,
         methods=_methods(study, analysis),
         runs=_runs(study, sliced, results),
@@ -224,6 +225,26 @@ def _reversals(analysis: Analysis) -> list[list[Any]]:
     ]
 
 
+def _controls(analysis: Analysis) -> dict[str, Any] | None:
+    """Slices of a branch design beside its controls, by all measures together; None without controls."""
+    rows = [
+        [
+            analysis.cells[pair.first].name,
+            analysis.controls[pair.second - len(analysis.cells)],
+            f"{pair.estimate.value:+.2f} ± {pair.estimate.error:.2f}",
+            ", ".join(
+                f"{value:+.3g} {unit}" for unit, value in analysis.effects(OVERALL, pair.first, pair.second).items()
+            ),
+            format_p(pair.adjusted),
+            {"first": "better", "second": "worse", "none": "-"}[pair.claim],
+        ]
+        for pair in analysis.against_controls
+        if pair.score == OVERALL
+    ]
+    header = ["slice", "control", "spreads between branches", "in the measures' units", "p, corrected", "claimed"]
+    return {"header": header, "rows": rows, "numbers": (2, 3, 4)} if rows else None
+
+
 def _methods(study: Study, analysis: Analysis) -> list[str]:
     if max(analysis.seeds) < 2:
         return ["Nothing was tested: the unit of replication is a run, and every slice has only one."]
@@ -264,11 +285,11 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
 def _runs(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> dict[str, Any]:
     rows = [
         [
-            f"{run.source} top {run.top * 100:g}%",
+            run.cell_name,
             str(run.seed),
             f"{run.documents:,}",
             f"{run.slice_tokens:,}",
-            f"{run.score_low:.4g} to {run.score_high:.4g}",
+            f"{run.score_low:.4g} to {run.score_high:.4g}" if run.documents else "-",
             f"{results[run.name].tokens_per_second:,.0f}" if run.name in results else "-",
         ]
         for run in sliced.runs

@@ -91,6 +91,7 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
         for bend in analysis.bends
         if bend.score == OVERALL and bend.claim != "none"
     ]
+    lines += _against_controls(analysis)
     if max(analysis.seeds) >= 2:
         lines.append(f"{len(claimed)} of {tested} pairs of slices were told apart overall.")
         leader = analysis.ranking(OVERALL)[0]
@@ -101,10 +102,29 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
     return lines
 
 
+def _against_controls(analysis: Analysis) -> list[str]:
+    """What is claimed about slices and the controls of a branch design, by all measures together."""
+    pairs = [pair for pair in analysis.against_controls if pair.score == OVERALL]
+    if not pairs or max(analysis.seeds) < 2:
+        return []
+    claims = [
+        f"{analysis.cells[pair.first].name} is {'better' if pair.claim == 'first' else 'worse'} than "
+        f"{analysis.controls[pair.second - len(analysis.cells)]} ({pair.estimate.value:+.2f} ± "
+        f"{pair.estimate.error:.2f} spreads between branches, p {format_p(pair.adjusted)}"
+        f"{_shown(analysis.effects(OVERALL, pair.first, pair.second))})."
+        for pair in pairs
+        if pair.claim != "none"
+    ]
+    return claims or ["No slice was told apart from the mix alone or from random documents: keep the mix as it is."]
+
+
 def _shown_rise(analysis: Analysis, source: str) -> str:
     """The best quantile's mean less the worst's, as a reader knows it."""
     cells = [number for number, cell in enumerate(analysis.cells) if cell.source == source]
-    effects = analysis.effects(OVERALL, cells[0], cells[-1])
+    return _shown(analysis.effects(OVERALL, cells[0], cells[-1]))
+
+
+def _shown(effects: Mapping[str, float]) -> str:
     return "".join(
         f"; {value:+.1%} accuracy" if unit == "accuracy" else f"; {value:+.3f} {unit.replace('/', ' per ')}"
         for unit, value in effects.items()
@@ -155,6 +175,13 @@ def report_data(
              **_estimate(pair.estimate), "seed_pairs_won": pair.seeds_won, "p_adjusted": pair.adjusted,
              "claim": pair.claim, "shown": analysis.effects(pair.score, pair.first, pair.second)}
             for pair in analysis.pairs
+        ],
+        "controls": [
+            {"score": pair.score, "slice": analysis.cells[pair.first].name,
+             "control": analysis.controls[pair.second - len(analysis.cells)], **_estimate(pair.estimate),
+             "p_adjusted": pair.adjusted, "claim": {"first": "better", "second": "worse"}.get(pair.claim, "none"),
+             "shown": analysis.effects(pair.score, pair.first, pair.second)}
+            for pair in analysis.against_controls
         ],
         "proposal": asdict(proposal),
     }  # fmt: skip

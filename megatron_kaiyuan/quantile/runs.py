@@ -9,15 +9,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.selection import parse_keep
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.quantile.branches import BranchPlans, scratch_plan
 from megatron_kaiyuan.quantile.cost import CostEstimate, estimate_cost
 from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
-from megatron_kaiyuan.quantile.slices import Slice, choose_slices, open_sources
+from megatron_kaiyuan.quantile.slices import Slice, choose_slices, open_sources, scores_at
 from megatron_kaiyuan.quantile.study import Study, top_name
 from megatron_kaiyuan.shards.manifest import load_manifest, manifest_path
 from megatron_kaiyuan.shards.tokenizer_match import different_tokenizers
@@ -26,6 +29,7 @@ __all__ = [
     "Run",
     "SlicedStudy",
     "common_flags",
+    "last_step",
     "my_share",
     "read_slices",
     "run_folder",
@@ -35,6 +39,7 @@ __all__ = [
 
 _FORMAT = "megatron_kaiyuan.quantile_slices/1"
 _UNKNOWN = "unknown"
+_TRACKER = "latest_checkpointed_iteration.txt"
 _MOST_NAMED = 4
 _STATED_SAVES = 5
 """Checkpoints of a run when the study does not say how often."""
@@ -45,24 +50,36 @@ class Run:
     """One training run."""
 
     name: str
-    source: str
-    top: float
-    """Quantile of its slice from the best document, 0 to 1."""
     seed: int
     keep: str
-    documents: int
-    slice_tokens: int
-    score_low: float
-    score_high: float
     plan: str
     """Path of its plan file."""
     plan_fingerprint: str
     digest: str
     """Identifies everything that its weights depend on."""
+    source: str = ""
+    """Whose documents it is about; empty for the mix."""
+    top: float = 0.0
+    """Quantile of its slice from the best document, 0 to 1; of a slice only."""
+    documents: int = 0
+    slice_tokens: int = 0
+    score_low: float = 0.0
+    score_high: float = 0.0
+    control: str = ""
+    """Empty: a slice. `random` and `mix`: what slices are compared with in a branch design; `trunk`: what all of its
+    branches start from."""
+
+    @property
+    def cell_name(self) -> str:
+        """For people; the same for all seeds."""
+        names = {"random": f"{self.source}, random documents", "mix": "the mix alone", "trunk": "trunk"}
+        return names.get(self.control) or f"{self.source} top {self.top * 100:.4g}%"
 
     @property
     def reach(self) -> tuple[Fraction, Fraction]:
         """From where to where its documents lie, as fractions of the source from the best document."""
+        if self.control:
+            return Fraction(0), Fraction(1)
         band = parse_keep(self.keep)
         return 1 - band.high, 1 - band.low
 
@@ -79,10 +96,22 @@ class SlicedStudy:
     runs: tuple[Run, ...]
     unmanifested: tuple[str, ...] = ()
     """Shards that do not tell their tokenizer."""
+    trunks: tuple[Run, ...] = ()
+    """One a seed, where the runs branch from trunks."""
+    trunk_passes: float = 0.0
+    """How often a trunk shows the dataset that it repeats most."""
 
     @property
     def warnings(self) -> list[str]:
         """What could not be checked of the data."""
+        repeated = (
+            [f"A trunk shows its smallest dataset {self.trunk_passes:.2g} times: its slices are nothing new to it."]
+            if self.trunk_passes > 1
+            else []
+        )
+        return [*repeated, *self._about_manifests()]
+
+    def _about_manifests(self) -> list[str]:
         if not self.unmanifested:
             return []
         names = ", ".join(self.unmanifested[:_MOST_NAMED])
@@ -109,19 +138,24 @@ def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
     unmanifested = tuple(sorted(set(shards) - set(told)))
     cost = estimate_cost(study, vocab_size)
     order = {top: number for number, top in enumerate(sorted(study.slices.tops))}
+    plans = _branch_plans(study, opened)
     runs = []
     for source in study.sources:
         for top in sorted(study.slices.tops):
             parts = [piece for piece in slices if piece.source == source and piece.top == top]
             for number, seed in enumerate(study.training.seeds):
-                runs.append(_write_run(study, parts[(number + order[top]) % len(parts)], seed))
+                runs.append(_slice_run(study, plans, parts[(number + order[top]) % len(parts)], seed))
+    trunks = [] if plans is None else _trunks(study, plans)
+    runs += [] if plans is None else _controls(study, plans, opened)
     for name, spec in study.evaluation.held_out.items():  # before the training is paid for; all runs hold out the same
         plan = Plan.load(runs[0].plan)
         documents = HeldOutDocuments(plan, name, study.evaluation.max_windows).documents
         if spec.groups is not None:
             group_numbers(plan, name, spec.groups, documents)
     costs = {**asdict(cost), "share_of_main_run": cost.share_of_main_run}
-    sliced = SlicedStudy(study.training_digest, tokenizer, vocab_size, costs, tuple(runs), unmanifested)
+    passes = 0.0 if plans is None else plans.most_passes
+    told_of = (study.training_digest, tokenizer, vocab_size, costs)
+    sliced = SlicedStudy(*told_of, tuple(runs), unmanifested, tuple(trunks), passes)
     content = {"format": _FORMAT, **asdict(sliced)}
     write_text_atomically(study.folder / "slices.json", json.dumps(content, indent=1) + "\n")
     return sliced, cost
@@ -144,9 +178,22 @@ def read_slices(study: Study) -> SlicedStudy:
             f"{path}: was cut for a study with other sources, slices, model or training than the study file has now; "
             "run `slice` again (runs that are not changed by it are kept)"
         )
-    content["runs"] = tuple(Run(**run) for run in content["runs"])
+    for kind in ("runs", "trunks"):
+        content[kind] = tuple(Run(**run) for run in content.get(kind, ()))
     content["unmanifested"] = tuple(content.get("unmanifested", ()))
     return SlicedStudy(**content)
+
+
+def _branch_plans(study: Study, opened: Mapping[str, OpenedSource]) -> BranchPlans | None:
+    if study.trunk is None:
+        return None
+    sizes = {name: opened[names[0]].trainable(ranked=True).num_tokens for name, names in study.datasets.items()}
+    return BranchPlans(study, sizes)
+
+
+def last_step(study: Study, run: Run) -> int:
+    """Return the step of a run's last checkpoint; a branch counts those of its trunk."""
+    return study.trunk_steps + (0 if run.control == "trunk" else study.steps)
 
 
 def my_share(runs: Sequence[Run], task: int, tasks: int) -> list[Run]:
@@ -165,18 +212,23 @@ def training_command(study: Study, run: Run, python: str = sys.executable) -> li
     training = study.training
     launcher = ["-m", "megatron_kaiyuan.host.torchrun", "--standalone", "--nproc-per-node", str(training.processes)]
     folder = run_folder(study, run)
-    save_interval = training.save_interval or max(1, study.steps // _STATED_SAVES)
+    steps = study.trunk_steps if run.control == "trunk" else study.steps
+    save_interval = training.save_interval or max(1, steps // _STATED_SAVES)
+    saved = folder / "checkpoints"
+    load = saved
+    if study.trunk is not None and run.control != "trunk" and not (saved / _TRACKER).is_file():
+        load = trunk_folder(study) / f"trunk-seed{run.seed}" / "checkpoints"  # read where it is; all branches share it
     return [
         *[python, *(launcher if training.processes > 1 else [])],
         *["-m", "megatron_kaiyuan.pretrain", "--plan", run.plan],
         *common_flags(study),
         *["--seed", str(run.seed), "--save-interval", str(save_interval)],
-        *["--save", str(folder / "checkpoints"), "--load", str(folder / "checkpoints")],
+        *["--save", str(saved), "--load", str(load)],
     ]
 
 
 def common_flags(study: Study) -> list[str]:
-    """Megatron's flags that all runs of a study share."""
+    """Megatron's flags that all runs of a study share; the plans of branches give the rate themselves."""
     training = study.training
     optimizer = f"--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay {training.weight_decay:g}"
     rate = (
@@ -186,7 +238,7 @@ def common_flags(study: Study) -> list[str]:
     return [
         *study.model.flags(),
         *f"--micro-batch-size {training.micro_batch_size} --global-batch-size {training.global_batch_size}".split(),
-        *[*optimizer.split(), "--clip-grad", "1.0", *rate.split()],
+        *[*optimizer.split(), "--clip-grad", "1.0", *([] if study.trunk is not None else rate.split())],
         *([] if training.precision == "fp32" else [f"--{training.precision}"]),
         *["--num-workers", "0", "--log-interval", "1", "--eval-iters", "1", "--eval-interval", "1000000000"],
         *training.flags,
@@ -195,19 +247,27 @@ def common_flags(study: Study) -> list[str]:
 
 def run_folder(study: Study, run: Run) -> Path:
     """Where a run keeps its checkpoints, its log and its state."""
-    return study.folder / "runs" / run.name
+    return (trunk_folder(study) if run.control == "trunk" else study.folder / "runs") / run.name
 
 
-def _write_run(study: Study, piece: Slice, seed: int) -> Run:
-    name = f"{piece.source}-{top_name(piece.top)}-seed{seed}"
-    path = study.folder / "plans" / f"{name}.yaml"
-    content = _plan_content(study, piece, seed)
-    fingerprint = Plan.from_spec(content).fingerprint
-    head = f"# {piece.last - piece.first:,} documents around the top {float(piece.top):.4g} quantile, seed {seed}\n"
-    write_text_atomically(path, head + yaml.safe_dump(content, sort_keys=False))
-    identity = json.dumps([fingerprint, seed, common_flags(study)])
-    return Run(
-        name=name,
+def trunk_folder(study: Study) -> Path:
+    """Return where the trunks are: in this study, or in the one that it names."""
+    other = None if study.trunk is None else study.trunk.folder
+    return (study.folder if other is None else Path(other)) / "runs"
+
+
+def _slice_run(study: Study, plans: BranchPlans | None, piece: Slice, seed: int) -> Run:
+    content = (
+        scratch_plan(study, piece.source, piece.keep, seed)
+        if plans is None
+        else plans.branch(seed, piece.source, piece.keep)
+    )
+    head = f"{piece.last - piece.first:,} documents around the top {float(piece.top):.4g} quantile, seed {seed}"
+    return _write_run(
+        study,
+        content,
+        head,
+        name=f"{piece.source}-{top_name(piece.top)}-seed{seed}",
         source=piece.source,
         top=float(piece.top),
         seed=seed,
@@ -216,34 +276,56 @@ def _write_run(study: Study, piece: Slice, seed: int) -> Run:
         slice_tokens=piece.tokens,
         score_low=piece.score_low,
         score_high=piece.score_high,
-        plan=str(path),
-        plan_fingerprint=fingerprint,
-        digest=hashlib.sha256(identity.encode()).hexdigest()[:16],
     )
 
 
-def _plan_content(study: Study, piece: Slice, seed: int) -> dict[str, Any]:
-    """The plan of one run. Its phase is named after the seed, which keys the order; what is held out stays the same."""
-    passes = -(-Fraction(study.budget) // study.slices.tokens)
-    part: dict[str, Any] = {"keep": piece.keep} | ({"max_repeat": int(passes)} if passes > 1 else {})
-    trained = study.dataset_of(piece.source)
-    phase = {"name": f"seed {seed}", "order": "shuffled", "tokens": study.budget, "sources": {trained: part}}
-    scored = {dataset: names[0] for dataset, names in study.datasets.items()} | {trained: piece.source}
-    tokenizer = {} if study.tokenizer is None else {"tokenizer": study.tokenizer.model_dump()}
-    held_out = study.evaluation.held_out
-    return {
-        "version": 1,  # a shuffled band has the same order under both, and a study begun earlier the same fingerprints
-        "seq_length": study.seq_length,
-        "seed": study.seed,
-        **tokenizer,
-        "sources": {
-            dataset: study.sources[name].model_dump(exclude_none=True, exclude={"dataset"})
-            for dataset, name in scored.items()
-        }
-        | {name: {"shards": spec.shards} for name, spec in held_out.items() if spec.shards is not None},
-        "phases": [phase],
-        "validation": {name: {"documents": spec.documents} for name, spec in held_out.items()},
-    }
+def _trunks(study: Study, plans: BranchPlans) -> list[Run]:
+    return [
+        _write_run(study, plans.trunk(seed), f"the trunk of seed {seed}", name=f"trunk-seed{seed}", seed=seed,
+                   control="trunk", keep="the broad mix")
+        for seed in study.training.seeds
+    ]  # fmt: skip
+
+
+def _controls(study: Study, plans: BranchPlans, opened: Mapping[str, OpenedSource]) -> list[Run]:
+    """The branches that a slice is compared with: random documents of its source, and the mix alone."""
+    found = []
+    for seed in study.training.seeds:
+        head, name = f"the mix alone, trunk of seed {seed}", f"mix-only-seed{seed}"
+        content = plans.branch(seed)
+        found.append(_write_run(study, content, head, name=name, seed=seed, control="mix", keep="the broad mix"))
+        for source in study.sources:
+            low, high = scores_at(opened[source], np.array([0, opened[source].source.num_documents - 1]))
+            content = plans.branch(seed, source)
+            part = Plan.from_spec(content).phases[-1].streams[f"{source}-slice"].selected
+            found.append(
+                _write_run(
+                    study,
+                    content,
+                    f"random documents of {source}, trunk of seed {seed}",
+                    name=f"{source}-random-seed{seed}",
+                    source=source,
+                    seed=seed,
+                    control="random",
+                    keep=content["phases"][-1]["sources"][f"{source}-slice"]["keep"],
+                    documents=part.num_documents,
+                    slice_tokens=part.num_tokens,
+                    score_low=low,
+                    score_high=high,
+                )
+            )
+    return found
+
+
+def _write_run(study: Study, content: Mapping[str, Any], head: str, *, name: str, seed: int, **told: Any) -> Run:
+    """Write the plan of a run; `told` is what the run says of its documents."""
+    path = study.folder / "plans" / f"{name}.yaml"
+    fingerprint = Plan.from_spec(dict(content)).fingerprint
+    write_text_atomically(path, f"# {head}\n" + yaml.safe_dump(dict(content), sort_keys=False))
+    # the plan of a branch holds the phases of its trunk, so its fingerprint is of both
+    identity = json.dumps([fingerprint, seed, common_flags(study)])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return Run(name=name, seed=seed, plan=str(path), plan_fingerprint=fingerprint, digest=digest, **told)
 
 
 def _tokenizer_of(shards: Sequence[str], flags: Sequence[str]) -> tuple[str, int]:

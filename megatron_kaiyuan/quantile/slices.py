@@ -27,7 +27,7 @@ from megatron_kaiyuan.quantile.held_out import LEAST_HELD_OUT
 from megatron_kaiyuan.quantile.study import Study, top_name
 from megatron_kaiyuan.shards.shard import resolve_prefixes
 
-__all__ = ["Slice", "choose_slices", "cut_band", "open_sources", "stratum_centres"]
+__all__ = ["Slice", "choose_slices", "cut_band", "open_sources", "scores_at", "stratum_centres"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +230,11 @@ def _source_slices(study: Study, source: OpenedSource) -> list[Slice]:
 
 def _make(source: OpenedSource, runs: DocumentRuns, top: Fraction, part: int, ends: tuple[int, int]) -> Slice:
     band = runs.between(*ends)
-    low, high = _scores_at(source, np.array([int(band.starts[0]), int(band.stops[-1]) - 1]))
+    low, high = scores_at(source, np.array([int(band.starts[0]), int(band.stops[-1]) - 1]))
     return Slice(source.name, top, part, *ends, runs.num_documents, band.num_tokens, low, high)
 
 
-def _scores_at(source: OpenedSource, ranks: NDArray[np.int64]) -> list[float]:
+def scores_at(source: OpenedSource, ranks: NDArray[np.int64]) -> list[float]:
     """Scores of the documents at these ranks."""
     assert source.spec.score is not None, "benchmarked sources are scored"
     assert isinstance(source.ranked_order, RankedOrder), "so their order is by rank"
@@ -289,7 +289,7 @@ def _largest_tokens(study: Study, source: OpenedSource) -> int:
 
 def _check_scores(source: OpenedSource, slices: Sequence[Slice]) -> None:
     last = source.source.num_documents - 1
-    lowest, highest = _scores_at(source, np.array([0, last]))
+    lowest, highest = scores_at(source, np.array([0, last]))
     if lowest == highest:
         raise StudyError(
             f"source {source.name!r}: all {last + 1:,} documents have the score {lowest:g}, so its quantiles mean "

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,16 @@ from megatron_kaiyuan.host.yaml_file import NotYamlError, read_yaml
 from megatron_kaiyuan.quantile.evaluation_spec import EvaluationSpec, StrictModel
 from megatron_kaiyuan.quantile.reference_model import ReferenceModel, preset_model
 
-__all__ = ["BenchmarkSource", "SliceSpec", "Study", "TrainingSpec", "load_study", "parse_study", "top_name"]
+__all__ = [
+    "BenchmarkSource",
+    "SliceSpec",
+    "Study",
+    "TrainingSpec",
+    "TrunkSpec",
+    "load_study",
+    "parse_study",
+    "top_name",
+]
 
 
 def _parse_top(value: object) -> Fraction:
@@ -115,6 +125,25 @@ class TrainingSpec(StrictModel):
         return self
 
 
+class TrunkSpec(StrictModel):
+    """With `design: branch`, the run on the broad mix that all branches of one seed start from."""
+
+    tokens: Tokens
+    """Budget of each trunk, at a constant rate after its warm-up."""
+    mix: dict[str, float] | None = None
+    """Weights of the datasets in the mix; None: by their tokens."""
+    share: Top = Fraction(1, 2)
+    """Of a branch, the part that its slice takes; the rest is the mix."""
+    folder: str | None = None
+    """Output folder of another study with the same trunks, which are used; None: this study trains its own."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> "TrunkSpec":
+        if not 0 < self.share < 1:
+            raise ValueError(f"share {float(self.share):g} leaves no room for the mix or for the slice; 50% is usual")
+        return self
+
+
 class MainRunSpec(StrictModel):
     """The run that the study is for; the report says what share of it the study costs."""
 
@@ -144,6 +173,9 @@ class Study(StrictModel):
     """Of the held-out documents and of ties between equal scores; the runs' own seeds are in `training`."""
     tokenizer: TokenizerSpec | None = None
     sources: dict[str, BenchmarkSource] = Field(min_length=1)
+    design: Literal["scratch", "branch"] = "scratch"
+    """`scratch`: each run is trained from its first step on a slice alone; `branch`: from a trunk on the broad mix."""
+    trunk: TrunkSpec | None = None
     slices: SliceSpec
     model: ReferenceModel
     training: TrainingSpec = TrainingSpec()
@@ -165,7 +197,7 @@ class Study(StrictModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Study":
-        problems = [*self._wrong_names(), *self._wrong_budgets()]
+        problems = [*self._wrong_names(), *self._wrong_budgets(), *self._wrong_branches()]
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
@@ -196,13 +228,36 @@ class Study(StrictModel):
                 f"training.tokens: {self.budget:,} is not a whole number of steps of {self.training.global_batch_size} "
                 f"x {self.seq_length} tokens; {max(1, round(self.budget / batch)) * batch:,} is"
             )
-        if self.budget < self.slices.tokens:
+        if self.slice_budget < self.slices.tokens:
+            share = "" if self.trunk is None else f" x trunk.share {float(self.trunk.share):g}"
             yield (
-                f"training.tokens: {self.budget:,} is less than a slice ({self.slices.tokens:,}), so part of it would "
-                "never be seen; make slices.tokens smaller"
+                f"training.tokens: {self.budget:,}{share} is less than a slice ({self.slices.tokens:,}), so part of it "
+                "would never be seen; make slices.tokens smaller"
             )
         if self.training.global_batch_size % (self.training.micro_batch_size * self.training.processes):
             yield "training: global_batch_size must be a multiple of micro_batch_size x processes"
+
+    def _wrong_branches(self) -> Iterator[str]:
+        trunk, step = self.trunk, self.training.global_batch_size * self.seq_length
+        if (trunk is None) == (self.design == "branch"):
+            yield (
+                "design: branch needs trunk, with its tokens at least"
+                if trunk is None
+                else "trunk: is of design: branch; write that, or leave trunk out"
+            )
+        if trunk is None:
+            return
+        if trunk.tokens % step or trunk.tokens // step < 2:
+            whole = max(2, round(trunk.tokens / step)) * step
+            yield f"trunk.tokens: {trunk.tokens:,} is not a whole number of two steps or more; {whole:,} is"
+        if self.training.lr_decay_style == "constant":
+            yield "training.lr_decay_style: a branch is a cooldown, so its rate falls; write linear or cosine"
+        wrong = [name for name, weight in (trunk.mix or {}).items() if name not in self.datasets or not weight > 0]
+        if wrong or trunk.mix == {}:
+            yield f"trunk.mix: weights above 0 of sources of the study ({', '.join(self.datasets)}) are needed; {wrong}"
+        taken = [name for name in self.sources if f"{name}-slice" in {*self.datasets, *self.evaluation.held_out}]
+        if taken:
+            yield f"sources: the plans of branches call the slices of {taken[0]!r} {taken[0]}-slice; rename the other"
 
     @property
     def datasets(self) -> dict[str, list[str]]:
@@ -218,8 +273,25 @@ class Study(StrictModel):
 
     @property
     def budget(self) -> int:
-        """Tokens of each run."""
-        return self.training.tokens or self.slices.tokens
+        """Tokens of each run; of a branch, those after its trunk."""
+        if self.training.tokens is not None:
+            return self.training.tokens
+        return ceil(self.slices.tokens / self.slice_share)
+
+    @property
+    def slice_share(self) -> Fraction:
+        """Part of a run that is its slice."""
+        return Fraction(1) if self.trunk is None else self.trunk.share
+
+    @property
+    def slice_budget(self) -> Fraction:
+        """Tokens of each run that are of its slice."""
+        return self.budget * self.slice_share
+
+    @property
+    def trunk_steps(self) -> int:
+        """Training steps before a branch; 0 without a trunk."""
+        return 0 if self.trunk is None else self.trunk.tokens // (self.training.global_batch_size * self.seq_length)
 
     @property
     def steps(self) -> int:
@@ -234,7 +306,9 @@ class Study(StrictModel):
     @property
     def training_digest(self) -> str:
         """Identifies everything that the runs depend on. 16 hex digits."""
-        content = self.model_dump(mode="json", exclude={"evaluation", "cost", "level", "output"})
+        content = self.model_dump(mode="json", exclude={"evaluation", "cost", "level", "output", "design", "trunk"})
+        if self.trunk is not None:  # so a study from scratch keeps the digest that it had before there were branches
+            content["trunk"] = self.trunk.model_dump(mode="json", exclude={"folder"})
         content["sources"] = {
             name: spec.model_dump(mode="json", exclude={"dataset"}) for name, spec in self.sources.items()
         }

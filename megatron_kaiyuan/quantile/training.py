@@ -23,10 +23,10 @@ from typing import IO
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.failures import line_that_matters
-from megatron_kaiyuan.quantile.runs import Run, run_folder, training_command
+from megatron_kaiyuan.quantile.runs import Run, last_step, run_folder, training_command
 from megatron_kaiyuan.quantile.study import Study
 
-__all__ = ["FinishedRun", "RunOutcome", "TrainingProgress", "finished_run", "train_runs"]
+__all__ = ["FinishedRun", "RunOutcome", "TrainingProgress", "check_trunks", "finished_run", "train_runs"]
 
 _STEP = re.compile(rb" iteration +(\d+)/ *(\d+) \|.*?elapsed time per iteration \(ms\): ([\d.]+)")
 _TAIL_LINES = 12
@@ -92,7 +92,21 @@ def finished_run(study: Study, run: Run) -> FinishedRun | None:
             f"{path.parent}: holds a run with another plan, model or training ({record['digest']}, not {run.digest}); "
             "give the study another output folder, or remove this one"
         )
-    return FinishedRun(**record) if record.get("steps") == study.steps else None
+    return FinishedRun(**record) if record.get("steps") == last_step(study, run) else None
+
+
+def check_trunks(study: Study, trunks: Sequence[Run]) -> None:
+    """Refuse to branch from trunks that are not there.
+
+    Raises:
+        StudyError: a trunk is not finished, or was trained on another mix, model or rate.
+    """
+    for trunk in trunks:
+        if finished_run(study, trunk) is None:
+            raise StudyError(
+                f"{run_folder(study, trunk)}: the trunk is not trained to its last step; run `train --trunk` with "
+                "the study that trains it, then `train` again"
+            )
 
 
 def train_runs(
@@ -118,7 +132,7 @@ def train_runs(
             waiting.append(run)
         else:
             outcomes[run.name] = RunOutcome(run, "already finished")
-            progress(study.steps)
+            progress(_own_steps(study, run))
     _run_all(study, waiting, concurrent, progress, outcomes)
     return [outcomes[run.name] for run in runs]
 
@@ -135,7 +149,7 @@ def _run_all(
                 run = waiting.pop(0)
                 if isinstance(started, RunOutcome):
                     outcomes[run.name] = started
-                    progress(study.steps if started.state == "already finished" else 0)
+                    progress(_own_steps(study, run) if started.state == "already finished" else 0)
                 else:
                     active.append(started)
             for one in list(active):
@@ -182,7 +196,13 @@ def _start(study: Study, run: Run, slot: int, concurrent: int) -> _Active | RunO
             env=_environment(study, slot, concurrent),
             pass_fds=[lock.fileno()],
         )
-    return _Active(run, process, lock, slot, log, began_at, time.monotonic())
+    before = last_step(study, run) - _own_steps(study, run)
+    return _Active(run, process, lock, slot, log, began_at, time.monotonic(), before)
+
+
+def _own_steps(study: Study, run: Run) -> int:
+    """Steps that a run does itself: those of a trunk come before its branches."""
+    return study.trunk_steps if run.control == "trunk" else study.steps
 
 
 def _claim_folder(study: Study, run: Run) -> None:
@@ -253,23 +273,24 @@ def _finish(study: Study, one: _Active) -> RunOutcome:
 def _outcome(study: Study, one: _Active) -> RunOutcome:
     folder = run_folder(study, one.run)
     saved = _saved_step(folder / "checkpoints")
-    if one.process.returncode != 0 or saved != study.steps:
+    last, own = last_step(study, one.run), _own_steps(study, one.run)
+    if one.process.returncode != 0 or saved != last:
         lines = one.log.read_text(encoding="utf-8", errors="replace").splitlines()
         told = line_that_matters(lines)
         lines = lines[-_TAIL_LINES:] if told is None else [told]
-        reason = f"exit code {one.process.returncode}, checkpoint at step {saved} of {study.steps}"
+        reason = f"exit code {one.process.returncode}, checkpoint at step {saved} of {last}"
         return RunOutcome(one.run, "failed", "\n".join([reason, *lines]), str(one.log))
     steps = [float(ms) for _, _, ms in _STEP.findall(one.log.read_bytes())]
     per_step = statistics.median(steps) if steps else float("nan")
     record = FinishedRun(
         digest=one.run.digest,
-        steps=study.steps,
-        tokens=study.budget,
+        steps=last,
+        tokens=own * study.training.global_batch_size * study.seq_length,
         seconds=time.monotonic() - one.began,
-        tokens_per_second=study.budget / study.steps / per_step * 1000,
+        tokens_per_second=study.training.global_batch_size * study.seq_length / per_step * 1000,
     )
     write_text_atomically(folder / "run.json", json.dumps(asdict(record)) + "\n")
-    _remove_earlier_checkpoints(folder / "checkpoints", study.steps)
+    _remove_earlier_checkpoints(folder / "checkpoints", last)
     return RunOutcome(one.run, "trained")
 
 
