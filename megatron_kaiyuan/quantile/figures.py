@@ -299,7 +299,7 @@ def _centre(analysis: Analysis, name: str) -> float:
 def _spreads(analysis: Analysis, name: str, sources: Sequence[str], tops: Sequence[Fraction]) -> NDArray[np.float64]:
     """Means of the slices less the mean of all, `[sources, tops]`; NaN where there is no slice."""
     table = np.full((len(sources), len(tops)), math.nan)
-    for cell, runs in zip(analysis.cells, analysis.scores[name].run_means, strict=True):
+    for cell, runs in zip(analysis.cells, analysis.scores[name].run_means, strict=False):  # controls follow the slices
         place = sources.index(cell.source), list(tops).index(cell.top)
         table[place] = float(runs.mean()) - _centre(analysis, name)
     return table

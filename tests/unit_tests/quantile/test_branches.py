@@ -206,13 +206,13 @@ def test_a_report_compares_slices_with_the_mix_alone_and_random_documents(tmp_pa
     luck = {seed: rng.normal(0, 0.5) for seed in study.training.seeds}
 
     def quality(source: str, top: float) -> float:
-        return 0.3 * top if source == "good" else 0.25
+        return 0.6 * top if source == "good" else 0.25
 
     results = {}
     for name, result in invent_results(sliced, quality, rng=rng).items():
         run = next(run for run in sliced.runs if run.name == name)
         held_out = result.held_out["clean"]
-        bits = luck[run.seed] + (0.12 - quality(run.source, run.top) if run.control else 0.0)
+        bits = luck[run.seed] + (0.25 - quality(run.source, run.top) if run.control else 0.0)
         nats = tuple(
             float(one + bits * size * np.log(2)) for one, size in zip(held_out.nats, held_out.bytes, strict=True)
         )
