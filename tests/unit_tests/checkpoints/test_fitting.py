@@ -95,3 +95,11 @@ def test_a_model_takes_the_whole_checkpoint_or_nothing(name: str, form: str, loa
         assert told is None
     else:
         assert expected.format(layer) in str(told)
+
+
+def test_the_empty_state_of_a_layer_of_transformer_engine_is_no_weight() -> None:
+    weight = {"decoder.layers.0.mlp.linear_fc1.weight": (4, 2)}
+    empty = {"decoder.layers.0.self_attention.core_attention._extra_state": (0,)}
+    assert misfit(weight | empty, weight) is None
+    assert misfit(weight, {**weight, "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2": (0,)}) is None
+    assert "linear_fc1.weight" in str(misfit(weight | empty, empty))
