@@ -6,7 +6,8 @@ lives is decided in this order:
 
 1. Slurm has started the holder's job again, which it does when the processes of the last start are gone.
 2. The holder ran on this machine, since it booted: the kernel knows whether it still runs.
-3. Slurm knows the holder's job, and says that it is over or waits.
+3. Slurm knows the holder's job, and says that it is over or waits. Another cluster has another job of that number,
+   and jobs of other users may be hidden: that Slurm does not know a job proves nothing.
 4. Otherwise, as on another machine: the holder touches its file every five seconds. It lives if that is seen, and is
    dead if it is not seen for 45 seconds. Clocks are not compared.
 
@@ -226,19 +227,17 @@ def _same_processes(other: Holder, me: Holder) -> bool:
 
 def _why_job_is_over(other: Holder, me: Holder) -> str:
     job, _, cluster = other.job.partition("@")
-    is_of_another_cluster = me.job and me.job.partition("@")[2] != cluster
-    if not job or is_of_another_cluster or shutil.which("squeue") is None:
+    asks_the_same_slurm = bool(me.job) and me.job.partition("@")[2] == cluster
+    if not job or not asks_the_same_slurm or shutil.which("squeue") is None:
         return ""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    if told.returncode:
-        return "Slurm no longer knows the job" if "Invalid job id" in told.stderr else ""
-    states = told.stdout.split()
-    over = all(_OVER.fullmatch(state) for state in states)
-    return f"Slurm says {', '.join(states) or 'nothing'} of the job" if over else ""
+    states = [] if told.returncode else told.stdout.split()  # of another user's live job it may tell nothing
+    over = bool(states) and all(_OVER.fullmatch(state) for state in states)
+    return f"Slurm says {', '.join(states)} of the job" if over else ""
 
 
 def _shows_life(path: Path, other: Holder | None, wait: Callable[[float], None] = time.sleep) -> bool:

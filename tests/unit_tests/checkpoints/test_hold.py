@@ -148,7 +148,8 @@ def test_a_holder_touches_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("echo COMPLETING", (0, 0), ""),
         ("echo TIMEOUT", (0, 0), "Slurm says TIMEOUT of the job"),
         ("echo PENDING", (0, 0), "Slurm says PENDING of the job"),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", (0, 0), "Slurm no longer knows the job"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", (0, 0), ""),
+        ("true", (0, 0), ""),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", (0, 0), ""),
         ("exit 9", (0, 1), "Slurm has started the job again"),
         ("exit 9", (1, 0), ""),
@@ -167,12 +168,15 @@ def test_slurm_decides_where_it_knows_the_job(
     assert hold._why_dead(other, me) == proof
 
 
-def test_slurm_is_not_asked_for_a_job_of_another_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("job", ["77@here", ""], ids=["of another cluster", "outside of Slurm"])
+def test_slurm_is_not_asked_for_a_job_of_another_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
     program = tmp_path / "squeue"
     program.write_text("#!/bin/sh\necho TIMEOUT\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    me = replace(Holder.of_this_process(), job="77@here")
+    me = replace(Holder.of_this_process(), job=job)
 
     assert hold._why_dead(elsewhere(job="77@there"), me) == ""
 
