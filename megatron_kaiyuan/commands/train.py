@@ -25,6 +25,7 @@ _LAUNCHER_FLAGS = {
     "--rdzv-id": "torchrun's flag",
     "--max-restarts": "torchrun's flag",
 }
+_OF_ONE_NODE = {"--nproc-per-node", "--max-restarts"}
 
 
 def launch_command(words: list[str], gpus: int) -> list[str]:
@@ -41,7 +42,8 @@ def launch_command(words: list[str], gpus: int) -> list[str]:
     if not given and gpus <= 1:
         return ["-m", _TRAINER, *trainer]
     given.setdefault("--nproc-per-node", str(max(1, gpus)))
-    alone = [] if {"--nnodes", "--master-addr", "--rdzv-endpoint"} & set(given) else ["--standalone"]
+    # With --standalone, torchrun chooses the port and all else that says how nodes meet, whatever other flags say.
+    alone = ["--standalone"] if given.keys() <= _OF_ONE_NODE else []
     flags = [word for flag, value in given.items() for word in (flag, value)]
     return ["-m", _LAUNCHER, *alone, *flags, "-m", _TRAINER, *trainer]
 

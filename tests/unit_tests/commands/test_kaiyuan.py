@@ -68,6 +68,9 @@ PLAN = ["--plan", "p.yaml", "--num-layers", "2"]
         (["--nnodes=2", "--node-rank", "1", *PLAN, "--master-addr", "a"], 8,
          ["-m", LAUNCHER, "--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "1", "--master-addr", "a",
           "-m", TRAINER, *PLAN]),
+        # torchrun's --standalone would replace the port.
+        ([*PLAN, "--master-port", "29600"], 2,
+         ["-m", LAUNCHER, "--nproc-per-node", "2", "--master-port", "29600", "-m", TRAINER, *PLAN]),
     ],
 )  # fmt: skip
 def test_train_starts_one_process_a_gpu(words: list[str], gpus: int, wanted: list[str]) -> None:
