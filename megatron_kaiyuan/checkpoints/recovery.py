@@ -186,12 +186,20 @@ def check_save_directory(save: Path, load: Path | None, *, finetune: bool) -> No
     if not iterations and not (save / TRACKER_NAME).is_file():
         return
     held = f"--save {save} already holds a run" + (f" (its last checkpoint: {iterations[-1]})" if iterations else "")
-    if load is None or load.resolve() != save.resolve():
+    if load is None or not _are_same(load, save):
         raise ResumeError(f"{held}: --load {save} continues it; for a new run name another directory")
     if finetune:
         raise ResumeError(
             f"{held}, which --finetune would overwrite: leave --finetune out to continue it, or name another directory"
         )
+
+
+def _are_same(load: Path, save: Path) -> bool:
+    return load.resolve() == save.resolve()
+
+
+def _is_of_run(args: argparse.Namespace) -> bool:
+    return bool(args.load and args.save) and _are_same(Path(args.load), Path(args.save))
 
 
 def agree_on_start(args: argparse.Namespace) -> Start:
@@ -230,7 +238,7 @@ def _decide(args: argparse.Namespace, look: Looker) -> dict[str, object]:
             check_save_directory(Path(args.save), load, finetune=args.finetune)
         detected = load is not None and args.auto_detect_ckpt_format and _legacy_checkpoint(load) is not None
         start = Start() if load is None or detected else choose_start(load, args.ckpt_step, look)
-        if start.step is not None and (args.finetune or args.load != args.save):
+        if start.step is not None and (args.finetune or not _is_of_run(args)):
             raise ResumeError(f"{start.announcement}, once you ask for it: --ckpt-step {start.step}")
         if (pretrained := _pretrained(args, load, start)) is not None:
             looked_at = f"--pretrained-checkpoint {pretrained}"

@@ -150,6 +150,11 @@ def test_the_fallback_mends_the_tracker_of_its_own_run(run: Path, capsys: pytest
     assert "FALLING BACK" in capsys.readouterr().err
 
 
+def test_another_spelling_of_the_folder_is_the_same_run(run: Path) -> None:
+    tear(iteration_folder(run, 30), "truncated")
+    assert agree_on_start(arguments(Path(f"{run}/../{run.name}"), run)).step == 20
+
+
 def test_the_checkpoint_of_another_run_is_not_chosen_in_silence(run: Path, tmp_path: Path) -> None:
     tear(iteration_folder(run, 30), "truncated")
     with pytest.raises(ResumeError, match="--ckpt-step 20"):
