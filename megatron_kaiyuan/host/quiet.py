@@ -1,6 +1,8 @@
 """What a process does not say: Megatron's list of packages that are not installed, and lines that nobody can keep."""
 
+import contextlib
 import io
+import select
 import sys
 import warnings
 from collections.abc import Buffer, Iterator
@@ -14,11 +16,17 @@ class _LossyFile(io.FileIO):
     """A file whose bytes are lost where they cannot be written."""
 
     def write(self, data: Buffer, /) -> int:
-        """Write them, or say that it was done."""
-        try:
-            return super().write(data)
-        except OSError:
-            return memoryview(data).nbytes
+        """Write them all, or say that it was done; wait where another program has made the stream non-blocking."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        with contextlib.suppress(OSError):
+            while left:
+                written = super().write(left)
+                if written is None:
+                    select.select((), (self,), ())
+                else:
+                    left = left[written:]
+        return size
 
 
 def lose_lines() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -126,3 +127,18 @@ def test_an_unbuffered_process_holds_nothing_back() -> None:
     """`os._exit` flushes nothing."""
     script = "import os; from megatron_kaiyuan.host import quiet; quiet.lose_lines(); print(1, end=''); os._exit(0)"
     assert subprocess.run([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, check=True).stdout == b"1"
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_process_waits_for_a_slow_reader_of_a_non_blocking_log(flags: list[str]) -> None:
+    """A terminal or pipe is non-blocking as soon as one program that shares it has made it so."""
+    script = (
+        "import os; from megatron_kaiyuan.host import quiet; os.set_blocking(1, False); quiet.lose_lines()\n"
+        "for number in range(20000): print(number, flush=True)"
+    )
+    command = [sys.executable, *flags, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        time.sleep(0.5)
+        assert process.stdout.read().split() == [b"%d" % number for number in range(20000)]
+    assert process.returncode == 0
