@@ -90,6 +90,8 @@ def read_loaded_model(args: argparse.Namespace) -> LoadedModel | None:
     """
     for name in ("load", "pretrained_checkpoint"):
         told = copy.copy(args)
+        if args.pretrained_checkpoint:  # what is missing is then read from there, and both were looked at
+            told.exit_on_missing_checkpoint = False
         # The function reports each argument that it sets; it sets them on a copy here.
         with contextlib.redirect_stdout(io.StringIO()):
             found = load_args_from_checkpoint(told, load_arg=name) if getattr(args, name) else None

@@ -61,6 +61,8 @@ TAKEN: dict[str, list[Any]] = {
     f"{LOAD} --use-checkpoint-args {SHORT}": [*SAVED, 6, 96],
     f"{LOAD} --finetune --use-checkpoint-args {SHORT}": [*SAVED, 6, 96],
     f"--pretrained-checkpoint {{}}/saved {SHORT}": [*SAVED, 6, 96],
+    # What --load will hold is read from --pretrained-checkpoint until then.
+    f"--load {{0}}/new --exit-on-missing-checkpoint --pretrained-checkpoint {{0}}/saved {SHORT}": [*SAVED, 6, 96],
     "--load {}/legacy " + f"--ckpt-format torch --finetune {SHORT}": [*SAVED, 0, 96],
     f"{LOAD} {WHOLE}": [*SAVED, 6, 96],
     # What only says how to train may be changed.
