@@ -55,7 +55,7 @@ def main() -> None:
         command = ["-m", _TRAINER, *words]
     else:
         command = launch_command(words, _visible_gpus())
-    sys.stdout.flush()
+    print(end="", flush=True)  # where there is a stdout
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kaiyuan import __version__
-from megatron_kaiyuan.commands import doctor
+from megatron_kaiyuan.commands import doctor, train
 from megatron_kaiyuan.commands.kaiyuan import VERBS
 from megatron_kaiyuan.commands.train import launch_command
 from megatron_kaiyuan.errors import ConfigError
@@ -83,6 +83,17 @@ def test_train_starts_one_process_a_gpu(words: list[str], gpus: int, wanted: lis
 def test_train_without_flags_says_what_to_give() -> None:
     with pytest.raises(ConfigError, match="give --plan PLAN"):
         launch_command(["--nproc-per-node", "2"], 0)
+
+
+def test_train_starts_without_a_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has none where it was closed: `kaiyuan train ... >&-`."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(train.os, "execv", lambda _, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["train", *PLAN, "--nproc-per-node", "1"])
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.delenv("RANK", raising=False)
+    train.main()
+    assert started[0][-len(PLAN) :] == PLAN
 
 
 def test_an_abbreviation_of_a_launcher_flag_is_left_to_the_trainer_which_refuses_it() -> None:
