@@ -41,7 +41,7 @@ def end_process(code: int, *last_words: Callable[[], object]) -> NoReturn:
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_SECONDS)  # the kernel ends the process where a call does not return
-    for say in (*last_words, end_helpers, sys.stdout.flush, sys.stderr.flush):
+    for say in (*last_words, end_helpers, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         with contextlib.suppress(Exception):
             say()
     os._exit(code)

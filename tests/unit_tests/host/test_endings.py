@@ -79,3 +79,13 @@ def test_the_reason_is_left_where_torchrun_reads_it(tmp_path: Path, monkeypatch:
 def test_without_torchrun_there_is_nobody_to_leave_a_reason_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     record_reason("nobody reads this")
+
+
+def test_a_process_without_a_stdout_still_says_its_last_words() -> None:
+    """Python has none where it was closed; what other runs wait for is released all the same."""
+    script = (
+        "import os, sys; from megatron_kaiyuan.host.endings import end_process; sys.stdout = None\n"
+        "end_process(3, lambda: os.write(2, b'released'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (3, b"released")
