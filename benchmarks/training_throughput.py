@@ -50,17 +50,18 @@ PROFILE = "--profile --use-pytorch-profiler --profile-step-start 5 --profile-ste
 SOFTWARE = """
 import json, warnings
 warnings.simplefilter("ignore")
-from megatron_kaiyuan.host import cpu_platform
-cpu_platform.install()
-from megatron_kaiyuan.host.quiet import quiet_megatron_import
-with quiet_megatron_import():
-    from megatron.core.optimizer import Adam
-told = {"optimizer": f"{Adam.__module__}.{Adam.__qualname__}"}
+told = {}
 try:
     import transformer_engine.pytorch
     told["engine"] = transformer_engine.__version__
 except Exception as error:
     told["engine_error"] = f"{type(error).__name__}: {error}"
+from megatron_kaiyuan.host import cpu_platform
+cpu_platform.install()
+from megatron_kaiyuan.host.quiet import quiet_megatron_import
+with quiet_megatron_import():
+    from megatron.core.optimizer import Adam
+told["optimizer"] = f"{Adam.__module__}.{Adam.__qualname__}"
 print(json.dumps(told))
 """
 """What Megatron finds on the path of a row: its imports are the ones that the training makes."""

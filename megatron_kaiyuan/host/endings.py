@@ -41,10 +41,16 @@ def end_process(code: int, *last_words: Callable[[], object]) -> NoReturn:
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_SECONDS)  # the kernel ends the process where a call does not return
-    for say in (*last_words, end_helpers, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
+    for say in (*last_words, end_helpers, _flush_output):
         with contextlib.suppress(Exception):
             say()
     os._exit(code)
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):  # None where it was closed before the start
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 def record_reason(reason: str, *, is_consequence: bool = False) -> None:

@@ -128,7 +128,7 @@ def test_a_missing_field_is_refused_by_its_path(spec, path):
 
 def test_every_wrong_field_is_named_at_once(spec):
     spec = with_field(with_field(spec, "seq_length", 0), "phases.0.order", "sorted")
-    with pytest.raises(PlanError, match=r"2 wrong field\(s\)\n  seq_length: .*\n  phases\.0\.order: "):
+    with pytest.raises(PlanError, match=r"2 wrong fields\n  seq_length: .*\n  phases\.0\.order: "):
         Plan.from_spec(spec)
 
 

@@ -203,6 +203,8 @@ def test_whatever_computes_on_a_device_chooses_it_here() -> None:
         "megatron_kaiyuan/commands/average.py",  # sums on the CPU
         "megatron_kaiyuan/commands/convert.py",  # copies tensors
         "megatron_kaiyuan/commands/inspect_checkpoint.py",  # reads
+        "megatron_kaiyuan/commands/release.py",  # copies tensors
+        "megatron_kaiyuan/checkpoints/save_helper.py",  # writes for a rank that has chosen
         "tools/dev/flag_page.py",  # writes a page
         "benchmarks/training_throughput.py",  # asks Megatron for the class of its optimizer
     }

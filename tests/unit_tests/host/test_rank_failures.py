@@ -16,6 +16,7 @@ from megatron_kaiyuan.errors import (
     ShardError,
     TrainingStopped,
 )
+from megatron_kaiyuan.host import cut_files
 from megatron_kaiyuan.host.rank_failures import failure_of
 
 
@@ -59,6 +60,12 @@ def test_an_error_of_a_loader_worker_is_one_sentence_again() -> None:
         sent.reraise()
 
     assert failure_of(caught.value).text == "ShardError: a.bin: the end is missing: 4 bytes; copy it again"
+
+
+@pytest.fixture(autouse=True)
+def no_file_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a test before this one in the same process."""
+    monkeypatch.setattr(cut_files, "_sizes", {})
 
 
 @pytest.mark.parametrize(

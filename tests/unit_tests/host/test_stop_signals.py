@@ -10,6 +10,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 LISTEN = """
 import os, signal, sys, time
+for number in (signal.SIGHUP, signal.SIGINT):  # ignored where the tests run under nohup
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 from megatron_kaiyuan.host.stop_signals import STOP_SIGNALS, StopRequests, end_at_interrupt, ignore_stop_signals
 end_at_interrupt()
 requests = StopRequests()

@@ -39,7 +39,7 @@ def test_each_document_has_the_group_that_the_sidecar_gives_it(tmp_path: Path) -
     [
         (None, r"evaluation.held_out.clean.groups: .*package"),
         (np.arange(900) + 0.5, "holds numbers that are not whole"),
-        (np.arange(900) // 300, r"documents are of 3 group\(s\), too few.* 10 are needed"),
+        (np.arange(900) // 300, r"documents are of 3 groups, too few.* 10 are needed"),
     ],
 )
 def test_wrong_groups_are_refused_before_anything_is_trained(
