@@ -244,11 +244,13 @@ class PackedOrder:
     def _estimated(self) -> tuple[dict[str, int], NDArray[np.int64]]:
         """By some groups: documents that do not exist need not all be packed."""
         groups = self._num_groups
+        if not groups:
+            return {"predicted": 0}, np.zeros(1, dtype=np.int64)
         some = np.unique(np.linspace(0, groups - 1, _PROBED).astype(np.int64)).tolist()
         packed = [self._pack(number) for number in some]
         counts = np.interp(np.arange(groups), some, [len(windows) for windows in packed])
         sums = np.concatenate([[0], np.cumsum(counts)]).round().astype(np.int64)
-        share = sum(map(_predicted, packed)) / (self.seq_length * sum(map(len, packed)))
+        share = sum(map(_predicted, packed)) / max(1, self.seq_length * sum(map(len, packed)))
         return {"predicted": int(share * self.seq_length * int(sums[-1]))}, sums
 
     @property

@@ -251,3 +251,12 @@ def test_a_simulated_source_is_estimated():
         row = plan.describe()["phases"][0]["sources"]["a"]
         assert 0 < row["padding"] < 0.05
         assert row["tokens"] * (1 - row["padding"]) == pytest.approx(160e6, rel=0.02)
+
+
+def test_an_empty_selection_is_refused_by_name_in_a_simulation_too(source):
+    simulated = {"a": {"shards": "none", "score": "s", "expected": {"documents": "1k", "tokens": "1M"}}}
+    for sources, simulate in ((source, False), (simulated, True)):
+        for shuffle in ("windows", "documents"):
+            spec = spec_of(sources, "curriculum", keep="top 0.01%", shuffle=shuffle)
+            with pytest.raises(PlanError, match="leaves 0 documents"):
+                Plan.from_spec(spec, simulate=simulate)
