@@ -105,10 +105,14 @@ def _second_record(phase: Phase, name: str, stream: Stream) -> dict[str, Any]:
     return {"draw": part.draw, "bands": stream.num_bands} | seen | but | _packing_record(stream)
 
 
-def _packing_record(stream: Stream) -> dict[str, Any]:
+def _packing_record(stream: Stream) -> dict[str, list[Any]]:
     """How documents are packed, where it is not as they are stored or ranked, one after another."""
     if stream.packed is not None:
-        return {"packing": ["whole", stream.packed.num_documents, stream.packed.group, stream.packed.is_shuffled]}
+        packing: dict[str, list[Any]] = {
+            "packing": ["whole", stream.packed.num_documents, stream.packed.group, stream.packed.is_shuffled]
+        }
+        bands = stream.packed.shuffled_bands  # of one band everything is in `packing`
+        return packing | ({"shuffle": ["documents", bands]} if bands > 1 else {})
     return {} if stream.shuffling is None else {"shuffle": ["documents", stream.shuffling.num_bands]}
 
 

@@ -121,6 +121,11 @@ class PackedOrder:
         return self._shuffled is not None
 
     @property
+    def shuffled_bands(self) -> int:
+        """Bands that were shuffled one by one before they were packed; 0 where none was."""
+        return 0 if self._shuffled is None else self._shuffled.num_bands
+
+    @property
     def padding(self) -> float:
         """Share of a pass's targets that are padding."""
         targets = self.num_documents * self.seq_length

@@ -58,6 +58,11 @@ class ShuffledOrder:
         """Documents of the set."""
         return self._runs.num_documents
 
+    @property
+    def num_bands(self) -> int:
+        """Bands that are shuffled one by one."""
+        return len(self._edges) - 1
+
     def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens before either end of the whole order, which is all that a pass asks for."""
         assert np.isin(positions, (0, self.num_documents)).all(), "a pass is read by its tokens"

@@ -260,3 +260,14 @@ def test_an_empty_selection_is_refused_by_name_in_a_simulation_too(source):
             spec = spec_of(sources, "curriculum", keep="top 0.01%", shuffle=shuffle)
             with pytest.raises(PlanError, match="leaves 0 documents"):
                 Plan.from_spec(spec, simulate=simulate)
+
+
+def test_a_run_does_not_go_on_with_other_bands_of_shuffled_documents(tmp_path):
+    source = {"a": write_source(tmp_path / "a", numbered_documents([5] * 200), list(range(200)))}
+    specs = [spec_of(source, "curriculum", shuffle="documents", repeat_spacing=share) for share in ("5%", "50%")]
+    one, other = map(Plan.from_spec, specs)
+    assert one.num_samples == other.num_samples
+    assert all_samples(specs[0]) != all_samples(specs[1])
+    assert one.fingerprint != other.fingerprint
+    with pytest.raises(ResumeError, match=r"sources\.a\.shuffle"):
+        other.check_resume(one.order_record(), 50)
