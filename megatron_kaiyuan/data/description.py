@@ -219,7 +219,8 @@ def _amended_tokens(phase: AmendedPhase, number: int, edges: NDArray[np.int64]) 
         places = [shown * (2 * part + 1) // (2 * min(shown, _PLACES)) for part in range(min(shown, _PLACES))]
         middles = [stream.middle_position(stream.window(place, used)) for place in places]
         bands = np.searchsorted(edges, middles, side="right") - 1
-        found += np.bincount(bands, minlength=len(found)) * (shown * stream.seq_length / max(len(places), 1))
+        tokens = shown * stream.seq_length * (1.0 if stream.packed is None else 1 - stream.packed.padding)
+        found += np.bincount(bands, minlength=len(found)) * (tokens / max(len(places), 1))
     return found
 
 

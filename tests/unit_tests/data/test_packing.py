@@ -271,3 +271,12 @@ def test_a_run_does_not_go_on_with_other_bands_of_shuffled_documents(tmp_path):
     assert one.fingerprint != other.fingerprint
     with pytest.raises(ResumeError, match=r"sources\.a\.shuffle"):
         other.check_resume(one.order_record(), 50)
+
+
+def test_bands_of_an_amended_curriculum_count_no_padding(tmp_path):
+    source = {"a": write_source(tmp_path / "a", numbered_documents([4] * 200), list(range(200)))}
+    base = phase_of("curriculum", {"a": {"packing": "whole"}}, tokens=100 * (ROOM - 1))
+    longer = base | {"amended": [{"at": 40, "tokens": 150 * (ROOM - 1)}]}
+    told = Plan.from_spec(plan_of(source, longer, seq_length=ROOM - 1)).describe()["sources"]["a"]
+    assert told["tokens_seen"] == 150 * 3
+    assert sum(sum(band["seen"].values()) for band in told["bands"]) == pytest.approx(150 * 3, abs=len(told["bands"]))
