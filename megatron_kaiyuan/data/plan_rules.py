@@ -86,7 +86,7 @@ def check_draws(phases: Sequence[PhaseSpec]) -> None:
 
 
 def check_repeats(phases: Sequence[PhaseSpec], scored: Collection[str]) -> None:
-    """Refuse an order of repetition where nothing ascends."""
+    """Refuse an order of repetition where nothing ascends, or where an earlier phase has decided it."""
     for path, phase, name, part in _parts(phases):
         ascending = phase.order == "curriculum" and part.sorted and name in scored
         for field in sorted(part.model_fields_set & {"repeat_order", "repeat_spacing"}):
@@ -94,4 +94,9 @@ def check_repeats(phases: Sequence[PhaseSpec], scored: Collection[str]) -> None:
                 raise ValueError(
                     f"{path}.{field}: only for a scored source in a curriculum, whose passes ascend; here each pass is "
                     "shuffled: leave it out"
+                )
+            if part.start == "unseen":
+                raise ValueError(
+                    f"{path}.{field}: with from: unseen the part keeps the bands of the phase that it goes on with, "
+                    "and repeats nothing: leave it out"
                 )

@@ -280,3 +280,11 @@ def test_bands_of_an_amended_curriculum_count_no_padding(tmp_path):
     told = Plan.from_spec(plan_of(source, longer, seq_length=ROOM - 1)).describe()["sources"]["a"]
     assert told["tokens_seen"] == 150 * 3
     assert sum(sum(band["seen"].values()) for band in told["bands"]) == pytest.approx(150 * 3, abs=len(told["bands"]))
+
+
+@pytest.mark.parametrize("field", [{"repeat_spacing": "50%"}, {"repeat_order": "passes"}])
+def test_what_is_unseen_has_no_bands_of_its_own(source, field):
+    first = phase_of("curriculum", {"a": {"shuffle": "documents"}}, "p", tokens=600)
+    second = phase_of("curriculum", {"a": {"from": "unseen"} | field}, "q")
+    with pytest.raises(PlanError, match=rf"{next(iter(field))}: .*from: unseen.*leave it out"):
+        Plan.from_spec(plan_of(source, first, second, seq_length=ROOM - 1))
