@@ -7,7 +7,7 @@ import sys
 import torch
 
 from megatron_kaiyuan.errors import ConfigError
-from megatron_kaiyuan.host.cli import CommandParser
+from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.devices import DEVICE_VARIABLE
 
 __all__ = ["launch_command", "main"]
@@ -55,7 +55,7 @@ def main() -> None:
         command = ["-m", _TRAINER, *words]
     else:
         command = launch_command(words, _visible_gpus())
-    print(end="", flush=True)  # where there is a stdout
+    say("", end="", flush=True)
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -30,9 +30,9 @@ def python_command() -> str:
     return shlex.quote(str(executable))
 
 
-def say(*values: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
+def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
     """Print as `print` does, with control characters shown: what a tool says holds names that others chose."""
-    print(visible(sep.join(map(str, values))), file=file, flush=flush)
+    print(visible(sep.join(map(str, values))), end=end, file=file, flush=flush)
 
 
 def run_tool(main: Callable[[], None]) -> int:

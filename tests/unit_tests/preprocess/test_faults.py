@@ -206,7 +206,8 @@ def test_a_worker_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build_folder([path], tmp_path / "out", shard_bytes=3000)
 
 
-def test_tasks_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", [["0", "1"], pytest.param(["0", "1", "1"], marks=pytest.mark.slow)], ids=" ".join)
+def test_tasks_side_by_side_do_not_disturb_each_other(tmp_path: Path, numbers: list[str]) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", number_rows(8_000))
     command = [*TOOL, "--input", str(path), "--output-dir", str(tmp_path / "out"), *NULL, "--shard-size", "100KB"]
     tasks = [
@@ -217,7 +218,7 @@ def test_tasks_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for task in ("0", "1", "1")
+        for task in numbers
     ]
     told = [task.communicate()[1] for task in tasks]
     codes = [task.returncode for task in tasks]
