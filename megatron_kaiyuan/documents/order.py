@@ -4,6 +4,7 @@ An order numbers documents by position `0 <= p < num_documents` and their tokens
 provenance speak of positions and tokens of an order and never ask which one it is.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +18,13 @@ from megatron_kaiyuan.shards.source import Segment, Source
 
 __all__ = [
     "DocumentOrder",
+    "GatheredOrder",
     "Pieces",
     "RankedOrder",
     "StorageOrder",
     "block_size",
     "cut_pieces",
-    "name_segments",
+    "gather",
 ]
 
 _NEXT = 48
@@ -140,7 +142,7 @@ class StorageOrder:
 
     def segments(self, token: int, count: int) -> list[Segment]:
         """The same in terms of shards."""
-        return name_segments(self.source, self.pieces(token, count))
+        return _segments(self.source, self.pieces(token, count))
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,45 @@ class _Window:
     first_position: int
 
 
-class RankedOrder:
+class GatheredOrder(ABC):
+    """An order whose neighbours lie apart in storage, so that its tokens are gathered from pieces of documents."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._last: tuple[int, int, Pieces] | None = None
+
+    @abstractmethod
+    def find_pieces(self, token: int, count: int) -> Pieces:
+        """Return what `pieces` does."""
+
+    def pieces(self, token: int, count: int) -> Pieces:
+        """Pieces of documents, in this order."""
+        last = self._last  # one attribute, read once and set once: threads may share the order
+        if last is not None and last[0] == token and last[1] == count:  # first the tokens are read, then the bands
+            return last[2]
+        found = self.find_pieces(token, count)
+        self._last = token, count, found
+        return found
+
+    def read(self, token: int, out: NDArray[np.int64]) -> None:
+        """Gather the documents one after another."""
+        gather(self.source, self.pieces(token, len(out)), out)
+
+    def segments(self, token: int, count: int) -> list[Segment]:
+        """The same in terms of shards."""
+        return _segments(self.source, self.pieces(token, count))
+
+
+class RankedOrder(GatheredOrder):
     """Documents in ascending score, through a rank index."""
 
     ranked = True
 
     def __init__(self, source: Source, index: RankIndex, score: str) -> None:
-        self.source = source
+        super().__init__(source)
         self.index = index
         self.score = score
         self.block = block_size(source.num_documents, 1 << 18)
-        self._last: tuple[int, int, Pieces] | None = None
 
     @property
     def num_documents(self) -> int:
@@ -223,26 +253,11 @@ class RankedOrder:
             low, high = (middle + 1, high) if score < limit or (or_equal and score == limit) else (low, middle)
         return low
 
-    def read(self, token: int, out: NDArray[np.int64]) -> None:
-        """Gather the documents one after another, best last."""
-        pieces = self.pieces(token, len(out))
-        bases = self.source.token_starts(pieces.documents) + pieces.starts
-        self.source.read_pieces(bases.tolist(), pieces.sizes.tolist(), out)
-
-    def pieces(self, token: int, count: int) -> Pieces:
-        """Pieces of documents, in rank order."""
-        last = self._last  # one attribute, read once and set once: threads may share the order
-        if last is not None and last[0] == token and last[1] == count:  # first the tokens are read, then the bands
-            return last[2]
+    def find_pieces(self, token: int, count: int) -> Pieces:
+        """Return pieces of documents in rank order, best last."""
         window = self._window(token, count)
         positions = np.arange(window.first_position, window.first_position + len(window.ends))
-        found = cut_pieces(window.documents, positions, window.starts, window.ends, token, count)
-        self._last = token, count, found
-        return found
-
-    def segments(self, token: int, count: int) -> list[Segment]:
-        """The same in terms of shards."""
-        return name_segments(self.source, self.pieces(token, count))
+        return cut_pieces(window.documents, positions, window.starts, window.ends, token, count)
 
     def _window(self, token: int, count: int) -> _Window:
         """All ranked documents between the stored marks around these tokens."""
@@ -259,6 +274,12 @@ class RankedOrder:
             pass
         where = f" (rank {first * STRIDE:,} to {min(last * STRIDE, self.num_documents) - 1:,})"
         raise damaged_index(self.index, self.source, self.score, where)
+
+
+def gather(source: Source, pieces: Pieces, out: NDArray[np.int64]) -> None:
+    """Fill `out` with the tokens of pieces, which are as many."""
+    bases = source.token_starts(pieces.documents) + pieces.starts
+    source.read_pieces(bases.tolist(), pieces.sizes.tolist(), out)
 
 
 def cut_pieces(
@@ -282,7 +303,7 @@ def cut_pieces(
     )
 
 
-def name_segments(source: Source, pieces: Pieces) -> list[Segment]:
+def _segments(source: Source, pieces: Pieces) -> list[Segment]:
     """The pieces in terms of shards."""
     columns = (pieces.documents.tolist(), pieces.starts.tolist(), pieces.stops.tolist())
     return [source.segment(*piece) for piece in zip(*columns, strict=True)]

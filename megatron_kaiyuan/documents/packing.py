@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.documents.order import Pieces, name_segments
+from megatron_kaiyuan.documents.order import GatheredOrder, Pieces, gather
 from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.documents.shuffled import ShuffledOrder, digest_of
-from megatron_kaiyuan.documents.stored_sums import open_sums, write_sums
+from megatron_kaiyuan.documents.stored_sums import open_sums, sums_path, write_sums
 from megatron_kaiyuan.errors import RankIndexError
-from megatron_kaiyuan.shards.source import Segment, Source
 
 __all__ = ["PackedOrder", "Piece", "pack_group"]
 
@@ -83,7 +82,7 @@ def _middle(window: list[Piece]) -> float:
     return weighted / total
 
 
-class PackedOrder:
+class PackedOrder(GatheredOrder):
     """Windows of whole documents; a window stands where other orders have a document of `seq_length` tokens.
 
     Args:
@@ -103,8 +102,8 @@ class PackedOrder:
         ascending: bool,
         must_be_stored: bool,
     ) -> None:
+        super().__init__(runs.order.source)
         self.runs, self.seq_length = runs, seq_length
-        self.source: Source = runs.order.source
         self.ranked, self.block = runs.order.ranked, 1
         self._shuffled, self._must_be_stored = shuffled, must_be_stored
         self.group = min(_GROUP, max(_FEWEST, runs.num_documents // _PARTS)) if ascending else _GROUP
@@ -154,13 +153,12 @@ class PackedOrder:
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Fill `out`, one token longer than a window counts, with the window's tokens and zeros."""
         pieces = self.pieces(token, self.seq_length)
-        bases = self.source.token_starts(pieces.documents) + pieces.starts
         count = int(pieces.sizes.sum())
-        self.source.read_pieces(bases.tolist(), pieces.sizes.tolist(), out[:count])
+        gather(self.source, pieces, out[:count])
         out[count:] = 0
 
-    def pieces(self, token: int, count: int) -> Pieces:
-        """The pieces of documents of the window that this token counts to."""
+    def find_pieces(self, token: int, count: int) -> Pieces:
+        """Return the pieces of documents of the window that this token counts to."""
         assert token % self.seq_length == 0 and count == self.seq_length, "windows are read whole"  # noqa: PT018
         window = token // self.seq_length
         number = int(self.sums.searchsorted(window, side="right")) - 1
@@ -169,10 +167,6 @@ class PackedOrder:
         positions = self._positions(number)[places]
         starts, stops = (np.array([piece[end] for piece in found], dtype=np.int64) for end in (1, 2))
         return Pieces(self.runs.order.documents_at(positions), positions, starts, stops)
-
-    def segments(self, token: int, count: int) -> list[Segment]:
-        """The same in terms of shards."""
-        return name_segments(self.source, self.pieces(token, count))
 
     def middle_position(self, window: int) -> int:
         """Position of the document in the middle of the group that a window is of."""
@@ -197,8 +191,7 @@ class PackedOrder:
     @cached_property
     def path(self) -> Path:
         """Where the sums are stored: beside the first shard."""
-        first = Path(self.source.shards[0].prefix)
-        return first.with_name(f"{first.name}.{self._digest[:16]}.packing")
+        return sums_path(self.source, self._digest, "packing")
 
     def open_stored(self) -> None:
         """Open the stored sums; errors as of `sums`."""

@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.documents.order import DocumentOrder, Pieces, RankedOrder, cut_pieces, name_segments
+from megatron_kaiyuan.documents.order import DocumentOrder, GatheredOrder, Pieces, RankedOrder, cut_pieces
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.rank_index import content_digest
 from megatron_kaiyuan.documents.ranking import STRIDE
 from megatron_kaiyuan.documents.runs import DocumentRuns
-from megatron_kaiyuan.documents.stored_sums import open_sums, write_sums
+from megatron_kaiyuan.documents.stored_sums import open_sums, sums_path, write_sums
 from megatron_kaiyuan.errors import RankIndexError
-from megatron_kaiyuan.shards.source import Segment, Source
 
 __all__ = ["ShuffledOrder", "as_shuffled", "digest_of", "stride_of"]
 
@@ -35,7 +34,7 @@ def stride_of(passes: int) -> int:
     return STRIDE << max(0, (-(-passes // STRIDE) - 1).bit_length())
 
 
-class ShuffledOrder:
+class ShuffledOrder(GatheredOrder):
     """One random order of the documents of a set; positions are those of the order that the set is of.
 
     Args:
@@ -49,9 +48,8 @@ class ShuffledOrder:
     block = 1
 
     def __init__(self, runs: DocumentRuns, edges: NDArray[np.int64], key: int, stride: int = STRIDE) -> None:
-        self.source: Source = runs.order.source
+        super().__init__(runs.order.source)
         self._runs, self._edges, self._key, self._stride = runs, edges, key, stride
-        self._last: tuple[int, int, Pieces] | None = None
 
     @property
     def num_documents(self) -> int:
@@ -84,17 +82,8 @@ class ShuffledOrder:
         """Their positions in the order that the set is of."""
         return self._runs.order.positions_of(documents)
 
-    def read(self, token: int, out: NDArray[np.int64]) -> None:
-        """Gather the documents one after another."""
-        pieces = self.pieces(token, len(out))
-        bases = self.source.token_starts(pieces.documents) + pieces.starts
-        self.source.read_pieces(bases.tolist(), pieces.sizes.tolist(), out)
-
-    def pieces(self, token: int, count: int) -> Pieces:
-        """Pieces of documents, in the random order."""
-        last = self._last  # one attribute, read once and set once: threads may share the order
-        if last is not None and last[0] == token and last[1] == count:  # first the tokens are read, then the bands
-            return last[2]
+    def find_pieces(self, token: int, count: int) -> Pieces:
+        """Return pieces of documents, in the random order."""
         first = int(self.marks.searchsorted(token, side="right")) - 1
         stop = int(self.marks.searchsorted(token + count, side="left"))
         positions = self.positions_in(first * self._stride, min(stop * self._stride, self.num_documents))
@@ -103,13 +92,7 @@ class ShuffledOrder:
         ends = int(self.marks[first]) + lengths.cumsum()
         if ends[-1] != self.marks[stop]:
             raise self._damaged()
-        found = cut_pieces(documents, positions, ends - lengths, ends, token, count)
-        self._last = token, count, found
-        return found
-
-    def segments(self, token: int, count: int) -> list[Segment]:
-        """The same in terms of shards."""
-        return name_segments(self.source, self.pieces(token, count))
+        return cut_pieces(documents, positions, ends - lengths, ends, token, count)
 
     @property
     def is_small(self) -> bool:
@@ -128,8 +111,7 @@ class ShuffledOrder:
     @cached_property
     def path(self) -> Path:
         """Where the sums are stored: beside the first shard."""
-        first = Path(self.source.shards[0].prefix)
-        return first.with_name(f"{first.name}.{self._digest[:16]}.shuffle")
+        return sums_path(self.source, self._digest, "shuffle")
 
     def open_stored(self) -> None:
         """Open the stored sums; errors as of `marks`."""

@@ -14,11 +14,18 @@ from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.atomic import atomic_file
 from megatron_kaiyuan.host.cli import python_command
 from megatron_kaiyuan.host.maps import map_array
+from megatron_kaiyuan.shards.source import Source
 
-__all__ = ["open_sums", "write_sums"]
+__all__ = ["open_sums", "sums_path", "write_sums"]
 
 _MAGIC = b"KYSUMS01"
 _HEADER_BYTES = 4096
+
+
+def sums_path(source: Source, digest: str, kind: str) -> Path:
+    """Return where sums are stored: beside the first shard of a source, by what they belong to."""
+    first = Path(source.shards[0].prefix)
+    return first.with_name(f"{first.name}.{digest[:16]}.{kind}")
 
 
 def write_sums(path: Path, digest: str, facts: dict[str, int], sums: NDArray[np.int64]) -> None:
