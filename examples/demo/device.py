@@ -1,15 +1,13 @@
 """Where the demo runs: on the GPUs that are there, as many as its batch can be shared among, or on the CPU."""
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from settings import DemoSettings
 
-from megatron_kaiyuan.host.machine import has_gpu
+from megatron_kaiyuan.errors import DeviceError
+from megatron_kaiyuan.host.machine import ask_torch, has_gpu
 
 __all__ = ["DeviceRefused", "placed"]
 
@@ -55,10 +53,9 @@ def placed(settings: DemoSettings, asked: str | None, repository: Path) -> tuple
 
 
 def _ask(repository: Path) -> _Found:
-    command = [sys.executable, "-m", "megatron_kaiyuan.host.devices"]
     path = os.pathsep.join([str(repository), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DeviceRefused(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "torch does not start")
-    told = json.loads(done.stdout.splitlines()[-1])
-    return _Found(told["said"], len(told["gpus"]))
+    try:
+        said, gpus = ask_torch(os.environ | {"PYTHONPATH": path})
+    except DeviceError as error:
+        raise DeviceRefused(str(error)) from error
+    return _Found(said, len(gpus))

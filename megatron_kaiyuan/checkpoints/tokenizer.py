@@ -5,10 +5,9 @@ Whether ids fit the model's rows says nothing: another tokenizer of the same siz
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from megatron_kaiyuan.checkpoints.identity import (
     COMMAND_LINE_TOKENIZER,
@@ -25,6 +24,7 @@ from megatron_kaiyuan.shards.tokenizer import (
     load_reference_tokenizer,
     tokenizer_fingerprint,
 )
+from megatron_kaiyuan.shards.tokenizer_match import same_vocabulary
 
 __all__ = ["CheckpointTokenizer", "named_config", "tokenizer_of_checkpoint"]
 
@@ -95,7 +95,7 @@ def tokenizer_of_checkpoint(path: Path, saved: argparse.Namespace, flag: str = "
     Raises:
         TokenizerError: it is another tokenizer than the checkpoint's, or has ids that the model has no row for.
     """
-    choices = list(_choices(named_config(path, flag), saved))
+    choices = _choices(named_config(path, flag), saved)
     planned = getattr(saved, PLAN_RECORD, None) is not None
     of_file = getattr(saved, TOKENIZER, None) if planned else None
     of_ids = getattr(saved, COMMAND_LINE_TOKENIZER if planned else TOKENIZER, None)
@@ -114,23 +114,19 @@ def tokenizer_of_checkpoint(path: Path, saved: argparse.Namespace, flag: str = "
     return _fitting(f"{flag} {path}", found, saved, compared=of_file is not None or of_ids is not None)
 
 
-def _choices(config: TokenizerConfig, saved: argparse.Namespace) -> Iterator[TokenizerConfig]:
-    """Yield the tokenizer with each choice of the options that no file holds, the likeliest first."""
-    if config.type == "HuggingFaceTokenizer":
-        for special, split in product((True, False), (False, True)):
-            yield replace(config, include_special_tokens=special, split_special_tokens=split)
-    elif config.type == "TikTokenizer":
-        known = replace(
-            config,
-            vocab_size=saved.vocab_size,
-            tiktoken_pattern=getattr(saved, "tiktoken_pattern", None) or config.tiktoken_pattern,
-            tiktoken_num_special_tokens=getattr(saved, "tiktoken_num_special_tokens", None)
-            or config.tiktoken_num_special_tokens,
-        )
-        for pattern, split in product((known.tiktoken_pattern, "v1", "v2"), (False, True)):
-            yield replace(known, tiktoken_pattern=pattern, split_special_tokens=split)
-    else:
-        yield config
+def _choices(config: TokenizerConfig, saved: argparse.Namespace) -> list[TokenizerConfig]:
+    """Return the tokenizer with each choice of the options that no file holds, the likeliest first."""
+    if config.type != "TikTokenizer":
+        return same_vocabulary(config)
+    known = replace(
+        config,
+        vocab_size=saved.vocab_size,
+        tiktoken_pattern=getattr(saved, "tiktoken_pattern", None) or config.tiktoken_pattern,
+        tiktoken_num_special_tokens=getattr(saved, "tiktoken_num_special_tokens", None)
+        or config.tiktoken_num_special_tokens,
+    )
+    patterns: list[Literal["v1", "v2"]] = [known.tiktoken_pattern, "v1", "v2"]
+    return [choice for pattern in patterns for choice in same_vocabulary(replace(known, tiktoken_pattern=pattern))]
 
 
 def _fingerprint_of_ids(config: TokenizerConfig) -> str:

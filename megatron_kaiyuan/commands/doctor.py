@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,7 @@ from pathlib import Path
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.cli import CommandParser, say
-from megatron_kaiyuan.host.examination import GIB, Finding, examine_machine, examine_packages, free_disk
-from megatron_kaiyuan.host.terminal import visible, visible_data
+from megatron_kaiyuan.host.examination import GIB, Finding, examine_machine, examine_packages
 from megatron_kaiyuan.host.version import code_version
 
 __all__ = ["main"]
@@ -42,7 +42,7 @@ def main() -> None:
         findings.append(_disk_for(args.plan, args.parameters, work))
     if args.json:
         facts = {"version": code_version(), "system": platform.platform(), "findings": list(map(asdict, findings))}
-        say(json.dumps(visible_data(facts), indent=2))
+        say(json.dumps(facts, indent=2))
     else:
         say(f"megatron_kaiyuan {code_version()}, {platform.platform()}")
         say("\n".join(_lines(findings)))
@@ -79,7 +79,7 @@ def _disk_for(plan: Path, parameters: float, work: Path) -> Finding:
         raise ConfigError(f"--parameters {parameters:g}: give the number of the model's parameters, such as 2e9")
     averaging = Plan.load(plan, simulate=True).spec.averaging
     count = _KEPT_BESIDE + (averaging.last if averaging else 0)
-    needed, free = count * _CHECKPOINT_BYTES * parameters, free_disk(work)
+    needed, free = count * _CHECKPOINT_BYTES * parameters, shutil.disk_usage(work).free
     value = f"{count} checkpoints of {_CHECKPOINT_BYTES * parameters / GIB:,.1f} GiB; {free / GIB:,.0f} GiB are free"
     remedy = "" if needed <= free else f"{needed / GIB:,.0f} GiB are needed: another --save or a smaller averaging.last"
     return Finding("disk for the plan", "ok" if needed <= free else "broken", value, str(plan), remedy)
@@ -90,5 +90,5 @@ def _lines(findings: Sequence[Finding]) -> list[str]:
     lines = []
     for finding in findings:
         line = f"{_MARKS[finding.state]:<7} {finding.name:<{width}}  {finding.value}  [{finding.what_for}]"
-        lines.append(visible(f"{line}\n{'':<8}{'':<{width}}  -> {finding.remedy}" if finding.remedy else line))
+        lines.append(f"{line}\n{'':<8}{'':<{width}}  -> {finding.remedy}" if finding.remedy else line)
     return lines

@@ -75,9 +75,8 @@ def main() -> None:
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan is not None and plan.tokenizer else None)
     with ConsoleMeter() as meter:
         checkpoints = [open_intact_checkpoint(path, shown_on(meter)) for path in options.checkpoints]
-    if tokenizer and plan is not None:
-        check_tokenizer(tokenizer, checkpoints[0].arguments, plan)
-    more = _task_measure(options, tokenizer, checkpoints[0].arguments)
+    of_run = check_tokenizer(tokenizer, checkpoints[0].arguments, plan) if tokenizer else None
+    more = _task_measure(options, tokenizer, None if of_run is None else of_run.end)
     results = evaluate_checkpoints(
         checkpoints,
         plan,
@@ -112,17 +111,18 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _task_measure(
-    options: argparse.Namespace, tokenizer: str | None, saved: argparse.Namespace
+    options: argparse.Namespace, tokenizer: str | None, end: int | None
 ) -> Callable[[Any, int], Mapping[str, Any]]:
-    """What scores a model on the tasks; all of them are loaded before any model is."""
+    """Return what scores a model on the tasks.
+
+    All of them are loaded before any model is.
+    """
     if options.tasks is None:
         return lambda _model, _positions: {}
-    from megatron_kaiyuan.checkpoints.tokenizer import tokenizer_of_checkpoint
     from megatron_kaiyuan.quantile.task_list import load_tasks, measured_tasks, task_list
 
     if tokenizer is None:
         raise ConfigError("--tasks needs the tokenizer of the model; give --tokenizer-model PATH")
-    of_run = tokenizer_of_checkpoint(Path(tokenizer), saved)
     path = Path(tokenizer)
     spec = task_list(
         [name.strip() for name in options.tasks.split(",") if name.strip()],
@@ -131,7 +131,7 @@ def _task_measure(
         generate=options.generate,
         batch_size=options.batch_size,
     )
-    suite = load_tasks(spec, str(path.parent if path.name == "tokenizer.json" else path), of_run.end)
+    suite = load_tasks(spec, str(path.parent if path.name == "tokenizer.json" else path), end)
     return partial(measured_tasks, suite)
 
 

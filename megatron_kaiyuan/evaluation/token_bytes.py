@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.checkpoints.tokenizer import tokenizer_of_checkpoint
+from megatron_kaiyuan.checkpoints.tokenizer import CheckpointTokenizer, tokenizer_of_checkpoint
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ShardError, TokenizerError
 
 __all__ = ["check_tokenizer", "token_bytes"]
 
 
-def check_tokenizer(tokenizer_model: str | Path, saved: argparse.Namespace, plan: Plan | None) -> None:
-    """Refuse a tokenizer that is not that of a checkpoint, or does not know the ids of the shards.
+def check_tokenizer(tokenizer_model: str | Path, saved: argparse.Namespace, plan: Plan | None) -> CheckpointTokenizer:
+    """Return a tokenizer, if it is that of a checkpoint and knows the ids of the shards.
 
     Args:
         tokenizer_model: As for `named_config`.
@@ -32,6 +32,7 @@ def check_tokenizer(tokenizer_model: str | Path, saved: argparse.Namespace, plan
             plan.check_vocabulary(found.tokenizer.vocab_size)
     except ShardError as error:
         raise TokenizerError(f"--tokenizer-model {path}: not the tokenizer of the shards: {error}") from error
+    return found
 
 
 def token_bytes(tokenizer_model: str | Path) -> NDArray[np.int64] | None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from megatron_kaiyuan.host import devices, machine
+from megatron_kaiyuan.errors import DeviceError
+from megatron_kaiyuan.host import machine
 from megatron_kaiyuan.host.devices import DEVICE_VARIABLE
 
-__all__ = ["GIB", "Finding", "examine_machine", "examine_packages", "free_disk"]
+__all__ = ["GIB", "Finding", "examine_machine", "examine_packages"]
 
 GIB = 2**30
 _SMALLEST_SHARED = 2**30
@@ -72,7 +73,7 @@ def examine_machine(work: Path) -> Iterator[Finding]:
     yield from _devices()
     yield _shared_memory(Path("/dev/shm"))
     yield _open_files()
-    free = free_disk(work)
+    free = shutil.disk_usage(work).free
     yield Finding("free disk", "ok" if free > 10 * GIB else "weak", f"{free / GIB:,.0f} GiB at {work}", "checkpoints",
                   "" if free > 10 * GIB else "give --save a folder on a larger disk")  # fmt: skip
 
@@ -92,18 +93,13 @@ def examine_packages() -> Iterator[Finding]:
             yield Finding(name, "ok", version, what_for)
 
 
-def free_disk(folder: Path) -> int:
-    """Return the bytes that are free where a folder lies."""
-    return shutil.disk_usage(folder).free
-
-
 def _devices() -> Iterator[Finding]:
-    done = subprocess.run([sys.executable, "-m", devices.__name__], capture_output=True, text=True, check=False)
-    if done.returncode:
-        problem = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+    try:
+        _, gpus = machine.ask_torch()
+    except DeviceError as error:
+        problem = str(error).removeprefix("error: ")
         yield Finding("GPU", "broken", problem, "training", "mend it, or choose the CPU: the reason says how")
         return
-    gpus = json.loads(done.stdout.splitlines()[-1])["gpus"]
     if not gpus:
         asked = os.environ.get(DEVICE_VARIABLE) == "cpu" and machine.has_gpu()
         value = f"hidden by {DEVICE_VARIABLE}=cpu" if asked else "none"

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,12 @@ from pydantic import ValidationError
 
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.quantile.evaluation_spec import DEFAULT_TASKS, TaskListSpec, TaskSpec
-from megatron_kaiyuan.quantile.results import TaskResult
 from megatron_kaiyuan.quantile.tasks import TaskSuite
 
-__all__ = ["SUITE", "TaskScores", "load_tasks", "measured_tasks", "task_list"]
+__all__ = ["SUITE", "load_tasks", "measured_tasks", "task_list"]
 
 SUITE = "kaiyuan"
 """Name of the tasks of the Kaiyuan-2B report, all together."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskScores:
-    """Scores of one model on one task."""
-
-    items: int
-    scores: Mapping[str, float]
-    """Means over the items by name."""
-    errors: Mapping[str, float | None]
-    """Their standard errors, from the spread between the items; None of one item."""
 
 
 def task_list(names: Sequence[str], **settings: Any) -> TaskListSpec:
@@ -118,33 +105,28 @@ def measured_tasks(suite: TaskSuite, model: Any, positions: int) -> dict[str, An
     few = {task.name: task.num_fewshot for task in suite.spec.all_tasks()}
     tasks = {}
     for name, result in results.items():
-        found = _summary(result)
+        columns = {"answer_bits_per_byte": result.answer_bits_per_byte, **result.metrics}
         shots = {task.get_config("num_fewshot") for task in suite.loaded[name]["tasks"].values()}
         tasks[name] = {
-            "items": found.items,
+            "items": len(result.answer_bits_per_byte),
             "num_fewshot": shots.pop() if len(shots) == 1 else few[name],
             "limit": suite.spec.limit,
-            "scores": dict(found.scores),
-            "standard_errors": dict(found.errors),
+            "scores": {score: _mean(values) for score, values in columns.items()},
+            "standard_errors": {score: _standard_error(values) for score, values in columns.items()},
         }
-    return json.loads(json.dumps({"tasks": tasks, "not_evaluated": failed}))  # type: ignore[no-any-return]
+    plain: dict[str, Any] = json.loads(json.dumps({"tasks": tasks, "not_evaluated": failed}))
+    return plain
 
 
-def _summary(result: TaskResult) -> TaskScores:
-    columns = {"answer_bits_per_byte": result.answer_bits_per_byte, **result.metrics}
-    return TaskScores(
-        items=len(result.answer_bits_per_byte),
-        scores={name: _mean(values) for name, values in columns.items()},
-        errors={name: _standard_error(values) for name, values in columns.items()},
-    )
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
+def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean over items, from their spread.
+
+    None of one item.
+    """
     if len(values) < 2:
         return None
     mean = _mean(values)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_kaiyuan.data import Plan
@@ -12,9 +12,14 @@ from megatron_kaiyuan.shards.manifest import Manifest, load_manifest
 __all__ = ["source_facts"]
 
 
-def source_facts(plan: Plan, unknown: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the facts of each source, JSON-ready; what is not known is None and is added to `unknown`."""
-    described = plan.describe()["sources"]
+def source_facts(plan: Plan, described: Mapping[str, Any], unknown: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the facts of each source, JSON-ready, with None for what is not known.
+
+    Args:
+        plan: Opened.
+        described: Its sources, as `Plan.describe` returns them.
+        unknown: Is added to.
+    """
     return {name: _source(plan, name, described[name], unknown) for name in plan.sources}
 
 

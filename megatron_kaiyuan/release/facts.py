@@ -45,7 +45,7 @@ _PACKAGES = ("megatron-core", "torch", "transformers", "tokenizers", "numpy", "s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRequest:
-    """What a person says of a release; None: nobody says."""
+    """What a person says of a release, with None for what nobody says."""
 
     name: str
     licence: str | None = None
@@ -97,7 +97,7 @@ def release_facts(weights: list[Weights], run: Checkpoint, request: ReleaseReque
         "ranks": getattr(run.arguments, "world_size", None),
         "plan_file": where,
         "plan": description,
-        "sources": {} if plan is None else source_facts(plan, unknown),
+        "sources": {} if plan is None or description is None else source_facts(plan, description["sources"], unknown),
         "run": _run(request.metrics, description, unknown),
         "evaluation": _evaluation(request.evaluation, weights),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -119,7 +119,10 @@ def _precision(arguments: argparse.Namespace) -> str:
 
 
 def _plan(arguments: argparse.Namespace, request: ReleaseRequest, unknown: list[str]) -> tuple[Plan | None, str | None]:
-    """The plan, where it can be opened; one that the person names must open."""
+    """Return the plan, where it can be opened.
+
+    One that the person names must open.
+    """
     where = request.plan or (Path(named) if (named := getattr(arguments, "plan", None)) else None)
     if where is None:
         unknown.append("the data: the run names no plan; give --plan FILE if it had one")
@@ -156,7 +159,10 @@ def _run(metrics: Path | None, description: Mapping[str, Any] | None, unknown: l
 
 
 def _evaluation(path: Path | None, weights: list[Weights]) -> list[dict[str, Any]]:
-    """Results of the released weights, each with the folder of the weights; others are refused."""
+    """Return results of the released weights, each with the folder of the weights.
+
+    Others are refused.
+    """
     if path is None:
         return []
     try:

@@ -20,6 +20,7 @@ __all__ = [
     "check_tokenizer_of_plan",
     "different_tokenizers",
     "find_mismatch",
+    "same_vocabulary",
 ]
 
 
@@ -54,7 +55,7 @@ def find_mismatch(
         return None
     try:
         config = TokenizerConfig(type=kind, model=model, **(options or {}))
-        fingerprints = [tokenizer_fingerprint(choice) for choice in _same_vocabulary(config)]
+        fingerprints = [tokenizer_fingerprint(choice) for choice in same_vocabulary(config)]
     except TokenizerError as error:
         return Mismatch(f"it cannot be compared with that of the shards ({error})", unreadable=True)
     if record.fingerprint in fingerprints or (kind == "TikTokenizer" and options is None):
@@ -63,7 +64,7 @@ def find_mismatch(
     return Mismatch(f"it is another one ({prints})")
 
 
-def _same_vocabulary(config: TokenizerConfig) -> list[TokenizerConfig]:
+def same_vocabulary(config: TokenizerConfig) -> list[TokenizerConfig]:
     """Return a tokenizer with every choice of the options that decide ids but not what an id means, itself first."""
     specials = (True, False) if config.type == "HuggingFaceTokenizer" else (config.include_special_tokens,)
     splits = (False, True) if config.type in ("HuggingFaceTokenizer", "TikTokenizer") else (False,)
@@ -124,7 +125,9 @@ def check_shards_agree(sources: Mapping[str, Sequence[Shard]]) -> None:
 
 
 def different_tokenizers(records: Sequence[tuple[str, TokenizerRecord]]) -> str | None:
-    """Return a message that names the first two shards of different tokenizers; None where all are of one.
+    """Return a message that names the first two shards of different tokenizers.
+
+    None where all are of one.
 
     Args:
         records: Prefix and tokenizer of each shard.

@@ -27,7 +27,7 @@ from megatron_kaiyuan.checkpoints.model_identity import carried_options
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.flags.spelling import flags_among
-from megatron_kaiyuan.training.parsing import known_flags
+from megatron_kaiyuan.training.parsing import flag_defaults, known_flags
 
 __all__ = ["LoadedModel", "load_all_tensors_or_none", "read_loaded_model"]
 
@@ -55,7 +55,7 @@ class LoadedModel:
         flags, given = known_flags(), _given()
         # Before anything else: options of two models need not fit each other.
         self._compare(args, given)
-        carried = carried_options(self.arguments, given, _defaults())
+        carried = carried_options(self.arguments, given, flag_defaults())
         taken = [flags[name].written(value) for name, value in carried.items() if getattr(args, name) != value]
         if taken:
             print_rank_0(f"> from the checkpoint of {self.origin}: {', '.join(sorted(taken))}")
@@ -76,11 +76,13 @@ class LoadedModel:
     def _compare(self, args: argparse.Namespace, only: Collection[str] | None = None) -> list[str]:
         """Check all options, or some, and return where the command line changes how the model is trained."""
         check = check_same_run if self.continues else check_fitting_model
-        return check(args, self.arguments, _defaults(), only)
+        return check(args, self.arguments, flag_defaults(), only)
 
 
 def read_loaded_model(args: argparse.Namespace) -> LoadedModel | None:
-    """Return the model of the checkpoint that a run starts from; None where it starts from random weights.
+    """Return the model of the checkpoint that a run starts from.
+
+    None where it starts from random weights.
 
     Args:
         args: Parsed, not yet validated.
@@ -121,10 +123,6 @@ def _refuse_replaced(args: argparse.Namespace, told: argparse.Namespace, origin:
 
 def _given() -> set[str]:
     return flags_among(sys.argv[1:], known_flags())
-
-
-def _defaults() -> Mapping[str, Any]:
-    return {name: flag.default for name, flag in known_flags().items()}
 
 
 def load_all_tensors_or_none() -> None:

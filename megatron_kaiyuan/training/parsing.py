@@ -29,7 +29,15 @@ from megatron_kaiyuan.flags.table import TABLE
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.training.schedule_arguments import build_schedule
 
-__all__ = ["check_flags", "configuration", "known_flags", "parse", "tell_what_building_refuses", "validate"]
+__all__ = [
+    "check_flags",
+    "configuration",
+    "flag_defaults",
+    "known_flags",
+    "parse",
+    "tell_what_building_refuses",
+    "validate",
+]
 
 _BUILDING = (
     "initialize_megatron",
@@ -46,6 +54,11 @@ _REFUSALS = (AssertionError, ValueError, NotImplementedError, ImportError, FileN
 def known_flags() -> Mapping[str, Spelling]:
     """Every flag of Megatron's and ours by the name that it is stored under, with the defaults of Megatron's parser."""
     return spellings(arguments_provider({})(add_megatron_arguments(argparse.ArgumentParser(add_help=False))))
+
+
+def flag_defaults() -> dict[str, Any]:
+    """Return the default of Megatron's parser or ours by the name that a flag is stored under."""
+    return {name: flag.default for name, flag in known_flags().items()}
 
 
 def parse(defaults: Mapping[str, object]) -> argparse.Namespace:
@@ -82,8 +95,7 @@ def check_flags(args: argparse.Namespace, defaults: Mapping[str, object], rules:
     Raises:
         ConfigError: names all such flags, each with what is wrong and what to do.
     """
-    flags = known_flags()
-    refuse_flags(args, {name: flag.default for name, flag in flags.items()} | dict(defaults), rules, flags)
+    refuse_flags(args, flag_defaults() | dict(defaults), rules, known_flags())
 
 
 def validate(
@@ -124,7 +136,9 @@ def _check_rows(args: argparse.Namespace) -> None:
 
 
 def say_unused_rows(rows: int, tokens: int, multiple: int, hidden_size: int) -> str | None:
-    """Return a line about rows of the embedding that no token has; None where they are few, or padding needs them.
+    """Return a line about rows of the embedding that no token has.
+
+    None where they are few, or padding needs them.
 
     Args:
         rows: `--padded-vocab-size`.

@@ -23,8 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megatron_kaiyuan.errors import DeviceError  # noqa: E402
 from megatron_kaiyuan.host import machine  # noqa: E402
 from megatron_kaiyuan.host.atomic import write_text_atomically  # noqa: E402
+from megatron_kaiyuan.host.version import code_commit  # noqa: E402
 from tools.dev.versions import versions  # noqa: E402
 
 NO_GPU = "this machine shows no GPU, or KAIYUAN_DEVICE=cpu leaves it alone"
@@ -79,11 +81,10 @@ def visible_gpus() -> tuple[list[dict[str, Any]], str]:
     """The GPUs, or why there are none; asked in another process, so that this one starts no CUDA."""
     if not machine.has_gpu() or os.environ.get("KAIYUAN_DEVICE") == "cpu":
         return [], NO_GPU
-    command = [sys.executable, "-m", "megatron_kaiyuan.host.devices"]
-    done = subprocess.run(command, env=environment_with_checkout(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        return [], done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "torch does not start"
-    return list(json.loads(done.stdout.splitlines()[-1])["gpus"]), NO_GPU
+    try:
+        return machine.ask_torch(environment_with_checkout())[1], NO_GPU
+    except DeviceError as error:
+        return [], str(error)
 
 
 def describe(gpus: list[dict[str, Any]]) -> str:
@@ -97,12 +98,7 @@ def describe(gpus: list[dict[str, Any]]) -> str:
 
 def commit() -> str:
     """Of this checkout, if it is one."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git
-        return "commit unknown"
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "commit unknown"
+    return f"commit {code_commit() or 'unknown'}"
 
 
 def run_tests(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
