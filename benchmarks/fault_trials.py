@@ -246,7 +246,7 @@ def _fill_disk(trial: Trial) -> None:
 
 
 def _fill_metrics(trial: Trial) -> None:
-    """Its disk is full for some steps; then the run is asked to stop."""
+    """Let its disk be full for some steps, then ask the run to stop."""
     path = trial.chain.folder / "saved" / "metrics.jsonl"
     kept = path.with_name("kept.jsonl")
     path.rename(kept)
@@ -268,7 +268,7 @@ def _fill_events(trial: Trial) -> None:
 
 
 def _start_again(trial: Trial) -> None:
-    """The second start is refused; the first goes on, and stops when it is asked to."""
+    """Start a second run, which is refused, while the first goes on and stops when it is asked to."""
     with running(trial.chain.folder, *trial.chain.flags(), processes=2, launcher="ours") as second:
         code, _ = second.end(60)
         assert code, "the second start ran"
@@ -278,7 +278,7 @@ def _start_again(trial: Trial) -> None:
 
 
 def refused_pretrained(folder: Path, plan: Path, name: str, choice: random.Random) -> str | None:
-    """Start a run from weights with a flipped bit in one file; returns what was wrong with the refusal, if anything.
+    """Start a run from weights with a flipped bit in one file, and return what was wrong with the refusal, if anything.
 
     Args:
         folder: Working directory with a run in `saved`, which stays as it is.

@@ -32,7 +32,7 @@ _REST = 36
 
 
 def main() -> int:
-    """Try all faults; 0 if the run survived every one."""
+    """Try all faults, and return 0 if the run survived every one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1, help="of each fault (default 1)")
     parser.add_argument("--flips", type=int, default=200, help="bits of each file of a checkpoint (default 200)")

@@ -105,7 +105,9 @@ class Outcome:
 
 
 def judge(code: int | None, output: str) -> str:
-    """Return one of `_GOOD`; anything else says what is wrong.
+    """Return one of `_GOOD`.
+
+    Anything else says what is wrong.
 
     `stopped`: by Megatron's rerun machine, whose exit codes ask for another start.
     """

@@ -83,13 +83,19 @@ def _close_events() -> None:
 
 
 def _fail_wandb() -> None:
-    """Send what wandb still holds, and that the run has failed; a run that ends well closes it by itself."""
+    """Send what wandb still holds, and that the run has failed.
+
+    A run that ends well closes it by itself.
+    """
     if (megatron := _megatron_state()) and (wandb := megatron.get_wandb_writer()):
         wandb.finish(exit_code=1)
 
 
 def _megatron_state() -> Any:
-    """Megatron's module of global variables; None in a process that ends before it has imported Megatron."""
+    """Return Megatron's module of global variables.
+
+    None in a process that ends before it has imported Megatron.
+    """
     return sys.modules.get("megatron.training.global_vars")
 
 

@@ -19,7 +19,9 @@ _MOST_NAMED = 3
 
 
 def misfit(model: Shapes, stored: Shapes) -> str | None:
-    """Say which tensors one side lacks, or which have another shape there; None if the two fit.
+    """Say which tensors one side lacks, or which have another shape there.
+
+    None if the two fit.
 
     Transformer Engine's `_extra_state` is no weight: a layer has it as an empty tensor, and a checkpoint may have none.
     """
@@ -44,7 +46,9 @@ def _named(verb: str, names: list[str]) -> str:
 
 
 def wanted_shapes(sharded_state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the whole shape of each tensor of a model by its name in checkpoints; all ranks together.
+    """Return the whole shape of each tensor of a model by its name in checkpoints.
+
+    All ranks together.
 
     Args:
         sharded_state: This rank's part of the model's sharded state.

@@ -95,7 +95,10 @@ class Hold:
         self._thread.start()
 
     def taken_by(self) -> Holder | None:
-        """Return who holds the folder in place of this process; None: this process does, as far as can be seen."""
+        """Return who holds the folder in place of this process.
+
+        None: this process does, as far as can be seen.
+        """
         with contextlib.suppress(OSError):
             found = _read_holder(self.path)
             if found is not None and found.token != self._holder.token:
@@ -121,7 +124,9 @@ _holds: dict[Path, Hold] = {}
 
 
 def hold_folder(folder: Path) -> Hold:
-    """Hold a save folder, which is made if need be, until `release_holds`; a second call changes nothing.
+    """Hold a save folder until `release_holds`, and make it if need be.
+
+    A second call changes nothing.
 
     Raises:
         ResumeError: another run holds it, or it cannot be written.
@@ -137,7 +142,10 @@ def hold_folder(folder: Path) -> Hold:
 
 
 def taken_by(folder: Path) -> Holder | None:
-    """Return who holds a folder in place of this process; None: this process does, or it never did."""
+    """Return who holds a folder in place of this process.
+
+    None: this process does, or it never did.
+    """
     hold = _holds.get(folder.absolute() / HOLD_NAME)
     return None if hold is None else hold.taken_by()
 
@@ -164,7 +172,7 @@ def _take(path: Path, me: Holder) -> Holder:
 
 
 def _create(path: Path, me: Holder) -> bool:
-    """Write the file unless there is one; returns whether this process now holds the folder."""
+    """Write the file unless there is one, and return whether this process now holds the folder."""
     own = path.with_name(f".{path.name}.{me.token}")
     try:
         _write_new(own, me)
@@ -192,7 +200,10 @@ def _write_new(path: Path, me: Holder) -> None:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """Return who holds the folder; None where the file is gone or torn."""
+    """Return who holds the folder.
+
+    None where the file is gone or torn.
+    """
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
@@ -200,7 +211,10 @@ def _read_holder(path: Path) -> Holder | None:
 
 
 def _remove(path: Path, dead: Holder | None) -> None:
-    """Remove the file of a dead holder; one that another start has put in its place meanwhile is put back."""
+    """Remove the file of a dead holder.
+
+    One that another start has put in its place meanwhile is put back.
+    """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         rename_durably(path, aside)
@@ -212,7 +226,7 @@ def _remove(path: Path, dead: Holder | None) -> None:
 
 
 def _why_dead(other: Holder, me: Holder) -> str:
-    """Say what proves that a holder is dead; empty where nothing does."""
+    """Return what proves that a holder is dead, empty where nothing does."""
     if other.job and other.job == me.job and other.job_restart < me.job_restart:
         return "Slurm has started the job again"
     if _same_processes(other, me):
@@ -255,7 +269,10 @@ def _shows_life(path: Path, other: Holder | None, wait: Callable[[float], None] 
 
 
 def _touched(path: Path) -> int | None:
-    """Return when the file was changed; opened, because a network file system then asks its server."""
+    """Return when the file was changed.
+
+    Opened, because a network file system then asks its server.
+    """
     try:
         with path.open("rb") as stream:
             return os.fstat(stream.fileno()).st_mtime_ns
@@ -283,7 +300,10 @@ def _runs(other: Holder) -> bool:
 
 
 def _start_of(process: int) -> int | None:
-    """Return when a process started, in clock ticks after boot; None where it is gone or a zombie."""
+    """Return when a process started, in clock ticks after boot.
+
+    None where it is gone or a zombie.
+    """
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -76,7 +76,9 @@ def _eod_of(tokenizer: object) -> int | None:
 
 
 def end_of_text(saved: argparse.Namespace) -> int | None:
-    """Return the id that ended each document of the run that saved a checkpoint; None where it does not tell.
+    """Return the id that ended each document of the run that saved a checkpoint.
+
+    None where it does not tell.
 
     Args:
         saved: Arguments in the checkpoint, of this version or an earlier one.
@@ -100,7 +102,10 @@ def probe_fingerprint(encode: Callable[[str], Iterable[int]]) -> str:
 
 
 def first_difference(one: argparse.Namespace, other: argparse.Namespace) -> str | None:
-    """Return the first flag in which the arguments of two checkpoints differ; None if they may be of the same run."""
+    """Return the first flag in which the arguments of two checkpoints differ.
+
+    None if they may be of the same run.
+    """
     return next(iter([*_of_the_run(one, other), *map(str, differences(one, other, (*WEIGHTS, *FUNCTION)))]), None)
 
 

@@ -119,7 +119,9 @@ def choose_start(
 def check_pretrained(
     directory: Path, look: Callable[[Path], str | None] = lambda folder: verify(folder).damage
 ) -> None:
-    """Refuse weights to start from that are not as they were saved; nobody asked for an earlier checkpoint instead.
+    """Refuse weights to start from that are not as they were saved.
+
+    Nobody asked for an earlier checkpoint instead.
 
     Args:
         directory: What `--pretrained-checkpoint` names; one without a checkpoint is not looked at.
@@ -203,7 +205,9 @@ def _is_of_run(args: argparse.Namespace) -> bool:
 
 
 def agree_on_start(args: argparse.Namespace) -> Start:
-    """What rank 0 found, on all ranks; it holds the save folder, mends a tracker that would mislead, and says so.
+    """Let rank 0 decide where the run starts, and return it on all ranks.
+
+    Rank 0 also holds the save folder, mends a tracker that would mislead, and says so.
 
     Local and other non-persistent checkpoints, and formats other than `torch_dist`, are otherwise left to Megatron.
 

@@ -35,7 +35,9 @@ def serve_saves(*args: Any) -> None:
 
 
 def watch_save_helper() -> None:
-    """Let a rank end in a sentence where the process that writes its checkpoints is gone; Megatron waits for ever.
+    """End a rank in a sentence where the process that writes its checkpoints is gone.
+
+    Megatron waits for it for ever.
 
     It also starts that process with a count of GPUs to divide by, which is zero on the CPU. A second call changes
     nothing.

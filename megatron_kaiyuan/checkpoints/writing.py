@@ -107,7 +107,10 @@ def _why_not_written(path: Path, size: int, error: Exception) -> str:
 
 
 def _cause(error: BaseException) -> int | None:
-    """The number of the first error of the disk; torch raises a fault of its archive (`unexpected pos`) over it."""
+    """Return the number of the disk's first error.
+
+    torch raises a fault of its archive (`unexpected pos`) over it.
+    """
     found = None
     below: BaseException | None = error
     while below is not None:

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _visible_gpus() -> int:
-    """How many torch sees; this does not start them."""
+    """Return how many GPUs torch sees, without starting them."""
     if os.environ.get(DEVICE_VARIABLE) == "cpu":
         return 0
     return torch.cuda.device_count()

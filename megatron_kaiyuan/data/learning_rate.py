@@ -36,7 +36,9 @@ def rate_at(shape: str, start: float, end: float, progress: float) -> float:
 
 
 def averaging_weights(kind: str, count: int) -> NDArray[np.float64]:
-    """Return the weights of `count` checkpoints, oldest first, summing to 1; float64 `[count]`.
+    """Return the weights of `count` checkpoints, oldest first, summing to 1.
+
+    They are float64 `[count]`.
 
     Args:
         kind: `mean`; `wma`, 1 to `count`; `ema:A` with 0 < A <= 1, each newer one `A * newer + (1 - A) * average`;

@@ -215,7 +215,10 @@ def _with_bands(part: Part, stream: Stream) -> Stream:
 
 
 def _packed(part: Part, documents: DocumentRuns) -> PackedOrder:
-    """The windows that a selection is packed into whole; shuffled before, where that is asked for, once."""
+    """Return the windows that a selection is packed into whole.
+
+    Where that is asked for, the documents are shuffled once before.
+    """
     shuffled = None
     if (shuffling := _shuffling(part, documents)) is not None:
         edges = np.arange(shuffling.num_bands + 1, dtype=np.int64) * documents.num_documents // shuffling.num_bands

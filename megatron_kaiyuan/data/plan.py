@@ -60,7 +60,9 @@ class Plan:
 
     @classmethod
     def from_spec(cls, spec: PlanSpec | dict[str, Any], *, simulate: bool = False, indexed: bool = True) -> "Plan":
-        """Resolve a plan given as data; errors as `load`.
+        """Resolve a plan given as data.
+
+        Errors as `load`.
 
         Args:
             spec: the plan.

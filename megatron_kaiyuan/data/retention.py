@@ -132,7 +132,10 @@ def effective_tokens(unique: int, shown: int) -> float:
 
 
 def repetition_notes(description: Mapping[str, Any]) -> list[str]:
-    """Parts that repeat data, and what their tokens are worth; `description` is what `Plan.describe` returned."""
+    """Return the parts that repeat data, and what their tokens are worth.
+
+    `description` is what `Plan.describe` returned.
+    """
     lines = []
     for phase in description["phases"]:
         for name, row in phase["sources"].items():

@@ -310,7 +310,10 @@ class Stream:
         return pieces
 
     def documents_of_pass(self, number: int) -> DocumentRuns:
-        """The documents of a pass in the order in which they are packed; the partial pass is the last one."""
+        """Return the documents of a pass in the order in which they are packed.
+
+        The partial pass is the last one.
+        """
         runs = self.extra if number == self.whole_passes else self.selected
         assert runs is not None, "window outside its stream"
         if self.shuffling is None:

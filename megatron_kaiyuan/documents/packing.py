@@ -41,7 +41,10 @@ type Piece = tuple[int, int, int]
 
 
 def pack_group(lengths: list[int], seq_length: int) -> list[list[Piece]]:
-    """The windows of a group of documents, by their middles; each holds its pieces in the order of the documents."""
+    """The windows of a group of documents, by their middles.
+
+    Each holds its pieces in the order of the documents.
+    """
     room = seq_length + 1
     windows: list[list[Piece]] = []
     pieces: list[tuple[int, Piece]] = []  # the longest first, equal ones in order
@@ -83,7 +86,9 @@ def _middle(window: list[Piece]) -> float:
 
 
 class PackedOrder(GatheredOrder):
-    """Windows of whole documents; a window stands where other orders have a document of `seq_length` tokens.
+    """Windows of whole documents.
+
+    A window stands where other orders have a document of `seq_length` tokens.
 
     Args:
         runs: the documents.
@@ -121,7 +126,10 @@ class PackedOrder(GatheredOrder):
 
     @property
     def shuffled_bands(self) -> int:
-        """Bands that were shuffled one by one before they were packed; 0 where none was."""
+        """Bands that were shuffled one by one before they were packed.
+
+        0 where none was.
+        """
         return 0 if self._shuffled is None else self._shuffled.num_bands
 
     @property
@@ -181,7 +189,9 @@ class PackedOrder(GatheredOrder):
 
     @property
     def sums(self) -> NDArray[np.int64]:
-        """Windows before each group and, last, in all; int64 `[groups + 1]`.
+        """Windows before each group and, last, in all.
+
+        They are int64 `[groups + 1]`.
 
         Raises:
             RankIndexError: the set is large and its sums are stored nowhere, or are damaged.
@@ -194,7 +204,10 @@ class PackedOrder(GatheredOrder):
         return sums_path(self.source, self._digest, "packing")
 
     def open_stored(self) -> None:
-        """Open the stored sums; errors as of `sums`."""
+        """Open the stored sums.
+
+        Errors as of `sums`.
+        """
         self._stored()
 
     def write(self) -> None:

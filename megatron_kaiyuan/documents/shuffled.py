@@ -35,7 +35,9 @@ def stride_of(passes: int) -> int:
 
 
 class ShuffledOrder(GatheredOrder):
-    """One random order of the documents of a set; positions are those of the order that the set is of.
+    """One random order of the documents of a set.
+
+    Positions are those of the order that the set is of.
 
     Args:
         runs: the set.
@@ -101,7 +103,9 @@ class ShuffledOrder(GatheredOrder):
 
     @cached_property
     def marks(self) -> NDArray[np.int64]:
-        """Tokens before every `stride`-th document of the order and, last, in all; int64 `[ceil(n / stride) + 1]`.
+        """Tokens before every `stride`-th document of the order and, last, in all.
+
+        They are int64 `[ceil(n / stride) + 1]`.
 
         Raises:
             RankIndexError: the set is large and its sums are stored nowhere, or are damaged.
@@ -114,7 +118,10 @@ class ShuffledOrder(GatheredOrder):
         return sums_path(self.source, self._digest, "shuffle")
 
     def open_stored(self) -> None:
-        """Open the stored sums; errors as of `marks`."""
+        """Open the stored sums.
+
+        Errors as of `marks`.
+        """
         self.marks  # noqa: B018
 
     def write(self) -> None:

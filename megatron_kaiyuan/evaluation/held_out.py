@@ -238,7 +238,10 @@ def window_losses(
 
 
 def results_as_json(results: Sequence[CheckpointLoss], plan: Plan | None) -> str:
-    """Results with the fingerprint of the plan they belong to, as JSON text; what `more` measured stands beside."""
+    """Return the results as JSON text, with the fingerprint of their plan.
+
+    What `more` measured stands beside.
+    """
     rows = [asdict(result) for result in results]
     content = {
         "plan_fingerprint": None if plan is None else plan.fingerprint,

@@ -42,7 +42,10 @@ class ExportedTokenizer:
 
     @property
     def num_ids(self) -> int:
-        """Ids 0 to here, special ones included; the model's further rows are padding."""
+        """Return the number of ids, special ones included.
+
+        The model's further rows are padding.
+        """
         return self.of_model.tokenizer.vocab_size
 
     def write_to(self, folder: Path) -> None:

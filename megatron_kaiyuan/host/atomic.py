@@ -63,7 +63,10 @@ def rename_durably(source: Path, target: Path) -> Path:
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:
-    """Force a folder and all below it to disk and give it its final name, which must be free; then on disk too."""
+    """Force a folder and all below it to disk, and give it its final name.
+
+    The name must be free, and is forced to disk too.
+    """
     for path in unfinished.rglob("*"):
         if path.is_dir():
             sync_folder(path)

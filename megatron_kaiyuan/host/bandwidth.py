@@ -20,7 +20,7 @@ _GPU_BYTES, _CPU_BYTES = 2**28, 2**22
 
 
 def main() -> None:
-    """Sum a tensor over all ranks a few times; rank 0 prints the bus bandwidth in bytes a second, as JSON.
+    """Print the bus bandwidth of an all-reduce over all ranks in bytes a second, as JSON, on rank 0.
 
     Bus bandwidth as nccl-tests defines it: the bytes of the tensor times 2 (n - 1) / n, divided by the seconds.
     """

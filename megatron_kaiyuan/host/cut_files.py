@@ -30,7 +30,10 @@ def note_size(path: str | os.PathLike[str], size: int) -> None:
 
 
 def which_are_cut() -> str | None:
-    """Say in a sentence which files are shorter than they were, and what to do; None: none is."""
+    """Return a sentence that names files shorter than they were, and what to do.
+
+    None: none is.
+    """
     cut = [told for path, size in list(_sizes.items()) if (told := _told(path, size))]
     if not cut:
         return None

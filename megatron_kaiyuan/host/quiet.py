@@ -16,7 +16,10 @@ class _LossyFile(io.FileIO):
     """A file whose bytes are lost where they cannot be written."""
 
     def write(self, data: Buffer, /) -> int:
-        """Write them all, or say that it was done; wait where another program has made the stream non-blocking."""
+        """Write all bytes, or report success where they are lost.
+
+        Waits where another program has made the stream non-blocking.
+        """
         left = memoryview(data).cast("B")
         size = len(left)
         with contextlib.suppress(OSError):

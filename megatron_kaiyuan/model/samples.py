@@ -74,7 +74,9 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions, padding: int 
 
 
 def first_outside(tokens: NDArray[np.int64], vocabulary: int | None) -> int | None:
-    """Return the place of the first id that is no token of the model; None where all are, or nobody looks.
+    """Return the place of the first id that is no token of the model.
+
+    None where all are, or nobody looks.
 
     On a GPU such an id ends in an assertion of the embedding that names neither the id nor where it comes from.
     """

@@ -18,7 +18,9 @@ _lossy: set[Path] = set()
 
 
 def check_place(path: Path, remedy: str) -> None:
-    """Look before the start whether something can be appended to a file; makes its folder, and leaves it as it was.
+    """Check before the start that something can be appended to a file.
+
+    Makes its folder, and leaves the file as it was.
 
     Args:
         path: The file.
@@ -76,7 +78,10 @@ def _append(file: int, content: bytes) -> None:
 
 
 def last_byte(path: Path) -> bytes:
-    """Return the last byte of a file; none where it is empty, or cannot be read."""
+    """Return the last byte of a file.
+
+    No bytes where it is empty, or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
@@ -91,7 +96,10 @@ class AppendedFile:
     closed = False
 
     def __init__(self, path: Path, what: str) -> None:
-        """Append to this file; `what` is named in the warning."""
+        """Append to this file.
+
+        `what` is named in the warning.
+        """
         self._path, self._what = path, what
         self._held, self._lock = bytearray(), threading.Lock()
 

@@ -271,7 +271,10 @@ def _arrow_rows(payload: ArrowRows) -> list[Mapping[str, Any]]:
 
 
 def _cells(column: pa.Array) -> list[Any]:
-    """Cells as Python values; a moment is shown by its column's type, for its value depends on pandas being there."""
+    """Cells as Python values.
+
+    A moment is shown by its column's type, for its value depends on pandas being there.
+    """
     if pa.types.is_struct(column.type):
         names = [field.name for field in column.type]
         children = [_cells(child) for child in column.flatten()]

@@ -64,7 +64,7 @@ class BranchPlans:
 
     @property
     def mix(self) -> dict[str, float]:
-        """Shares of the datasets in the mix; they sum to 1."""
+        """Return the shares of the datasets in the mix, which sum to 1."""
         assert self.study.trunk is not None
         weights: Mapping[str, float] = self.study.trunk.mix or self.sizes
         total = sum(weights.values())
@@ -124,7 +124,10 @@ class BranchPlans:
         ]
 
     def _mix_parts(self, tokens: int, share: Fraction = Fraction(1)) -> dict[str, Any]:
-        """The parts of a phase of so many tokens that are the mix; it may pass over small datasets more than once."""
+        """Return the parts of a phase of so many tokens that are the mix.
+
+        It may pass over small datasets more than once.
+        """
         parts: dict[str, Any] = {}
         for name, part in self.mix.items():
             # one window of slack: shares become whole windows

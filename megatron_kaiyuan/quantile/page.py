@@ -190,7 +190,7 @@ def _curves(analysis: Analysis, metrics: Sequence[Metric]) -> list[dict[str, Any
 
 
 def _matrices(analysis: Analysis) -> list[dict[str, Any]]:
-    """The decisions; with one seed a slice there are none."""
+    """Return the decisions, of which there are none with one seed a slice."""
     return [
         {"name": name, "figure": figure_block(matrix_figure(analysis, name)), "folded": name != OVERALL}
         for name in analysis.scores
@@ -226,7 +226,10 @@ def _reversals(analysis: Analysis) -> list[list[Any]]:
 
 
 def _controls(analysis: Analysis) -> dict[str, Any] | None:
-    """Slices of a branch design beside its controls, by all measures together; None without controls."""
+    """Return slices of a branch design beside its controls, by all measures together.
+
+    None without controls.
+    """
     rows = [
         [
             analysis.cells[pair.first].name,

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def cell_name(self) -> str:
-        """For people; the same for all seeds."""
+        """Return a name for people, the same for all seeds."""
         names = {"random": f"{self.source}, random documents", "mix": "the mix alone", "trunk": "trunk"}
         return names.get(self.control) or f"{self.source} top {self.top * 100:.4g}%"
 
@@ -192,7 +192,7 @@ def _branch_plans(study: Study, opened: Mapping[str, OpenedSource]) -> BranchPla
 
 
 def last_step(study: Study, run: Run) -> int:
-    """Return the step of a run's last checkpoint; a branch counts those of its trunk."""
+    """Return the step of a run's last checkpoint, which counts those of its trunk for a branch."""
     return study.trunk_steps + (0 if run.control == "trunk" else study.steps)
 
 
@@ -228,7 +228,10 @@ def training_command(study: Study, run: Run, python: str = sys.executable) -> li
 
 
 def common_flags(study: Study) -> list[str]:
-    """Megatron's flags that all runs of a study share; the plans of branches give the rate themselves."""
+    """Return Megatron's flags that all runs of a study share.
+
+    The plans of branches give the rate themselves.
+    """
     training = study.training
     optimizer = f"--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay {training.weight_decay:g}"
     rate = (
@@ -318,7 +321,10 @@ def _controls(study: Study, plans: BranchPlans, opened: Mapping[str, OpenedSourc
 
 
 def _write_run(study: Study, content: Mapping[str, Any], head: str, *, name: str, seed: int, **told: Any) -> Run:
-    """Write the plan of a run; `told` is what the run says of its documents."""
+    """Write the plan of a run.
+
+    `told` is what the run says of its documents.
+    """
     path = study.folder / "plans" / f"{name}.yaml"
     fingerprint = Plan.from_spec(dict(content)).fingerprint
     write_text_atomically(path, f"# {head}\n" + yaml.safe_dump(dict(content), sort_keys=False))

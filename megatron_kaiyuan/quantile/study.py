@@ -273,7 +273,7 @@ class Study(StrictModel):
 
     @property
     def budget(self) -> int:
-        """Tokens of each run; of a branch, those after its trunk."""
+        """Return the tokens of each run, of a branch those after its trunk."""
         if self.training.tokens is not None:
             return self.training.tokens
         return ceil(self.slices.tokens / self.slice_share)
@@ -290,7 +290,7 @@ class Study(StrictModel):
 
     @property
     def trunk_steps(self) -> int:
-        """Training steps before a branch; 0 without a trunk."""
+        """Return the training steps before a branch, 0 without a trunk."""
         return 0 if self.trunk is None else self.trunk.tokens // (self.training.global_batch_size * self.seq_length)
 
     @property

@@ -26,7 +26,7 @@ _DATASET = re.compile(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)/
 
 
 def hub_metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the YAML head of a model card, by the Hub's names; what is not known is left out."""
+    """Return the YAML head of a model card, by the Hub's names, without what is not known."""
     licence = facts["licence"]
     known = licence in _LICENCES_OF_THE_HUB
     datasets = [found[1] for source in facts["sources"].values() if (found := _dataset(source["origin"]))]
@@ -95,7 +95,7 @@ def _templates() -> Environment:
 
 
 def _cell(value: object) -> str:
-    """A value inside a table or a line of Markdown; None is unknown."""
+    """Return a value for a table or a line of Markdown, `unknown` for None."""
     if value is None:
         return "unknown"
     if isinstance(value, float):

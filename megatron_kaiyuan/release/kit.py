@@ -45,7 +45,7 @@ class ReleaseParts:
 
 
 def facts_of_release(parts: ReleaseParts, request: ReleaseRequest) -> dict[str, Any]:
-    """Return what the cards will say; `unknown` lists what they cannot.
+    """Return what the cards will say, with what they cannot in `unknown`.
 
     Raises:
         ReleaseError: a file that the person names cannot be read or is of another run.

@@ -48,7 +48,10 @@ def band_tables(results: Sequence["CheckpointLoss"], plan: Plan) -> list[Table]:
 
 
 def task_tables(results: Sequence["CheckpointLoss"]) -> list[Table]:
-    """One table a checkpoint: mean and standard error of each score of each task; none without tasks."""
+    """Return one table a checkpoint: mean and standard error of each score of each task.
+
+    None without tasks.
+    """
     tables = []
     for result in results:
         rows = result.more.get("tasks", {})

@@ -33,7 +33,9 @@ _OF_AVERAGE = " of the average"
 
 
 def check_event_place(args: argparse.Namespace) -> None:
-    """Refuse a `--tensorboard-dir` that cannot be written, on the rank that would; parsed arguments are enough.
+    """Refuse a `--tensorboard-dir` that cannot be written, on the rank that would.
+
+    Parsed arguments are enough.
 
     Raises:
         MetricsError: names the folder.

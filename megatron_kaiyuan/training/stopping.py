@@ -76,7 +76,10 @@ def explain_invalid_results(args: argparse.Namespace) -> None:
 
 
 def _named(message: str) -> str:
-    """What Megatron or our loss calls, for instance, `found NaN in local grad norm for bucket #0 in ...`."""
+    """Return the name of what was not finite in Megatron's or our loss's message.
+
+    Such as `found NaN in local grad norm for bucket #0 in ...`.
+    """
     return f"{'NaN' if 'NaN' in message else 'Inf'} in the {'gradients' if 'grad' in message else 'loss'}"
 
 
@@ -93,7 +96,10 @@ def _remedy(args: argparse.Namespace) -> str:
 
 
 def _failed_on(call: Any) -> str:
-    """What was not finite and on which ranks; called on all of them, of which most know of nothing."""
+    """Return what was not finite, and on which ranks.
+
+    Called on all of them, of which most know of nothing.
+    """
     own = None if call is None else _named(call.caller.message)
     found = [own] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, own)
