@@ -1,4 +1,4 @@
-"""What a process does not say: Megatron's list of packages that are not installed, and lines that nobody can keep."""
+"""What a process does not say: missing packages, lines that nobody can keep, control characters of others."""
 
 import contextlib
 import io
@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Buffer, Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from megatron_kaiyuan.host.terminal import visible
 
 __all__ = ["lose_lines", "quiet_megatron_import"]
 
@@ -32,11 +34,21 @@ class _LossyFile(io.FileIO):
         return size
 
 
+class _VisibleText(io.TextIOWrapper):
+    """A text stream that shows control characters: a plan's names, paths and checkpoints come from others."""
+
+    def write(self, text: str, /) -> int:
+        """Write the text as `visible` shows it, whoever prints it: Megatron, a library, or a traceback."""
+        super().write(visible(text))
+        return len(text)
+
+
 def lose_lines() -> None:
     """Let this process go on where its stdout or stderr cannot be written: a full disk, or a `tee` that is gone.
 
     A log is no reason to end a training: `metrics.jsonl` and TensorBoard's file follow the same rule. Lines come again
     as soon as they can be written.
+    Their control characters are written out, except newlines and tabs.
     """
     sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
 
@@ -47,7 +59,7 @@ def _lossy(stream: TextIO) -> TextIO:
     stream.flush()
     raw = _LossyFile(stream.fileno(), "wb", closefd=False)
     unbuffered = getattr(stream, "write_through", False)  # as `python -u` makes it: nothing is held in any layer
-    return io.TextIOWrapper(
+    return _VisibleText(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=stream.errors,

@@ -123,6 +123,21 @@ def test_a_log_that_can_be_written_is_whole_and_in_order(tmp_path: Path) -> None
     assert finished.stdout == "0\n0\n1\n1\n2\n2\nend"
 
 
+def test_a_run_shows_the_control_characters_of_all_that_is_printed() -> None:
+    """Whoever prints: a source's name in Megatron's line, a warning, a traceback."""
+    script = (
+        "import sys, warnings; from megatron_kaiyuan.host.quiet import lose_lines; lose_lines()\n"
+        "evil = '\\x1b[2J\\x9b31m\\x07\\u202e\\r'\n"
+        "print(evil, end='\\n'); sys.stderr.write(evil); warnings.warn(evil); raise ValueError(evil)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    shown = r"\x1b[2J\x9b31m\x07\u202e\x0d"
+    assert done.stdout.decode() == f"{shown}\n"
+    said = done.stderr.decode()
+    assert said.count(shown) == 3
+    assert [letter for letter in said if not letter.isprintable() and letter != "\n"] == []
+
+
 def test_an_unbuffered_process_holds_nothing_back() -> None:
     """`os._exit` flushes nothing."""
     script = "import os; from megatron_kaiyuan.host import quiet; quiet.lose_lines(); print(1, end=''); os._exit(0)"
