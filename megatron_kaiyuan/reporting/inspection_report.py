@@ -11,6 +11,7 @@ from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
 from megatron_kaiyuan.data.plan_schema import load_plan_spec
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.console import SafeConsole
+from megatron_kaiyuan.host.terminal import counted, shell_command
 from megatron_kaiyuan.inspection.describe import describe_source
 from megatron_kaiyuan.inspection.verify import verify_shards
 from megatron_kaiyuan.reporting.decoding import TextDecoder, choose_decoder
@@ -25,6 +26,8 @@ from megatron_kaiyuan.reporting.sample_text import (
 from megatron_kaiyuan.reporting.shards_page import write_shards_page
 from megatron_kaiyuan.reporting.shards_table import format_bytes, print_findings, print_source, report_console
 from megatron_kaiyuan.shards.manifest import TokenizerRecord, load_manifest, manifest_path
+from megatron_kaiyuan.shards.shard import resolve_prefixes
+from megatron_kaiyuan.shards.shard_files import list_shard_files
 
 __all__ = ["InspectionOptions", "inspect_samples", "inspect_sources"]
 
@@ -125,6 +128,7 @@ def inspect_samples(path: Path, samples: Sequence[str], options: InspectionOptio
 
 def _targets(target: Path | Sequence[str], options: InspectionOptions) -> list[_Target]:
     if not isinstance(target, Path):
+        _refuse_nothing(target)
         return [_Target(" ".join(target), list(target), options.scores, {}, (None, None))]
     plan = load_plan_spec(target)
     tokenizer = (plan.tokenizer.type, plan.tokenizer.model) if plan.tokenizer else (None, None)
@@ -138,6 +142,20 @@ def _targets(target: Path | Sequence[str], options: InspectionOptions) -> list[_
         )
         for name, source in plan.sources.items()
     ]
+
+
+def _refuse_nothing(named: Sequence[str]) -> None:
+    """Refuse names that no file stands behind: a table of one shard without documents would hide a wrong path.
+
+    A shard of which a part is there is described, with a finding for what is missing.
+    """
+    files = list_shard_files(resolve_prefixes(list(named)))
+    if not any(path.exists() for entry in files for path in (entry.idx, entry.bin)):
+        names = shell_command(*named)
+        raise ShardError(
+            f"{names}: no such directory or shard (looked in {Path.cwd()}); give a directory, a glob, or the path of a "
+            ".bin/.idx pair without its suffix"
+        )
 
 
 def _verify(told: dict[str, Any], one: _Target, options: InspectionOptions, meter: ConsoleMeter) -> None:
@@ -182,7 +200,7 @@ def _print(told: Mapping[str, Any], options: InspectionOptions, console: Console
     if "document_samples" in told:
         print_documents(told["document_samples"], told["decoder"], console)
     if options.verify:
-        read = f"verified {told['shards']:,} shards, read {format_bytes(told['verified_bytes'])}"
+        read = f"verified {counted(told['shards'], 'shard')}, read {format_bytes(told['verified_bytes'])}"
         console.print(f"{read}: {'nothing is wrong' if not told['findings'] else 'see the findings'}", markup=False)
         for line in told["unchecked"]:
             console.print(f"not checked: {line}", markup=False)

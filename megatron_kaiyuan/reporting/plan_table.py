@@ -204,14 +204,14 @@ def _summary(description: dict[str, Any], batch: int | None) -> Text:
         if source["held_out_elsewhere_documents"]
     )
     elsewhere += "".join(
-        f"\n{name}: {source['denied_documents']:,} documents are denied"
+        f"\n{name}: {counted(source['denied_documents'], 'document')} denied"
         for name, source in description["sources"].items()
         if source["denied_documents"]
     )
     written = "" if description["version_written"] else " (none is written: a run begun under version 1 stays there)"
     steps = f", {description['samples'] / batch:,.1f} steps of {batch:,}" if batch else ""
     return Text(
-        f"{description['samples']:,} samples of {description['seq_length']:,} tokens = "
+        f"{counted(description['samples'], 'sample')} of {counted(description['seq_length'], 'token')} = "
         f"{format_tokens(description['tokens'])} tokens{steps}; {counted(held_out, 'document')} held out{elsewhere}\n"
         f"over the run: {_shares(description['domains'])}\n"
         f"seed {description['seed']}, version {description['version']}{written}, fingerprint "

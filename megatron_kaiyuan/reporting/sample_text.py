@@ -11,6 +11,7 @@ from rich.text import Text
 from megatron_kaiyuan.data import CurriculumDataset, Segment, Source
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.decoding import TextDecoder
 
 __all__ = [
@@ -162,7 +163,7 @@ def print_documents(documents: Sequence[Mapping[str, Any]], note: str, console: 
             f"{name} {told['score']:.4g} (above about {told['above']:.0%} of the documents)"
             for name, told in row["scores"].items()
         )
-        title = f"{row['shard']} document {row['document']:,}, {row['tokens']:,} tokens"
+        title = f"{row['shard']} document {row['document']:,}, {counted(row['tokens'], 'token')}"
         console.print(_with_text(f"{title}; {scores}" if scores else title, row))
 
 

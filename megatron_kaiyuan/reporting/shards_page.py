@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.shards_figures import band_figure, length_figure, score_figure, sources_figure
@@ -22,10 +23,11 @@ def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     documents, tokens = (sum(source[field] for source in sources) for field in ("documents", "tokens"))
     shards = sum(source["shards"] for source in sources)
+    held = f"{counted(documents, 'document')}, {counted(tokens, 'token')} ({format_tokens(tokens)})"
     page = render_page(
         "shards.html",
         title="What these shards hold" if len(sources) == 1 else f"What {len(sources)} sources hold",
-        lead=f"{documents:,} documents, {tokens:,} tokens ({format_tokens(tokens)}) in {shards:,} shards",
+        lead=f"{held} in {counted(shards, 'shard')}",
         overview=_overview(sources) if len(sources) > 1 else None,
         sources=[_section(source) for source in sources],
     )
@@ -108,6 +110,6 @@ def _document(row: Mapping[str, Any]) -> dict[str, str]:
         for name, told in row["scores"].items()
     )
     return {
-        "place": f"{row['shard']} document {row['document']:,}, {row['tokens']:,} tokens{scores}",
+        "place": f"{row['shard']} document {row['document']:,}, {counted(row['tokens'], 'token')}{scores}",
         "text": f"{row['text']} ..." if row["cut"] else row["text"],
     }

@@ -51,14 +51,19 @@ def source_facts(described: Mapping[str, Any]) -> list[tuple[str, str]]:
             "tokens",
             f"{described['tokens']:,} ({format_tokens(described['tokens'])}), {format_bytes(described['bytes'])}",
         ),
-        ("ids", ", ".join(f"{dtype} in {count:,} shards" for dtype, count in described["dtypes"].items()) or "none"),
+        (
+            "ids",
+            ", ".join(f"{dtype} in {counted(count, 'shard')}" for dtype, count in described["dtypes"].items())
+            or "none",
+        ),
         ("manifests", _manifest_counts(manifests)),
     ]
     if described["index_documents"] != described["documents"]:
+        sequences, documents = counted(described["documents"], "sequence"), described["index_documents"]
         facts.append(
             (
                 "sequences",
-                f"{described['documents']:,} sequences in {counted(described['index_documents'], 'document')}; a plan "
+                f"{sequences} in {counted(documents, 'document')}; a plan "
                 "takes each sequence as a document, as Megatron does, and passes over documents without one",
             )
         )
@@ -68,7 +73,7 @@ def source_facts(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             (
                 "built from",
-                f"{manifests['input_rows']:,} rows in {manifests['input_files']:,} files, "
+                f"{counted(manifests['input_rows'], 'row')} in {counted(manifests['input_files'], 'file')}, "
                 f"{format_bytes(manifests['input_bytes'])}",
             )
         )
@@ -103,7 +108,7 @@ def format_bytes(size: float) -> str:
     for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} bytes"
+    return counted(round(size), "byte")
 
 
 def format_number(value: float) -> str:
@@ -125,7 +130,7 @@ def _tokenizer(row: Mapping[str, Any]) -> str:
 
 
 def _score_fact(told: Mapping[str, Any], shards: int) -> str:
-    fact = f"{told['count']:,} documents in {told['sidecars']:,} of {shards:,} shards"
+    fact = f"{counted(told['count'], 'document')} in {told['sidecars']:,} of {counted(shards, 'shard')}"
     if told["count"]:
         fact += f", {format_number(told['quantiles']['0'])} to {format_number(told['quantiles']['1'])}, "
         fact += f"mean {format_number(told['mean'])}"

@@ -281,6 +281,8 @@ def resolve_item(item: str) -> list[str]:
         pattern = item.removesuffix(".idx").removesuffix(".bin")
         found = sorted(name[: -len(".idx")] for name in globbing.glob(f"{pattern}.idx", recursive=True))  # noqa: PTH207
         kind = "glob that matches no .idx file"
+    elif item.endswith(os.sep):
+        raise ShardError(f"shards {item!r}: no such directory (looked in {Path.cwd()}); check the path")
     else:
         return [item.removesuffix(".idx").removesuffix(".bin")]
     if not found:

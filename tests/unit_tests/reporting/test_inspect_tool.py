@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from megatron_kaiyuan.data import CurriculumDataset, Plan, open_source
+from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.preprocess import TokenizerConfig
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
 from megatron_kaiyuan.shards.tokenizer import load_reference_tokenizer
@@ -210,6 +212,25 @@ def test_wrong_usage_is_told_without_a_traceback(plan_file, monkeypatch, args, c
     done = run(*args)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
     assert words in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("named", [["gone"], ["gone/"], ["gone", "lost/part"], ["gone/*"]])
+def test_what_is_not_there_is_an_error_in_one_sentence(tmp_path, monkeypatch, capsys, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ShardError, match=r"no such directory|matches no \.idx file") as caught:
+        inspect_sources(named, InspectionOptions())
+    assert str(tmp_path) in str(caught.value)
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_one_of_each_is_told_in_the_singular(tmp_path, tokenizer, capsys):
+    path = write_jsonl(tmp_path / "one.jsonl", [{"text": "fox", "score": 1.0}])
+    build([path], tmp_path / "one", tokenizer=tokenizer, score_keys=("score",))
+    page = tmp_path / "page.html"
+    inspect_sources([str(tmp_path / "one_text_document")], InspectionOptions(verify=True, documents=1, page=page))
+    said = capsys.readouterr().out + page.read_text().partition("<script")[0]
+    assert "uint16 in 1 shard" in said
+    assert re.findall(r"(?<![\d.,])1 (?:shard|document|token|row|file|sequence|byte|sample)s\b", said) == []
 
 
 def test_missing_shards_do_not_hide_the_rest(folder):
