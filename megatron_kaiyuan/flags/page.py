@@ -18,7 +18,8 @@ page with the table, and the table with the parser of Megatron 0.19.2.
 - **refused**: any value but the default ends the start with this sentence, before anything is built. A refusal with a
   condition holds under that condition alone.
 
-`benchmarks/flag_fuzz.py` tries random command lines on the CPU.
+`benchmarks/flag_fuzz.py` tries random command lines on the CPU: each must train, or be refused in a sentence. It does
+not compare what trained with stock Megatron. docs/lab-notes.md has its counts.
 
 {counts}
 """
