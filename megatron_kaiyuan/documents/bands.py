@@ -1,7 +1,7 @@
 """The quantile band of a document: which tenth of its source, by rank, it belongs to.
 
-A rank is found by bisection, some twenty look-ups one after another; a band needs one. Bands begin at nine documents,
-and a document belongs to the band of the last of them that is not ranked above it.
+A rank takes a bisection of some twenty look-ups, one after another. A band needs one look-up. Bands begin at nine
+documents, and a document belongs to the band of the last of them that is not ranked above it.
 """
 
 from collections.abc import Callable

@@ -13,11 +13,11 @@ __all__ = ["read_denied"]
 
 
 def read_denied(path: Path, source: Source) -> NDArray[np.int64]:
-    """Return the numbers in the source of the documents that a file lists, ascending and each once; int64 `[n]`.
+    """Return the documents that a file lists, as ascending numbers in the source, int64 `[n]`.
 
-    A line is a document's number in the source, or a shard and the document's number in it, with blanks, a tab or a
-    comma between them. A shard is a prefix as the plan's reports write it, or its file name where only one shard of the
-    source has it. Empty lines and lines that begin with `#` do not count.
+    Each comes once. A line is a document's number in the source, or a shard and the document's number in it, with
+    blanks, a tab or a comma between them. A shard is a prefix as the plan's reports write it, or its file name where
+    only one shard of the source has it. Empty lines and lines that begin with `#` do not count.
 
     Raises:
         PlanError: the file cannot be read, or lines name no document of the source; names the first of them.
@@ -53,7 +53,7 @@ def _shard_numbers(source: Source) -> dict[str, int]:
 
 
 def _number(text: str, source: Source, shards: dict[str, int]) -> int | None:
-    """The document that a line means; None where it means none."""
+    """Return the document that a line means, None where it means none."""
     shard, _, last = text.replace(",", " ").replace("\t", " ").rpartition(" ")
     if not last.isdecimal():
         return None

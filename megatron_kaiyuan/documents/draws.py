@@ -36,7 +36,7 @@ def draw_block(order: DocumentOrder) -> int:
 
 @dataclass(frozen=True)
 class Draw:
-    """A random order of the documents of a set; a draw takes a prefix of it."""
+    """A random order of the documents of a set, of which a draw takes a prefix."""
 
     runs: DocumentRuns
     key: int
@@ -49,7 +49,10 @@ class Draw:
         return self.runs.minus(self._from_the_back(left_out, by_tokens=False))
 
     def tokens(self, count: int) -> DocumentRuns:
-        """Documents with `count` tokens together, to the nearest document; `0 <= count <= runs.num_tokens`."""
+        """Return documents with `count` tokens together, to the nearest document.
+
+        `0 <= count <= runs.num_tokens`.
+        """
         left_out = self.runs.num_tokens - count
         if count <= left_out or self._number <= _SINGLE[False]:  # from one end alone, empty documents are no question
             return self.runs.common_with(self._from_the_front(count, by_tokens=True))
@@ -109,7 +112,10 @@ class Draw:
         return self._positions(blocks, stops)
 
     def _from_the_back(self, wanted: int, *, by_tokens: bool) -> DocumentRuns:
-        """The same of the last ones; a block that is cut gives its last documents."""
+        """Return the same amount from the back of the order.
+
+        A block that is cut gives its last documents.
+        """
         blocks, cut_block, part = self._taken(wanted, backwards=True, by_tokens=by_tokens)
         if cut_block < 0:
             return self._positions(blocks, [])

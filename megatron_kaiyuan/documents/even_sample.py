@@ -1,4 +1,7 @@
-"""Even samples: a part of a set that has its share of every range of ranks; version 1 of the plan drew them too."""
+"""Even samples: a part of a set that has its share of every range of ranks.
+
+Version 1 of the plan drew them too.
+"""
 
 from dataclasses import dataclass
 from fractions import Fraction

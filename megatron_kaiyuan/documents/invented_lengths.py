@@ -54,7 +54,10 @@ class InventedLengths:
         self._keys = [np.uint64(derive_key(key, part)) for part in ("border", "set")]
 
     def before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens before each position, `0 <= position <= documents`; int64 `[n]`, exact at both ends."""
+        """Return the tokens before each position, int64 `[n]`, exact at both ends.
+
+        `0 <= position <= documents`.
+        """
         groups = np.minimum(positions // GROUP, (self.documents - 1) // GROUP)
         offsets: NDArray[np.int64] = positions + self._border(groups)
         inside = np.flatnonzero(positions != groups * GROUP)
@@ -75,7 +78,7 @@ class InventedLengths:
         return dealt
 
     def _rising(self, first: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What the trend gives, relative to the mean, to quantiles from `first` on; `[n]`."""
+        """Return what the trend gives, relative to the mean, to quantiles from `first` on, `[n]`."""
         return 1 + self._trend * (2 * first + size - 1)
 
     def locate(self, token: int) -> int:
@@ -89,7 +92,10 @@ class InventedLengths:
         return low
 
     def _border(self, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens dealt out before each group, int64 `[n]`; never falls, 0 and all of them at the ends."""
+        """Return the tokens dealt out before each group, int64 `[n]`.
+
+        They never fall, and are 0 and all of them at the ends.
+        """
         share = np.minimum(groups * GROUP, self.documents) / self.documents
         expected = self._dealt * (share + self._trend * (share * share - share))
         inside = (groups > 0) & (groups < self.documents // GROUP)

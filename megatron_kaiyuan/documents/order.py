@@ -32,7 +32,10 @@ _NEXT = 48
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Pieces of documents, one after another: tokens `starts <= t < stops` of each; int64 `[n]` each, none empty."""
+    """Pieces of documents, one after another: tokens `starts <= t < stops` of each.
+
+    int64 `[n]` each, none empty.
+    """
 
     documents: NDArray[np.int64]
     """Numbers in the source."""
@@ -48,7 +51,7 @@ class Pieces:
 
 
 class DocumentOrder(Protocol):
-    """Documents of one source in some order; positions and token numbers count along that order."""
+    """Documents of one source in some order, along which positions and token numbers count."""
 
     source: Source
     ranked: bool
@@ -61,19 +64,22 @@ class DocumentOrder(Protocol):
         """Documents of the order."""
 
     def token_offsets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens before each position, `0 <= position <= num_documents`; int64 `[n]`."""
+        """Return the tokens before each position, int64 `[n]`.
+
+        `0 <= position <= num_documents`.
+        """
 
     def locate(self, token: int) -> int:
         """Position of the document that holds this token."""
 
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers, in the source, of the documents at these positions; int64 `[n]`."""
+        """Return the documents at these positions as numbers in the source, int64 `[n]`."""
 
     def lengths_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the documents at these positions; int64 `[n]`."""
+        """Return the token counts of the documents at these positions, int64 `[n]`."""
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions of these documents; int64 `[n]`."""
+        """Return the positions of these documents, int64 `[n]`."""
 
     def read(self, token: int, out: NDArray[np.int64]) -> None:
         """Fill `out` with consecutive tokens of the order."""
@@ -86,7 +92,10 @@ class DocumentOrder(Protocol):
 
 
 def block_size(documents: int, most_blocks: int) -> int:
-    """A power of two that gives at most `most_blocks` blocks; never 2 to 8, at which no index stores tokens."""
+    """Return a power of two that gives at most `most_blocks` blocks.
+
+    Never 2 to 8, at which no index stores tokens.
+    """
     if documents <= most_blocks:
         return 1
     return max(STRIDE, 1 << (-(-documents // most_blocks) - 1).bit_length())

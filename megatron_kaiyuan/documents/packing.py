@@ -3,7 +3,7 @@
 The documents of a set are taken in groups of neighbours, and each group is packed for itself: what is longer than a
 window is cut into full ones, and the rest and all shorter documents go, the longest first, into the window where they
 leave least free, or into a new one (best fit; Ding et al., "Fewer Truncations Improve Language Modeling", 2024). So a
-window is found by the number of windows before its group, 8 bytes for each group, and by packing that group again.
+window is located by the number of windows before its group, 8 bytes for each group, and by packing that group again.
 
 A window has room for `seq_length + 1` tokens, inputs and the last target, and shares none with the next one; what is
 left over is padding. Cut documents overlap by one token, so that each token but the first is predicted.

@@ -23,9 +23,10 @@ _TABLE_LIMIT = 4096
 
 
 def derive_key(*parts: object) -> int:
-    """A 64-bit key from names and numbers; the same parts give the same key everywhere.
+    """Return a 64-bit key made from names and numbers.
 
-    Parts are length-prefixed, so `("ab", "c")` and `("a", "bc")` give different keys.
+    The same parts give the same key everywhere. Parts are length-prefixed, so `("ab", "c")` and `("a", "bc")` give
+    different keys.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -42,7 +43,7 @@ def mix64(value: int) -> int:
 
 
 def mix64_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`mix64` of every element; uint64 in, uint64 out."""
+    """Return `mix64` of every element, uint64 in and out."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
     return values ^ (values >> np.uint64(31))
@@ -75,7 +76,7 @@ class KeyedPermutation:
         return value
 
     def many(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The elements at all `indices`; int64 in, int64 out, same shape `[n]`."""
+        """Return the elements at all `indices`, int64 in and out, same shape `[n]`."""
         if self._table is not None:
             return self._table[indices]
         values = self._encrypt_array(indices.astype(np.uint64))

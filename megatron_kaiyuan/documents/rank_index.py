@@ -83,7 +83,9 @@ def index_path(source: Source, score: str) -> Path:
 
 
 def build_rank_index(source: Source, score: str, seed: int = 0, digest: str | None = None) -> RankIndex:
-    """Rank all documents of a source in memory; `digest` as for `open_rank_index`.
+    """Rank all documents of a source in memory.
+
+    `digest` as for `open_rank_index`.
 
     Raises:
         ScoreError: a score sidecar is missing, of the wrong length, or holds NaN.
@@ -159,7 +161,10 @@ def _hand_out(ranking: Ranking, source: Source, take: Take, meter: Meter) -> NDA
 
 
 def _write_at(descriptor: int, array: NDArray[Any], offset: int) -> None:
-    """Write a whole array at a place of a file; threads may do so side by side."""
+    """Write a whole array at a place of a file.
+
+    Threads may do so side by side.
+    """
     left = memoryview(np.ascontiguousarray(array)).cast("B")
     while len(left):
         done = os.pwrite(descriptor, left, offset)
@@ -189,7 +194,10 @@ def _probe_shard(file: tuple[Shard, str | None]) -> bytes:
 
 
 def _probe(path: str) -> bytes:
-    """Size, beginning, middle and end of a file; a missing file is an empty one."""
+    """Return size, beginning, middle and end of a file.
+
+    A missing file counts as an empty one.
+    """
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -252,7 +260,10 @@ def open_rank_index(path: Path, source: Source, score: str, digest: str | None =
 
 
 def damaged_index(index: RankIndex, source: Source, score: str, where: str = "") -> RankIndexError:
-    """The error of an index that was read and cannot be right; `where` says which of its entries."""
+    """Return the error of an index that was read and cannot be right.
+
+    `where` says which of its entries.
+    """
     if index.path is None:
         return RankIndexError(
             f"source {source.name!r}: its files no longer agree with the ranking by {score!r} made of them{where}; "

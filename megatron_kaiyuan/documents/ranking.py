@@ -39,7 +39,7 @@ type Take = Callable[[int, NDArray[np.unsignedinteger]], None]
 
 
 class Ranking(Protocol):
-    """Documents on their way into ascending score; the scores themselves are no longer needed."""
+    """Documents on their way into ascending score, without the scores themselves."""
 
     count: int
     """Documents."""
@@ -47,10 +47,10 @@ class Ranking(Protocol):
     """Of their numbers: uint32, or uint64 past 2**32 documents."""
 
     def hand_out(self, take: Take, advance: Callable[[int], None] = ...) -> None:
-        """Call `take` once for every rank, from several threads, pieces in no particular order; once only.
+        """Call `take` once for every rank, from several threads, in pieces of no particular order.
 
-        A piece begins at a multiple of `STRIDE`, and has a multiple of it but for the last one. `advance` hears of
-        every document twice: when it is sorted, and when it has been taken.
+        It can be called only once. A piece begins at a multiple of `STRIDE`, and has a multiple of it but for the last
+        one. `advance` hears of every document twice: when it is sorted, and when it has been taken.
         """
 
 
@@ -220,7 +220,7 @@ class _Buffers(threading.local):
         self._arrays: NDArray[np.uint32] = np.empty((3, 0), dtype=np.uint32)
 
     def of(self, size: int) -> NDArray[np.uint32]:
-        """uint32 `[3, size]`; the same memory every time."""
+        """Return uint32 `[3, size]` in the same memory every time."""
         if self._arrays.shape[1] < size:
             self._arrays = np.empty((3, size), dtype=np.uint32)
         arrays: NDArray[np.uint32] = self._arrays[:, :size]

@@ -61,7 +61,10 @@ class DocumentRuns:
         return self.at_indices(np.array([first], dtype=np.int64), np.array([last], dtype=np.int64))
 
     def tokens_before(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the set before each document index, `0 <= index <= num_documents`; int64 `[n]`."""
+        """Return the tokens of the set before each document index, int64 `[n]`.
+
+        `0 <= index <= num_documents`.
+        """
         if not len(self.starts):
             return np.zeros(len(indices), dtype=np.int64)
         run = np.minimum(np.searchsorted(self.index_offsets, indices, side="right") - 1, len(self.starts) - 1)
@@ -69,7 +72,7 @@ class DocumentRuns:
         return self.token_offsets[run] + self.order.token_offsets(positions) - self.order_tokens[run]
 
     def tokens_below(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the set at positions of the order below each of `positions`; int64 `[n]`."""
+        """Return the tokens of the set at positions of the order below each of `positions`, int64 `[n]`."""
         run = np.maximum(np.searchsorted(self.starts, positions, side="right") - 1, 0)
         if not len(self.starts):
             return np.zeros(len(positions), dtype=np.int64)
@@ -77,7 +80,7 @@ class DocumentRuns:
         return self.token_offsets[run] + self.order.token_offsets(inside) - self.order_tokens[run]
 
     def documents_below(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Documents of the set at positions of the order below each of `positions`; int64 `[n]`."""
+        """Return the documents of the set at positions of the order below each of `positions`, int64 `[n]`."""
         if not len(self.starts):
             return np.zeros(len(positions), dtype=np.int64)
         if len(self.starts) == 1:
@@ -89,7 +92,10 @@ class DocumentRuns:
         return below
 
     def nearest_index(self, tokens: Fraction | int) -> int:
-        """The document boundary whose token count is nearest to `tokens`; the earlier of two equally near ones."""
+        """Return the document boundary whose token count is nearest to `tokens`.
+
+        Of two equally near ones it is the earlier.
+        """
         target = int(tokens)
         if target >= self.num_tokens:
             return self.num_documents
@@ -100,13 +106,19 @@ class DocumentRuns:
         return index if tokens - below <= above - tokens else index + 1
 
     def positions_at(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions in the order of these documents of the set, `0 <= index < num_documents`; int64 `[n]`."""
+        """Return the positions in the order of these documents of the set, int64 `[n]`.
+
+        `0 <= index < num_documents`.
+        """
         run = np.searchsorted(self.index_offsets, indices, side="right") - 1
         positions: NDArray[np.int64] = self.starts[run] + indices - self.index_offsets[run]
         return positions
 
     def without(self, positions: NDArray[np.int64]) -> "DocumentRuns":
-        """The set less the documents at these positions (sorted; those outside the set are ignored)."""
+        """Return the set without the documents at these positions.
+
+        Positions are sorted. Those outside the set are ignored.
+        """
         return self.minus(DocumentRuns(self.order, positions, positions + 1))
 
     def minus(self, other: "DocumentRuns") -> "DocumentRuns":

@@ -16,10 +16,10 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the same folder for writing; it takes the final name when the block ends well.
+    """Open a temporary file for writing that takes its final name when the block ends well.
 
-    The data is on disk before the name is, and the name is on disk at the end. Several writers of one path do not
-    disturb each other: the last one stays.
+    It lies in the same folder. The data is on disk before the name is, and the name is on disk at the end. Several
+    writers of one path do not disturb each other: the last one stays.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind then.
@@ -47,7 +47,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def rename_durably(source: Path, target: Path) -> Path:
-    """Rename a file or a folder, and force the new name to disk; return `target`.
+    """Rename a file or a folder, force the new name to disk, and return `target`.
 
     Without this a power failure brings the old name back, even if the content is on disk. What is renamed must be on
     disk already: for a folder and its files see `publish_folder`.

@@ -36,9 +36,10 @@ def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = 
 
 
 def run_tool(main: Callable[[], None]) -> int:
-    """Run a tool and return its exit code: 0 = done, 1 = failed, 130 = interrupted (argparse itself exits with 2).
+    """Run a tool and return its exit code: 0 = done, 1 = failed, 130 = interrupted.
 
-    A mistake that a user can mend is told on stderr without a traceback; anything else keeps it.
+    A wrong command line leaves with 2, by argparse. A mistake that a user can mend is printed on stderr without a
+    traceback. Anything else keeps its traceback.
     """
     try:
         main()

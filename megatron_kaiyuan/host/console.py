@@ -14,6 +14,9 @@ class SafeConsole(Console):
     """rich's console, for text from documents, names and manifests."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield segments whose text is `visible`; styles and the console's own control codes stay."""
+        """Yield segments whose text is `visible`.
+
+        Styles and the console's own control codes stay.
+        """
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)

@@ -92,11 +92,12 @@ def install() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc use the memory of freed tensors again; for training, where the same sizes come with each step.
+    """Let glibc use the memory of freed tensors again.
 
-    It asks the system anew for each large one, whose pages the kernel then clears one by one: a fifth of a step of the
-    demo. The price is memory: its largest process grew by a quarter (docs/lab-notes.md), and what reads large
-    checkpoints piece by piece would keep pieces. Other libraries of C have no such switch, or ignore it.
+    Meant for training, where the same sizes come with each step. It asks the system anew for each large one, whose
+    pages the kernel then clears one by one: a fifth of a step of the demo. The price is memory: its largest process
+    grew by a quarter (docs/lab-notes.md), and what reads large checkpoints piece by piece would keep pieces. Other
+    libraries of C have no such switch, or ignore it.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -129,7 +130,10 @@ class _SendToCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: object) -> bool:
-    """Whether `device` names a CUDA device; a bare integer always does."""
+    """Return whether `device` names a CUDA device.
+
+    A bare integer always does.
+    """
     if isinstance(device, torch.device):
         return device.type == "cuda"
     number = isinstance(device, int) and not isinstance(device, bool)  # `non_blocking` comes beside the device
@@ -158,7 +162,7 @@ class _NoStream:
         return True
 
     def elapsed_time(self, _end: object) -> float:
-        """Milliseconds between two events; time is not measured here."""
+        """Return 0.0 milliseconds between two events, since time is not measured here."""
         return 0.0
 
 

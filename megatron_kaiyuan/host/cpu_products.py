@@ -50,7 +50,10 @@ def multiply_half_in_float() -> None:
 
 
 def _product(name: str) -> Callable[..., Any]:
-    """A kernel for factors that are all FP16; others go to torch's own, which also refuses a mixture."""
+    """Return a kernel for factors that are all FP16.
+
+    Others go to torch's own kernel, which also refuses a mixture.
+    """
     base = name.partition(".")[0]
     in_place = base.endswith("_")
     functional, own = (
@@ -71,7 +74,10 @@ def _product(name: str) -> Callable[..., Any]:
 
 
 def _attention(name: str, rounded: int) -> Callable[..., Any]:
-    """A kernel for FP16 queries, or FP16 gradients of the output; `rounded` of its results are FP16."""
+    """Return a kernel for FP16 queries, or for FP16 gradients of the output.
+
+    `rounded` of its results are FP16.
+    """
     functional = getattr(torch.ops.aten, name).default
     own = torch.library.get_kernel(f"aten::{name}", "CPU")
 

@@ -45,7 +45,7 @@ def which_are_cut() -> str | None:
 
 
 def why_bus_error() -> str:
-    """Say in a sentence what made the kernel send SIGBUS, as far as the sizes of files tell, and what to do."""
+    """Say in a sentence why the kernel sent SIGBUS, as far as the files' sizes show, and what to do."""
     if (cut := which_are_cut()) is not None:
         return cut
     free = f" ({_shared_memory()} bytes free)" if _SHARED_MEMORY.is_dir() else ""

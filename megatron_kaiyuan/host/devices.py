@@ -65,7 +65,9 @@ def visible_gpus() -> list[Gpu]:
 
 
 def require_memory(needed_bytes: float, what: str, remedy: str) -> None:
-    """Refuse a model that cannot fit this process's GPU; does nothing on the CPU.
+    """Refuse a model that cannot fit this process's GPU.
+
+    Does nothing on the CPU.
 
     Args:
         needed_bytes: Of what is kept for the whole run, so a lower bound of what the run takes.
@@ -108,7 +110,7 @@ def _why_cpu(asked: str) -> str:
 
 
 def _require_that_there_is_none(asked: str) -> None:
-    """Refuse where torch finds no CUDA and there is a GPU, or one was asked for."""
+    """Refuse the CPU where torch detects no CUDA but there is a GPU, or one was asked for."""
     if machine.has_gpu():
         raise ConfigError(f"this machine has an NVIDIA GPU that torch cannot use: {_why_no_cuda()}, {_REMEDY}")
     if asked == "cuda":

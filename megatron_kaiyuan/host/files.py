@@ -35,6 +35,9 @@ def open_regular(path: str | os.PathLike[str]) -> FileIO:
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """Read a whole file; errors as `open_regular`."""
+    """Return the bytes of a whole file.
+
+    Errors as `open_regular`.
+    """
     with open_regular(Path(path)) as stream:
         return stream.readall()

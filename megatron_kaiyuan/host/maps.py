@@ -49,9 +49,9 @@ def map_array(
 
 
 def advise_random(mapped: "np.memmap[Any, Any]") -> None:
-    """Tell the kernel not to read ahead: a look-up then costs one page and not megabytes.
+    """Ask the kernel not to read ahead, so that a look-up costs one page and not megabytes.
 
-    The kernel finds out by itself after a hundred misses, but opening a plan looks up fewer places than that in each
+    The kernel notices by itself after a hundred misses, but opening a plan looks up fewer places than that in each
     file, and some machines are set to read 8 MiB around each of them.
     """
     mapping = getattr(mapped, "_mmap", None)
@@ -89,9 +89,10 @@ def _read_ahead(numbers: NDArray[Any]) -> None:
 
 
 class OpenMaps:
-    """Attributes that hold maps, oldest first; the oldest is deleted from its owner when there are too many.
+    """Attributes that hold maps, oldest first, with a limit on their number.
 
-    An array that somebody still uses stays valid: deleting the attribute only drops one reference to its map.
+    Beyond the limit the oldest is deleted from its owner. An array that somebody still uses stays valid: deleting the
+    attribute only drops one reference to its map.
 
     Args:
         limit: attributes to keep.

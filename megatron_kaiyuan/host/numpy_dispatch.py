@@ -1,4 +1,4 @@
-"""Which vector instructions numpy sorts with; to be decided before numpy is imported.
+"""Choice of the vector instructions that numpy sorts with, made before numpy is imported.
 
 numpy 2 has sorts for AVX2 and for AVX-512. On AMD processors with AVX-512 it is as slow as its scalar sort: 39 to 69 ns
 a 64-bit key, against 9 to 13 with its sort for AVX2 (numpy 2.1, 2.3 and 2.5 on an EPYC with AVX-512). With AVX-512
@@ -16,9 +16,10 @@ _VARIABLE = "NPY_DISABLE_CPU_FEATURES"
 
 
 def prefer_fast_sort(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Switch numpy's use of AVX-512 off on AMD processors, for tools that mostly sort; child processes inherit it.
+    """Switch numpy's use of AVX-512 off on AMD processors, for tools that mostly sort.
 
-    Does nothing once numpy is imported, where the variable is set already, and on processors of other kinds.
+    Child processes inherit the setting. Does nothing once numpy is imported, where the variable is set already, and on
+    processors of other kinds.
 
     Returns:
         Whether the variable was set.

@@ -13,10 +13,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """Have Linux send this process SIGKILL when its parent is gone; to be called in the child, as an initializer.
+    """Have Linux send this process SIGKILL when its parent is gone.
 
-    A parent that gets SIGKILL, or leaves by `os._exit`, cannot end its children itself. It counts as gone when the
-    thread that started the child ends.
+    To be called in the child, as an initializer. A parent that gets SIGKILL, or leaves by `os._exit`, cannot end its
+    children itself. It counts as gone when the thread that started the child ends.
     """
     _ask_for_death()
     parent = multiprocessing.parent_process()
@@ -31,9 +31,10 @@ def become_helper() -> None:
 
 
 def die_with_launcher() -> None:
-    """End this rank with its `torchrun`; a process that no launcher of torch started goes on as it is.
+    """End this rank when its `torchrun` ends.
 
-    A launcher that gets SIGKILL cannot end its ranks, which would train on with nobody to stop them.
+    A process that no launcher of torch started goes on as it is. A launcher that gets SIGKILL cannot end its ranks,
+    which would train on with nobody to stop them.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _ask_for_death()

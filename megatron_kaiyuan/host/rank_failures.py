@@ -61,7 +61,10 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _without_worker(error: KaiyuanError) -> str:
-    """The message alone; a loader worker sends its error as a text that begins with its traceback."""
+    """Return the message without the traceback that a loader worker puts before it.
+
+    A worker sends its error as one text.
+    """
     text = str(error)
     if text.startswith("Caught ") and " in DataLoader worker" in text.splitlines()[0]:
         return text.rpartition(f"{type(error).__name__}: ")[2].rstrip()

@@ -39,7 +39,10 @@ class StopRequests:
 
 
 def end_at_interrupt() -> None:
-    """Let Ctrl-C end this process silently, until somebody listens to it; Python would print where it was."""
+    """Let Ctrl-C end this process silently until a handler is installed.
+
+    By default Python would print a traceback.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -50,7 +53,7 @@ def may_be_killed_after(seconds: float) -> bool:
 
 
 def ignore_stop_signals() -> None:
-    """Leave it to the parent of this process to stop; to be called in a helper.
+    """Ignore stop signals in a helper process, whose parent decides when to stop.
 
     A launcher signals the whole process group of a rank. A helper that ended would take the step or the checkpoint
     with it that the rank is about to finish.

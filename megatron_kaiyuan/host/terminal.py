@@ -15,10 +15,10 @@ _UNSEEN = re.compile(
 
 
 def visible(text: object) -> str:
-    r"""Return a text whose control characters are written out, `\x1b` for ESC; newlines and tabs stay.
+    r"""Return a text whose control characters are written out, such as `\x1b` for ESC.
 
-    A document, a name or a manifest may hold any character. Sent to a terminal as they are, some of them move the
-    cursor, change the title or hide what follows.
+    Newlines and tabs stay. A document, a name or a manifest may hold any character. Sent to a terminal as they are,
+    some of them move the cursor, change the title or hide what follows.
     """
     return _UNSEEN.sub(_written_out, str(text))
 

@@ -18,9 +18,10 @@ _own = threading.local()
 def side_by_side[Item, Result](
     work: Callable[[Item], Result], items: Sequence[Item], most: int = _THREADS
 ) -> list[Result]:
-    """`[work(item) for item in items]`, several at a time; the error raised is that of the first item that has one.
+    """Return `[work(item) for item in items]`, computed several at a time.
 
-    Called from within `work` it starts no further threads, so that nested calls stay at 16 threads in all.
+    The error raised is that of the first item that has one. Called from within `work` it starts no further threads, so
+    that nested calls stay at 16 threads in all.
 
     Args:
         work: called once for each item.

@@ -31,7 +31,10 @@ class _Stop:
         """Of the first signal that came; 0: none has."""
 
     def listen(self) -> None:
-        """Hand them on from now on; SIGHUP stays ignored where it is, as under `nohup`."""
+        """Hand the signals on from now on.
+
+        SIGHUP stays ignored where it is, as under `nohup`.
+        """
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._hand_on)

@@ -20,7 +20,10 @@ class NotYamlError(ValueError):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a plan that names a source twice is a mistake."""
+    """YAML loader that refuses a key given twice, of which PyYAML silently keeps the last.
+
+    A plan that names a source twice is a mistake.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001
         seen = set()
@@ -41,7 +44,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return the plain data of a YAML file; None for an empty one.
+    """Return the plain data of a YAML file, None for an empty one.
 
     Raises:
         OSError: it cannot be read.
@@ -72,7 +75,10 @@ class _Sizes:
         self._known: dict[int, int] = {}
 
     def check(self, node: yaml.Node) -> int:
-        """Return the nodes below and with `node`; ConstructorError where they are too many, or part of themselves."""
+        """Return the number of nodes below and with `node`.
+
+        Raises ConstructorError where they are too many, or part of themselves.
+        """
         known = self._known.get(id(node))
         if known is None:
             self._known[id(node)] = 0  # until it is known: an alias to what is being counted has no end

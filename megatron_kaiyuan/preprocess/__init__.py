@@ -1,4 +1,7 @@
-"""Documents to Megatron shards with score sidecars; needs neither torch nor Megatron."""
+"""Documents to Megatron shards with score sidecars.
+
+Needs neither torch nor Megatron.
+"""
 
 from megatron_kaiyuan.preprocess.build_folder import missing_shards
 from megatron_kaiyuan.preprocess.config import PreprocessConfig

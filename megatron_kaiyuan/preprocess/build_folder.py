@@ -35,10 +35,11 @@ __all__ = [
 
 
 def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *, overwrite: bool) -> int:
-    """Write `build.json`, unless it is there and the same; how many shards of other input or flags were taken away.
+    """Claim the folder by writing `build.json`, and return the number of stale shards removed.
 
-    Tasks that start at the same moment all write the same bytes, whichever comes last, and leave to each other what
-    is being written. Shards of an earlier build go out of sight before the new record tells that they do not belong.
+    Nothing is written where the same record is there already. Tasks that start at the same moment all write the same
+    bytes, whichever comes last, and leave to each other what is being written. Shards of an earlier build are removed
+    before the new record says that they do not belong.
 
     Args:
         folder: The folder.
@@ -62,7 +63,10 @@ def claim_folder(folder: Path, found: BuildRecord | None, record: BuildRecord, *
 
 
 def refuse_other_content(folder: Path, found: BuildRecord | None, record: BuildRecord) -> None:
-    """Raise ConfigError where the folder holds another build, or shards that no build lists; changes nothing."""
+    """Refuse a folder that holds another build, or shards that no build lists.
+
+    Raises ConfigError and changes nothing.
+    """
     if found is None:
         _refuse_foreign(folder, record, record.builds(folder))
     elif found != record:
@@ -70,10 +74,10 @@ def refuse_other_content(folder: Path, found: BuildRecord | None, record: BuildR
 
 
 def check_claim(folder: Path, record: BuildRecord, finished: Mapping[str, Manifest]) -> None:
-    """Take shards away that were finished although a later start has claimed the folder for other input.
+    """Remove finished shards if a later start has claimed the folder for other input.
 
     Raises:
-        ConfigError: one of `finished` was, by prefix.
+        ConfigError: one of `finished` was removed; the message has its prefix.
     """
     current = load_build(folder)
     if current is None or current == record:
@@ -98,7 +102,10 @@ def _indexes(folder: Path) -> list[Path]:
 
 
 def _refuse_foreign(folder: Path, record: BuildRecord, builds: dict[str, str]) -> None:
-    """Refuse shards that no record lists; a folder with foreign ones would be a source of mixed origin."""
+    """Refuse shards that no record lists.
+
+    A folder with foreign shards would be a source of mixed origin.
+    """
     for index in _indexes(folder):
         prefix = str(index.with_suffix(""))
         if prefix in builds and is_complete(prefix, builds[prefix]):
@@ -138,7 +145,10 @@ def _refuse_other_build(folder: Path, found: BuildRecord, record: BuildRecord) -
 
 
 def _difference(found: BuildRecord, wanted: BuildRecord) -> str | None:
-    """What makes it another build; None where it is the same one with other content in some files."""
+    """Return what makes it another build.
+
+    None where it is the same build with other content in some files.
+    """
     for field, value in wanted.settings.items():
         if found.settings.get(field) != value:
             return f"{field} was {found.settings.get(field)!r}, now {value!r}"
@@ -182,7 +192,10 @@ class ShardTask:
 def plan_build(
     config: PreprocessConfig, inputs: Sequence[InputFile], tokenizer: TokenizerRecord, found: BuildRecord | None = None
 ) -> BuildRecord:
-    """The record of a command. The cut is that of `found`, the folder's own, for the same settings and file names."""
+    """Return the record of a command.
+
+    The cut is that of `found`, the folder's own, for the same settings and file names.
+    """
     listed = [BuildInput(name=file.name, bytes=file.bytes, probe=file.probe) for file in inputs]
     settings = _settings(config, tokenizer)
     kept = None
@@ -236,7 +249,10 @@ def shard_tasks(config: PreprocessConfig, record: BuildRecord, inputs: Sequence[
 
 
 def missing_shards(folder: Path, record: BuildRecord) -> list[int]:
-    """Numbers of the shards that are not complete; reads a manifest for each."""
+    """Return the numbers of the shards that are not complete.
+
+    One manifest is read for each.
+    """
     return [
         number
         for number in range(len(record.shards))

@@ -1,7 +1,7 @@
-"""Compressed streams that give every byte that was decoded before the damage, and only then raise.
+"""Compressed streams that give every byte decoded before a damaged place, and only then raise.
 
 The readers of Python and Arrow drop what they have decoded since the last call when they meet damage: a whole block of
-rows. They are therefore fed here in pieces that can be told apart: zlib from a copy of its state, zstd frame header by
+rows. They are therefore fed here in pieces whose ends are known: zlib from a copy of its state, zstd frame header by
 frame header and block by block. The decoders of bzip2 and xz cannot be copied: up to `_SMALL_PIECE` bytes are lost.
 """
 
@@ -32,18 +32,24 @@ class Readable(Protocol):
     """What is read here, and what is given."""
 
     def read(self, size: int, /) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """Return at most `size` bytes, none at the end."""
         ...
 
 
 class _Decoder(Protocol):
     def fill(self, buffer: memoryview) -> int:
-        """Write decoded bytes; less than fits only at the end. Raises with all that was decoded in the buffer."""
+        """Write decoded bytes and return their number.
+
+        Less than fits means the end. An error is raised only when all that was decoded is in the buffer.
+        """
         ...
 
 
 class _Decoded:
-    """The decoded bytes; a call that meets damage gives what comes before it, and the next one raises."""
+    """The decoded bytes up to a damaged place.
+
+    A call that meets damage gives what comes before it, and the next one raises.
+    """
 
     def __init__(self, decoder: _Decoder) -> None:
         self._decoder = decoder
@@ -62,15 +68,15 @@ class _Decoded:
             count = self._decoder.fill(memoryview(buffer))
         except (OSError, EOFError, zlib.error) as problem:
             self._problem = problem
-            # how much was written is not told, but text has no zero bytes and the buffer had nothing else
+            # how much was written is not known, but text has no zero bytes and the buffer had nothing else
             return bytes(buffer.rstrip(b"\0")) or self.read(size)
         return bytes(memoryview(buffer)[:count])
 
 
 def open_stream(kind: Kind, raw: Readable) -> Readable:
-    """Read a compressed file of one or more members, frames or streams; a plain one as it is.
+    """Read a compressed file of one or more members, frames or streams.
 
-    Zero bytes after a member of gzip, bzip2 or xz are padding.
+    A plain file is read as it is. Zero bytes after a member of gzip, bzip2 or xz are padding.
     """
     decoder = _DECODERS.get(kind)
     return raw if decoder is None else _Decoded(decoder(raw))
@@ -191,7 +197,7 @@ class _Pieces(Protocol):
 
 
 class _RawPieces:
-    """A file as it is; it stays open."""
+    """A plain file that is read as it is, and stays open."""
 
     def __init__(self, raw: Readable) -> None:
         self.closed = False
@@ -201,14 +207,14 @@ class _RawPieces:
         return self._raw.read(min(size, _PIECE))
 
     def close(self) -> None:
-        """Called by Arrow; whoever opened the file closes it."""
+        """Do nothing when Arrow closes the file, because whoever opened it closes it."""
         self.closed = True
 
 
 class _ZstdPieces:
     """A zstd file as Arrow reads it, in pieces that end where a frame header, a block or a checksum ends.
 
-    What comes after a piece the format does not allow is given as it is: the decoder tells what is wrong.
+    What comes after a piece the format does not allow is given as it is: the decoder then reports what is wrong.
     """
 
     def __init__(self, raw: Readable) -> None:
@@ -226,7 +232,7 @@ class _ZstdPieces:
         return bytes(given)
 
     def close(self) -> None:
-        """Called by Arrow; whoever opened the file closes it."""
+        """Do nothing when Arrow closes the file, because whoever opened it closes it."""
         self.closed = True
 
     def _next_piece(self) -> bytes:

@@ -1,9 +1,9 @@
-"""`P.documents.parquet`: one row a document, saying where it came from; readable by any Parquet tool.
+"""`P.documents.parquet`: one row a document with its origin, readable by any Parquet tool.
 
-Columns: `file`, `row` (in the file, from 0; null in a shard that begins within a plain JSONL file, where only reading
-all before it would tell), `offset` (byte of the line in its file; null for compressed input and Parquet), `tokens` (as
-in the `.idx`), one `score.<key>` for each score, and `id` where `--id-key` is given. A file and a row, or a file and an
-offset, name one document. Repeated and consecutive values cost next to nothing.
+Columns: `file`, `row` (in the file, from 0; null in a shard that begins within a plain JSONL file, where the number is
+known only after reading all before it), `offset` (byte of the line in its file; null for compressed input and Parquet),
+`tokens` (as in the `.idx`), one `score.<key>` for each score, and `id` where `--id-key` is given. A file and a row, or
+a file and an offset, name one document. Repeated and consecutive values cost next to nothing.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class DocumentTable:
         self._pending, self._pending_rows = [table.slice(whole)], table.num_rows - whole
 
     def finish(self) -> HashedFile:
-        """Write the rest; the file is whole then."""
+        """Write the rest, and return the record of the complete file."""
         if self._pending_rows:
             table = pa.concat_tables(self._pending).combine_chunks()
             self._writer.write_table(table, row_group_size=_GROUP_ROWS)

@@ -133,7 +133,7 @@ def _read_plain_rows(
     batch: DocumentBatch,
     loads: Callable[[bytes | memoryview], Any],
 ) -> int:
-    """Read rows from number `first` on until one is not plain; the number of that row.
+    """Read rows from number `first` on until one is not plain, and return that row's number.
 
     Plain is a row with texts as `str`, scores as `float` in range and the name as `str`, all under their very names.
     """
@@ -171,7 +171,10 @@ def _read_rows[Row](
     checked: bool,
     first: int = 0,
 ) -> None:
-    """Fill the batch; `checked` says that a `str` of `parse` is known to be valid Unicode."""
+    """Fill the batch from rows.
+
+    `checked` says that a `str` of `parse` is known to be valid Unicode.
+    """
     batch.rows = len(rows)
     for number, row in enumerate(rows, start=first):
         try:
@@ -204,7 +207,7 @@ def _line_parser(loads: Callable[[bytes | memoryview], Any]) -> Callable[[bytes 
         try:
             record = loads(line)
         except ValueError:
-            # orjson is stricter (NaN, lone surrogates, a byte order mark) and tells less: the other parser decides
+            # orjson is stricter (NaN, lone surrogates, a byte order mark) and explains less: the other parser decides
             return _Unchecked(_parse_line(line))
         if type(record) is not dict:
             raise _not_an_object(record)
@@ -260,7 +263,10 @@ def _not_an_object(record: object) -> RowError:
 
 
 def _arrow_rows(payload: ArrowRows) -> list[Mapping[str, Any]]:
-    """Rows as mappings; text stays bytes, for one cell of invalid UTF-8 would otherwise spoil the whole batch."""
+    """Return rows as mappings with text as bytes.
+
+    One cell of invalid UTF-8 would otherwise spoil the whole batch.
+    """
     table = pa.ipc.open_stream(payload.data).read_all()
     absent = dict.fromkeys(payload.columns, MISSING)
     columns = {name: _cells(table.column(name).combine_chunks()) for name in table.column_names}

@@ -79,7 +79,7 @@ def dry_run(config: PreprocessConfig, reporter: Reporter) -> DryRun:
 
 
 def _todo(config: PreprocessConfig, start: Start) -> list[ShardTask]:
-    """The shards that a run would build; refuses what it would refuse."""
+    """Return the shards that a run would build, or refuse what the run would refuse."""
     folder = output_folder(config)
     found = None if folder is None else load_build(folder)
     record = plan_build(config, start.inputs, start.described, found)

@@ -64,7 +64,10 @@ class TokenizersDiffer(TokenizerError):
 
 
 def load_tokenizer(config: TokenizerConfig, *, fast: bool) -> DocumentTokenizer:
-    """The tokenizer of this process, gigatoken's if `fast`; built once per process and config."""
+    """Return the tokenizer of this process, gigatoken's if `fast`.
+
+    It is built once per process and config.
+    """
     return _load_gigatoken(config) if fast else load_reference_tokenizer(config)
 
 
@@ -235,7 +238,7 @@ class FastShards:
         self._fingerprint = tokenizer.fingerprint
 
     def known_difference(self) -> str | None:
-        """What some task found; None where nothing was, or for another tokenizer."""
+        """Return the difference that some task detected, None where there is none or for another tokenizer."""
         if self._folder is None:
             return None
         try:
@@ -245,7 +248,10 @@ class FastShards:
         return str(told["found"]) if told["tokenizer"] == self._fingerprint else None
 
     def check(self) -> None:
-        """Raise TokenizersDiffer where another task found a difference meanwhile; asked after a shard has its name."""
+        """Raise TokenizersDiffer if another task has detected a difference meanwhile.
+
+        To be called after a shard has its name.
+        """
         if found := self.known_difference():
             raise TokenizersDiffer(found)
 
@@ -257,14 +263,17 @@ class FastShards:
         return [Path(prefix).name for prefix in prefixes if retire(prefix, lambda made: made.tokenized_by is None)]
 
     def condemn(self, found: str) -> list[str]:
-        """Remember the difference, then take the shards away, so that none that is finished later is missed."""
+        """Record the difference, then remove the shards and return their names.
+
+        In this order no shard that is finished later is missed.
+        """
         if self._folder is not None:
             told = {"found": found, "tokenizer": self._fingerprint}
             write_text_atomically(self._folder / DIFFERENCE_FILE, json.dumps(told) + "\n")
         return self.withdraw()
 
     def stopped_by(self, difference: TokenizersDiffer) -> TokenizerError:
-        """What to tell when a difference was found during a run."""
+        """Return the error for a run that a detected difference stopped."""
         gone = self.condemn(str(difference))
         if self._folder is None:
             return TokenizerError(f"{difference}; run again with --tokenizer-backend reference")

@@ -1,4 +1,4 @@
-"""One row to a text, scores and a name; and the reasons for which a row gives no document.
+"""One row to a text, scores and a name, or to the reason why it gives no document.
 
 Every reason is listed in `Reason`; docs/shards.md says what each means and what to do about it.
 """
@@ -26,7 +26,10 @@ _MOST_SHOWN = 40
 
 
 class Reason(StrEnum):
-    """Why a row gave no document; the names are the keys of `skipped` in the manifest."""
+    """Why a row gave no document.
+
+    The names are the keys of `skipped` in the manifest.
+    """
 
     BLANK_LINE = "blank_line"
     UNREADABLE_FILE = "unreadable_file"
@@ -47,13 +50,19 @@ class Reason(StrEnum):
 
     @property
     def is_error(self) -> bool:
-        """A blank line holds no document, so nothing is lost with it; everything else follows `--on-error`."""
+        """Return whether a row with this reason follows `--on-error`.
+
+        All but a blank line do: it holds no document, so nothing is lost with it.
+        """
         return self is not Reason.BLANK_LINE
 
 
 @dataclass(frozen=True, slots=True)
 class FieldKeys:
-    """Which fields of a row are read; a dot descends (`metadata.quality`), unless a field has that very name."""
+    """Which fields of a row are read.
+
+    A dot descends (`metadata.quality`), unless a field has that very name.
+    """
 
     text: tuple[str, ...]
     scores: tuple[str, ...] = ()
@@ -77,7 +86,7 @@ class OtherType:
 
 
 class RowError(Exception):
-    """Raised while one row is read; always caught and turned into a `Fault`."""
+    """Error while one row is read, always caught and turned into a `Fault`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -86,7 +95,9 @@ class RowError(Exception):
 
 
 def text_of(record: Mapping[str, Any], key: str, checked: bool) -> str:  # noqa: FBT001
-    """Return the text under a key; `checked` says that it is known to be valid Unicode.
+    """Return the text under a key.
+
+    `checked` says that it is known to be valid Unicode.
 
     Raises:
         RowError: no such field, or no text in it.
@@ -104,7 +115,7 @@ def text_of(record: Mapping[str, Any], key: str, checked: bool) -> str:  # noqa:
 
 
 def id_of(record: Mapping[str, Any], key: str) -> str:
-    """Return the name of a document; raises RowError."""
+    """Return the name of a document, or raise RowError."""
     value = _field(record, key)
     if isinstance(value, bytes):
         value = _decoded(value, key)
@@ -148,7 +159,10 @@ def score_of(record: Mapping[str, Any], key: str) -> float:
 
 
 def _number(value: object) -> int | float | Decimal | None:
-    """A number of whatever type, or as text; None for anything else."""
+    """Return a number of whatever type, or written as text.
+
+    None for anything else.
+    """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):

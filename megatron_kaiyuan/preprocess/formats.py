@@ -1,4 +1,7 @@
-"""What a file or a stream is, by its first bytes; and of what cannot be read, what it is and how to convert it."""
+"""The format of a file or a stream by its first bytes, with advice for what cannot be read.
+
+The advice says what the file is and how to convert it.
+"""
 
 import json
 from typing import Literal
@@ -49,7 +52,7 @@ _ENCODINGS = {
 
 
 def kind_of(head: bytes) -> Kind:
-    """Return the format that the first bytes tell; `plain` where they tell none."""
+    """Return the format that the first bytes show, `plain` where they show none."""
     return next((kind for kind, magic in _MAGICS.items() if head.startswith(magic)), "plain")
 
 
@@ -78,7 +81,10 @@ def recognise(name: str, head: bytes, tail: bytes) -> tuple[Kind, str]:
 
 
 def encoding_problem(data: bytes) -> str:
-    """Return how to convert text in UTF-16 or UTF-32, told by its byte order mark or its zero bytes; else nothing."""
+    """Return how to convert text in UTF-16 or UTF-32, empty for other text.
+
+    The byte order mark or the zero bytes decide.
+    """
     for mark, encoding in _ENCODINGS.items():
         if data.startswith(mark):
             return f"it is not UTF-8 but {encoding} ({encoding} byte order mark); {_iconv(encoding)}"
@@ -94,7 +100,10 @@ def _iconv(encoding: str) -> str:
 
 
 def _array_problem(head: bytes, tail: bytes) -> str:
-    """What is wrong with one JSON array over a whole file; nothing where a `[` begins a mere row."""
+    """Return what is wrong with one JSON array over a whole file.
+
+    Empty where a `[` begins a mere row.
+    """
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"[") or not tail.rstrip().endswith(b"]"):
         return ""

@@ -23,7 +23,7 @@ SEARCHED_ALREADY = "searched_already"
 
 @dataclass(slots=True)
 class Search:
-    """What was found."""
+    """The result of a search for input files."""
 
     files: list[str] = field(default_factory=list)
     """Paths in the order in which they are read."""
@@ -43,7 +43,7 @@ class Search:
             names.append(name)
 
     def add(self, other: "Search") -> None:
-        """Append what another pattern found."""
+        """Append the result of another pattern."""
         self.files += other.files
         self.unreadable |= other.unreadable
         self.folders += other.folders
@@ -54,7 +54,7 @@ class Search:
 
 
 def search(pattern: str) -> Search:
-    """Return what one path, folder or glob names; nothing where it names nothing.
+    """Return what one path, folder or glob names, which may be nothing.
 
     A folder is searched for documents, and so is a folder that a glob matches, as it is when the shell expands the
     glob. Hidden entries are left out unless they are named outright, as a shell does.
@@ -99,9 +99,9 @@ def _search_folders(roots: Sequence[str], found: Search) -> None:
 
 
 def _folders(roots: Sequence[str], found: Search) -> Iterator[tuple[str, list[os.DirEntry[str]], bool]]:
-    """These folders and those below, with their entries, and whether a link led there; each real folder once.
+    """Yield these folders and those below, with their entries, and whether a link led there.
 
-    What folders hold themselves comes before what they link to.
+    Each real folder comes once. What folders hold themselves comes before what they link to.
     """
     searched: set[str] = set()
     own = deque((root, False) for root in roots if not os.path.islink(root) or len(roots) == 1)  # noqa: PTH114

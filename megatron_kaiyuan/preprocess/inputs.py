@@ -1,4 +1,4 @@
-"""From `--input` arguments to input files; and from files to the parts of each shard."""
+"""Input files from `--input` arguments, and the parts of each shard from the files."""
 
 import functools
 import hashlib
@@ -49,7 +49,7 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One input file; its first bytes tell the format, not its name."""
+    """One input file, whose first bytes and not its name decide its format."""
 
     name: str
     bytes: int
@@ -74,7 +74,7 @@ class Part:
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[InputFile], Search]:
-    """Return the files named by paths, globs and folders, and what the search for them left out.
+    """Return the files that paths, globs and folders name, and what the search left out.
 
     Files come in the order of the patterns, sorted by name within a glob or folder. A folder is searched recursively,
     links followed, for .jsonl, .json and .ndjson, each also compressed, and .parquet; a file named outright may have
@@ -131,7 +131,7 @@ def _search(pattern: str) -> Search:
 
 
 def describe_left_out(found: Search) -> str:
-    """Return a clause that counts and names what a search left out; empty where it left out nothing."""
+    """Return a clause that counts and names what a search left out, empty where it left out nothing."""
     reasons = {OTHER_SUFFIX: "with another suffix", HIDDEN: "hidden", SEARCHED_ALREADY: "searched already"}
     told = []
     for reason, names in found.left_out.items():
@@ -151,7 +151,7 @@ def _check_name(name: str) -> None:
 
 
 def _identity(name: str) -> tuple[int, int] | str:
-    """What tells a file from all others, whatever links lead to it."""
+    """Return what distinguishes a file from all others, whatever links lead to it."""
     try:
         status = os.stat(name)  # noqa: PTH116
     except OSError:  # a link to nothing, or to itself
@@ -207,7 +207,10 @@ def _inspect(name: str) -> InputFile:
 
 @functools.cache
 def _group_rows(file: InputFile) -> tuple[int, ...]:
-    """Rows of each row group of a Parquet file; none of one that cannot be read, which reading it will tell."""
+    """Return the rows of each row group of a Parquet file, none of one that cannot be read.
+
+    Reading it will report why.
+    """
     try:
         with pq.ParquetFile(file.name) as parquet:
             return tuple(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups))
@@ -216,7 +219,10 @@ def _group_rows(file: InputFile) -> tuple[int, ...]:
 
 
 def part_bytes(part: Part) -> int:
-    """Its share of the file on disk; the shares of all parts of a file add up to the file."""
+    """Return a part's share of its file on disk, in bytes.
+
+    The shares of all parts of a file add up to the file.
+    """
     if part.stop is None:
         return part.file.bytes
     if part.file.kind == "plain":
@@ -227,7 +233,10 @@ def part_bytes(part: Part) -> int:
 
 
 def first_row(part: Part) -> int | None:
-    """Number in its file of the first row of a part; None where only reading all that stands before it would tell."""
+    """Return the number in its file of a part's first row.
+
+    None where it is known only after reading all that stands before it.
+    """
     if part.start == 0:
         return 0
     return sum(_group_rows(part.file)[: part.start]) if part.file.kind == "parquet" else None
@@ -255,7 +264,10 @@ def cut_into_shards(inputs: Sequence[InputFile], shard_bytes: int) -> list[tuple
 
 
 def _pieces(file: InputFile, shard_bytes: int, room: int) -> list[tuple[Part, int]]:
-    """Pieces of one file with their sizes; the first fits into `room`, where a plain file allows it."""
+    """Return the pieces of one file with their sizes.
+
+    The first fits into `room`, where a plain file allows it.
+    """
     if file.kind == "plain" and file.bytes > max(room, 0):
         edges = [0, *range(room, file.bytes, shard_bytes), file.bytes] if room > 0 else []
         edges = edges or [*range(0, file.bytes, shard_bytes), file.bytes]
@@ -301,7 +313,10 @@ def keep_cut(
 
 
 def _end(file: InputFile) -> int | None:
-    """Where the last piece of a file ends, in bytes or row groups; None for a file that is never cut."""
+    """Return where the last piece of a file ends, in bytes or row groups.
+
+    None for a file that is never cut.
+    """
     if file.kind == "parquet":
         return len(_group_rows(file)) or None
     return file.bytes if file.kind == "plain" else None

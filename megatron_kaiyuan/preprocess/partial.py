@@ -53,7 +53,10 @@ def _host() -> str:
 
 
 class HashedFile:
-    """A partial file that counts and hashes what passes through it; what is written after `discard` goes nowhere."""
+    """A partial file that counts and hashes what passes through it.
+
+    What is written after `discard` goes nowhere.
+    """
 
     closed = False
 
@@ -91,7 +94,7 @@ class HashedFile:
         """Give the file its final name, on disk too.
 
         Raises:
-            ConfigError: another process, which builds the same shard, has taken the file away.
+            ConfigError: another process, which builds the same shard, has removed the file.
         """
         try:
             rename_durably(self.partial, self.final)
@@ -135,7 +138,10 @@ class Spool:
 
 
 def _lock(stream: BinaryIO) -> None:
-    """Mark the file as somebody's; the mark dies with the process. A file system without locks does without."""
+    """Mark the file as in use, until the process ends.
+
+    A file system without locks does without.
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -143,7 +149,9 @@ def _lock(stream: BinaryIO) -> None:
 
 
 def remove_dead_partials(prefix: str) -> None:
-    """Remove what killed runs left of the shard `prefix`; the partial manifest goes last.
+    """Remove what killed runs left of the shard `prefix`.
+
+    The partial manifest goes last.
 
     Raises:
         ConfigError: a process that is alive holds one of the files.
@@ -171,9 +179,10 @@ def list_partials(prefix: str) -> list[Path]:
 
 
 def _is_alive(path: Path) -> bool | None:
-    """Whether the process that writes a partial file still runs; None where that cannot be known yet.
+    """Return whether the process that writes a partial file still runs.
 
-    Its lock tells. Without locks the process does, if it is of this host, and else a file that has long not grown.
+    None where that cannot be known yet. The file's lock decides. Without locks the process does, if it is of this host,
+    and else whether the file has long not grown.
     """
     try:
         with path.open("r+b") as stream:  # NFS gives an exclusive lock to writers only
@@ -196,9 +205,10 @@ def _is_alive_without_locks(path: Path) -> bool | None:
 
 
 def is_of_build(prefix: str, build: str | None) -> bool:
-    """Whether what lies under the final names of `prefix` was put there by this very command.
+    """Return whether this very command put what lies under the final names of `prefix`.
 
-    The manifest tells, or, where a kill came between two renames, the partial manifest that was written before them.
+    The manifest shows it. Where a kill came between two renames, the partial manifest that was written before them
+    does.
     """
     if build is None:
         return False
@@ -218,7 +228,7 @@ def is_of_build(prefix: str, build: str | None) -> bool:
 
 
 def is_complete(prefix: str, build: str) -> bool:
-    """Whether the shard of this build is there: its manifest, and every file with the size that it tells."""
+    """Return whether the shard of this build is complete: its manifest, and every file with its recorded size."""
     try:
         manifest = load_manifest(prefix)
     except ShardError:
@@ -269,7 +279,10 @@ def retire(prefix: str, keep: Callable[[Manifest], bool]) -> bool:
 
 
 def _is_kept(manifest: Path, keep: Callable[[Manifest], bool]) -> bool:
-    """A manifest that is damaged is not; one that has just gone is nobody's to take."""
+    """Return whether a manifest's shard is to be kept, False where the manifest is damaged.
+
+    A manifest that has just gone counts as kept, because nobody has to remove it.
+    """
     try:
         return keep(Manifest.model_validate_json(manifest.read_bytes()))
     except FileNotFoundError:
@@ -279,7 +292,10 @@ def _is_kept(manifest: Path, keep: Callable[[Manifest], bool]) -> bool:
 
 
 def remove_existing(prefix: str) -> None:
-    """Remove a shard; manifest and index go first, so that no reader can open a mixture of the old and the new one."""
+    """Remove a shard.
+
+    Manifest and index go first, so that no reader can open a mixture of the old and the new one.
+    """
     manifest_path(prefix).unlink(missing_ok=True)
     Path(f"{prefix}.idx").unlink(missing_ok=True)
     name = re.escape(Path(prefix).name)

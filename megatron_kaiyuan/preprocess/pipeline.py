@@ -65,7 +65,10 @@ class Reporter(Protocol):
     """Hears about a run while it goes on."""
 
     def start(self, total_bytes: int) -> None:
-        """Once, before the first block; 0 where the size of the input is unknown."""
+        """Report the start once, before the first block.
+
+        `total_bytes` is 0 where the size of the input is unknown.
+        """
         ...
 
     def note(self, message: str) -> None:
@@ -122,13 +125,13 @@ class Start:
 
     inputs: list[InputFile]
     search: Search
-    """How they were found."""
+    """How the files were collected."""
     tokenizer: DocumentTokenizer
     described: TokenizerRecord
 
 
 def prepare(config: PreprocessConfig, reporter: Reporter) -> Start:
-    """Find the input and open the tokenizer; changes nothing on disk.
+    """List the input and open the tokenizer, without changing anything on disk.
 
     Raises:
         ConfigError, TokenizerError, PreprocessError: as `preprocess`.
@@ -158,7 +161,7 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
     record = _claimed(config, start, reporter)
     fast_shards = FastShards(output_folder(config), record, start.described)
     if fast_shards.known_difference():
-        fast_shards.withdraw()  # again: whoever found it may have been killed before the end
+        fast_shards.withdraw()  # again: whoever detected it may have been killed before the end
     tasks = shard_tasks(config, record, start.inputs)
     mine = [task for task in tasks if task.number % config.num_tasks == config.task_id]
     summary = RunSummary(shards_of_others=len(tasks) - len(mine))
@@ -170,7 +173,7 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
             warm_up()
         parts = [part for task in todo for part in task.parts]
         fast = _choose_fast(config, parts, fast_shards, reporter)
-        if fast is None:  # finished shards were taken away, so there is more to do
+        if fast is None:  # finished shards were removed, so there is more to do
             return preprocess(config, reporter)
         reporter.start(sum(part_bytes(part) for part in parts))
         build = _build_job(config, start, fast=fast)
@@ -180,7 +183,7 @@ def preprocess(config: PreprocessConfig, reporter: Reporter) -> RunSummary:
 
 
 def output_folder(config: PreprocessConfig) -> Path | None:
-    """Return the folder of shards; None for a single one."""
+    """Return the folder of shards, None for a single one."""
     return None if config.output_dir is None else Path(config.output_dir)
 
 
@@ -200,7 +203,7 @@ def _checked(
 
 
 def _claimed(config: PreprocessConfig, start: Start, reporter: Reporter) -> BuildRecord:
-    """The record of this build; its folder is claimed for it."""
+    """Claim the folder for this build and return its record."""
     folder = output_folder(config)
     if folder is None:
         return plan_build(config, start.inputs, start.described)
@@ -224,7 +227,10 @@ def _describe(config: PreprocessConfig, tokenizer: DocumentTokenizer) -> Tokeniz
 
 
 def unfinished(tasks: Sequence[ShardTask], config: PreprocessConfig, summary: RunSummary) -> Iterator[ShardTask]:
-    """Shards that are still to be built; what was read from a pipe cannot be known to be the same again."""
+    """Yield the shards that are still to be built.
+
+    What was read from a pipe cannot be known to be the same again.
+    """
     for task in tasks:
         if STDIN not in config.inputs and all(is_complete(prefix, task.build) for prefix in task.prefixes):
             summary.keep(task.prefixes)
@@ -233,7 +239,10 @@ def unfinished(tasks: Sequence[ShardTask], config: PreprocessConfig, summary: Ru
 
 
 def refuse_other_output(config: PreprocessConfig, todo: Sequence[ShardTask]) -> None:
-    """Refuse before any work what would be refused at the end of it; `claim_folder` does so for a folder."""
+    """Refuse, before any work, an output that would be refused at the end.
+
+    For a folder `claim_folder` does so.
+    """
     for task in todo:
         for prefix in task.prefixes:
             if STDIN in config.inputs and is_complete(prefix, task.build):
@@ -258,7 +267,10 @@ def _checked_tokenizer(config: PreprocessConfig) -> DocumentTokenizer:
 def _choose_fast(
     config: PreprocessConfig, parts: Sequence[Part], fast_shards: FastShards, reporter: Reporter
 ) -> bool | None:
-    """Whether gigatoken makes the ids; None where it was found wrong, and had made shards that are there no more."""
+    """Return whether gigatoken makes the ids.
+
+    None where its ids were wrong, after the shards it had made were removed.
+    """
     if config.backend == "reference":
         return False
     if known := fast_shards.known_difference():
@@ -349,7 +361,10 @@ def _build_all(tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals
 def _build_side_by_side(
     tasks: Sequence[ShardTask], build: BuildJob, workers: int, totals: Totals
 ) -> Iterator[ShardOutcome]:
-    """A whole shard in each process; after a failure no further shard is begun, and those that run are finished."""
+    """Build a whole shard in each process.
+
+    After a failure no further shard is begun, and those that run are finished.
+    """
     counters = pool_context().Array("q", 3)
     pool = start_pool(workers, _keep_counters, (counters,))
     waiting = iter(tasks)

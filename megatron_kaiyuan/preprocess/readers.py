@@ -63,7 +63,7 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class LongLine:
-    """One line of a compressed file or of standard input that is over the limit; its content is gone."""
+    """One line of a compressed file or of standard input that is over the limit, without its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _compressed_blocks(source: int, file: InputFile, block_bytes: int) -> Iterat
 
 
 def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
-    """Standard input; its first bytes tell its format too."""
+    """Yield the blocks of standard input, whose first bytes decide its format too."""
     raw = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer))
     kind = kind_of(raw.peek(_MAGIC_BYTES))
     if kind == "parquet":
@@ -144,7 +144,9 @@ def _stdin_blocks(source: int, block_bytes: int) -> Iterator[Block]:
 
 
 def _whole_lines(stream: Readable, block_bytes: int) -> Iterator[Lines | LongLine]:
-    """Cut a stream after its last newline in every `block_bytes`; a line over the limit is dropped on the way.
+    """Cut a stream after its last newline in every `block_bytes`.
+
+    A line over the limit is dropped on the way.
 
     Raises:
         DamagedStreamError: the rest cannot be decoded; all whole lines before it were given.
@@ -210,7 +212,10 @@ def _parquet_blocks(source: int, part: Part, keys: Sequence[str], block_bytes: i
 
 
 def _column_of(schema: pa.Schema, key: str) -> str:
-    """The column, or the part of a struct, that holds a key; the last part of its way that exists; empty for none."""
+    """Return the column, or the part of a struct, that holds a key.
+
+    It is the last part of its way that exists, empty for none.
+    """
     if key in schema.names:
         return key
     first, *rest = key.split(".")
@@ -287,7 +292,10 @@ def _split(data: bytes) -> list[bytes | memoryview]:
 
 
 def _read_range(span: ByteRange) -> FoundLines:
-    """The lines that begin in the range; the last one may end after it."""
+    """Return the lines that begin in the range.
+
+    The last one may end after it.
+    """
     with Path(span.path).open("rb") as stream:
         size = stream.seek(0, 2)
         if size != span.file_bytes:
@@ -297,7 +305,7 @@ def _read_range(span: ByteRange) -> FoundLines:
             )
         first = stream.seek(max(span.start - 1, 0))
         if span.start:
-            # from one byte earlier: whether a line starts exactly at `start` is told by the newline before it
+            # from one byte earlier: the newline before `start` shows whether a line starts exactly there
             first += len(stream.readline(span.stop - first))
         data = stream.read(span.stop - first)
         lines = _split(data)

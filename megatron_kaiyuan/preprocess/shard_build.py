@@ -67,7 +67,10 @@ class ShardOutcome:
 
 
 class Tally:
-    """Counts rows per part and faults per reason; under `stop` the first fault ends the run."""
+    """Counts of rows per part and of faults per reason.
+
+    Under `stop` the first fault ends the run.
+    """
 
     def __init__(self, parts: Sequence[Part], on_error: Literal["stop", "skip"], text_keys: int) -> None:
         self.special = [SpecialCounts() for _ in range(text_keys)]
@@ -85,7 +88,10 @@ class Tally:
         return sum(self._rows)
 
     def origins(self, result: BlockResult) -> Origins:
-        """Where the documents of the next block come from; asked before the block is added."""
+        """Return where the documents of the next block come from.
+
+        To be called before the block is added.
+        """
         first, before = self._first_rows[result.source], self._rows[result.source]
         file = self._parts[result.source].file.name
         rows = None if first is None else result.row_numbers + first + before

@@ -78,7 +78,9 @@ class BlockResult:
 
 
 def ordered_results(blocks: Iterable[Block], job: Job, workers: int) -> Iterator[BlockResult]:
-    """Results of all blocks in their order; one worker works in this process.
+    """Yield the results of all blocks in their order.
+
+    One worker works in this process.
 
     Raises:
         PreprocessError: a worker process died.
@@ -103,7 +105,7 @@ def ordered_results(blocks: Iterable[Block], job: Job, workers: int) -> Iterator
 
 
 def worker_died() -> PreprocessError:
-    """What to tell when a process of the pool is gone."""
+    """Return the error for a process of the pool that is gone."""
     return PreprocessError(
         "a worker process died, most likely for want of memory; run the same command again with fewer --workers: what "
         "is finished stays, nothing torn has a final name"
@@ -113,13 +115,19 @@ def worker_died() -> PreprocessError:
 def start_pool(
     workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
-    """Worker processes that share the imports of one server process; `prepare(*arguments)` runs first in each."""
+    """Return a pool of worker processes that share the imports of one server process.
+
+    `prepare(*arguments)` runs first in each.
+    """
     context = pool_context()
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(prepare, arguments))
 
 
 def warm_up() -> None:
-    """Start the process that workers are forked from; it imports what they need while the caller goes on."""
+    """Start the process that workers are forked from.
+
+    It imports what they need while the caller goes on.
+    """
     pool_context()
     forkserver.ensure_running()
 
@@ -148,7 +156,10 @@ def _exit_with_parent() -> None:
 
 
 def process_block(block: Block, job: Job) -> BlockResult:
-    """Parse and tokenize one block; a row that is faulty under any text key is left out under all of them."""
+    """Parse and tokenize one block.
+
+    A row that is faulty under any text key is left out under all of them.
+    """
     batch = parse_block(block, job.keys)
     tokenizer = load_tokenizer(job.tokenizer, fast=job.fast)
     encoded = [tokenizer.encode([texts[column] for texts in batch.texts]) for column in range(len(job.keys.text))]

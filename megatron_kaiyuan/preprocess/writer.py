@@ -94,12 +94,18 @@ class ShardWriter:
             ) from error
 
     def _begin[Partial: HashedFile | Spool | DocumentTable](self, partial: Partial) -> Partial:
-        """Remember what has to be discarded; the last begun goes first, so the lock on the `.bin` goes last."""
+        """Remember a file that has to be discarded after a failure.
+
+        The last begun goes first, so the lock on the `.bin` goes last.
+        """
         self._begun.callback(partial.discard)
         return partial
 
     def _prepare(self, replaced: bool, overwrite: bool) -> None:  # noqa: FBT001
-        """Clear away what a killed run left; torn files go before the partial manifest that tells whose they are."""
+        """Remove what a killed run left.
+
+        Torn files go before the partial manifest that says whose they are.
+        """
         self._replaced = replaced
         if replaced and not overwrite and not manifest_path(self.prefix).exists():
             remove_existing(self.prefix)
@@ -139,7 +145,10 @@ class ShardWriter:
             self.max_token_id = max(self.max_token_id, int(tokens.max()))
 
     def compose(self) -> tuple[dict[str, FileRecord], dict[str, ScoreSummary]]:
-        """Write the index and the sidecars under partial names and force all to disk; still nothing is visible."""
+        """Write the index and the sidecars under partial names, and force all to disk.
+
+        Nothing is visible yet.
+        """
         files = {"bin": self._bin.sync(), "idx": self._compose_index()}
         summaries = {}
         for key, spool in self._scores.items():
@@ -152,7 +161,10 @@ class ShardWriter:
         return files, summaries
 
     def publish(self, manifest: Manifest) -> None:
-        """Give every file its final name; the index comes after the data, and the manifest last."""
+        """Give every file its final name.
+
+        The index comes after the data, and the manifest last.
+        """
         target = manifest_path(self.prefix)
         record = self._begin(HashedFile(target))
         self._composed.append(record)

@@ -1,1 +1,4 @@
-"""The format on disk: .bin/.idx shards with scores, manifests and build records; numpy only."""
+"""The format on disk: .bin/.idx shards with scores, manifests and build records.
+
+Needs numpy only.
+"""

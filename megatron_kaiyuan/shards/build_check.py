@@ -56,7 +56,9 @@ class _Build:
 
 
 def folder_state(folder: Path, pattern: str = "*") -> FolderState | None:
-    """The state of a folder of shards; None where no `build.json` lies in it. Reads names only, no shard.
+    """Return the state of a folder of shards, None where it holds no `build.json`.
+
+    Only names are read, no shard.
 
     Args:
         folder: where the build put its shards.
@@ -95,7 +97,10 @@ def _read_build(folder: Path) -> _Build | None:
 
 
 def named_folders(item: str) -> list[tuple[Path, str]]:
-    """Folders whose shards a directory or a glob names, each with the pattern of the names; none for a prefix."""
+    """Return the folders whose shards a directory or a glob names, each with the pattern of the names.
+
+    A prefix names none.
+    """
     if Path(item).is_dir():
         return [(Path(item), "*")]
     if not globbing.has_magic(item):
@@ -120,11 +125,11 @@ def require_whole_folder(item: str) -> None:
 
 
 def mixed_keys(item: str, prefixes: Sequence[str]) -> str | None:
-    """What is wrong with a directory or a glob that names shards of several `--json-keys`; None where nothing is.
+    """Return what is wrong with an item that names shards of several `--json-keys`, None if nothing is.
 
     Such shards hold the same rows under different keys: the text and the title of each document. Two of them have one
-    name but for the key. Keys are told by the `build.json` of the folder, else by the names, or where those could be
-    read in two ways, by the manifests.
+    name but for the key. The key comes from the folder's `build.json`, or else from the shard's name. Where the name
+    could be read in two ways, the manifest decides.
 
     Args:
         item: as the plan has it.
@@ -152,7 +157,7 @@ def mixed_keys(item: str, prefixes: Sequence[str]) -> str | None:
 
 
 def _key_by_name(prefix: str, builds: Mapping[str, _Build | None]) -> str:
-    """The text key of a shard, empty where its name tells none."""
+    """Return the text key in a shard's name, empty where the name has none."""
     folder, name = os.path.split(prefix)
     build = builds.get(folder or ".")
     known = [key for key in build.keys if name.endswith(f"_{key}_document")] if build is not None else []
@@ -162,7 +167,7 @@ def _key_by_name(prefix: str, builds: Mapping[str, _Build | None]) -> str:
 
 
 def _recorded_key(prefix: str) -> str:
-    """The text key that a manifest tells, empty where there is none."""
+    """Return the text key in a shard's manifest, empty where there is no manifest."""
     try:
         key = json.loads(read_regular(f"{prefix}.manifest.json"))["json_key"]
     except (OSError, ValueError, KeyError, TypeError):

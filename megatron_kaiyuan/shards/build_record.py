@@ -1,8 +1,8 @@
-"""What a build consists of: its shards, the parts of the input that each is made of, and fingerprints of it all.
+"""What a build consists of: its shards, the parts of the input of each, and fingerprints of it all.
 
 The record is a function of the command, its input and the record that the folder holds. Each task of a job array makes
-it for itself, and they agree without a word; `build.json` in the folder tells readers how many shards there should be,
-and a later start of the command how the input was cut.
+it for itself, and they agree without communication. `build.json` in the folder holds the number of shards for readers,
+and how the input was cut for a later start of the command.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class BuildRecord(_Record):
     build: str
     """Fingerprint of the settings and inputs."""
     settings: dict[str, Any]
-    """Flags that decide the bytes, by name."""
+    """Flags that decide the bytes, as a mapping from name to value."""
     inputs: list[BuildInput]
     shards: list[list[tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt | None]]]
     """Of each shard the parts: number of the input, start, stop (see `Part`)."""
@@ -66,7 +66,10 @@ class BuildRecord(_Record):
         return self
 
     def shard_build(self, shard: int) -> str:
-        """Fingerprint of the settings and of the parts that one shard is made of; its manifest repeats it."""
+        """Return the fingerprint of the settings and of the parts that one shard is made of.
+
+        Its manifest repeats it.
+        """
         parts = [
             self.inputs[number].model_dump() | ({} if stop is None else {"start": start, "stop": stop})
             for number, start, stop in self.shards[shard]
@@ -97,7 +100,7 @@ def build_fingerprint(settings: dict[str, Any], inputs: Sequence[dict[str, Any]]
 
 
 def load_build(folder: Path) -> BuildRecord | None:
-    """The record of a folder of shards; None where there is none.
+    """Return the record of a folder of shards, None where there is none.
 
     Raises:
         ShardError: the file is damaged.

@@ -1,4 +1,7 @@
-"""Whether the arrays of an `.idx` agree with each other, and its bytes with the manifest; reads all of it."""
+"""Check that an `.idx`'s arrays agree with each other, and its bytes with the manifest.
+
+All of it is read.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The `P.manifest.json` beside a shard: what it holds, what it was built from, and how to tell that it is whole.
+"""The `P.manifest.json` beside a shard: what it holds, its origin, and how to check that it is whole.
 
 The manifest carries no time and no machine name, so the same input and the same command give the same bytes.
 """
@@ -44,7 +44,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """One file of the shard; the name is relative to the manifest's folder, so a shard can be moved."""
+    """One file of the shard, named relative to the manifest's folder, so that a shard can be moved."""
 
     name: str
     bytes: NonNegativeInt
@@ -95,7 +95,10 @@ class LeftOutRecord(_Record):
 
 
 class SpecialTokenRecord(_Record):
-    """Special tokens inside the texts; what the tokenizer puts around each text and appended ids are not counted."""
+    """Special tokens inside the texts.
+
+    What the tokenizer puts around each text and appended ids are not counted.
+    """
 
     occurrences: dict[str, NonNegativeInt]
     """By token."""
@@ -106,7 +109,7 @@ class SpecialTokenRecord(_Record):
 
 
 def merged_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> SpecialTokenRecord | None:
-    """Return the sum of what several shards count; None where none of them does."""
+    """Return the sum of what several shards count, None where none of them counts."""
     known = [record for record in records if record is not None]
     occurrences: Counter[str] = Counter()
     for record in known:
@@ -120,7 +123,7 @@ def merged_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> Speci
 
 
 def special_token_facts(record: SpecialTokenRecord) -> str:
-    """Return in words how often special tokens stood inside texts; empty where they did not."""
+    """Say how often special tokens stood inside texts, with an empty text for never."""
     inside, twice = record.documents_with_eod, record.documents_ending_twice
     told = []
     if inside:
@@ -158,12 +161,15 @@ class Manifest(_Record):
     json_key: str
     created_by: str
     build: str | None = None
-    """Identifies the input and the flags that decide the bytes: the same command finds its own work again by it."""
+    """Identifies the input and the flags that decide the bytes. The same command recognizes its own work by it."""
     tokenized_by: str | None = None
     """`gigatoken <version>` where it made the ids; None: the reference tokenizer."""
 
     def to_json(self) -> str:
-        """Content of the file; what the reference made has no `tokenized_by`."""
+        """Return the content of the file.
+
+        What the reference tokenizer made has no `tokenized_by`.
+        """
         return self.model_dump_json(indent=2, exclude={"tokenized_by"} if self.tokenized_by is None else None)
 
 
@@ -203,7 +209,7 @@ def load_manifest(prefix: str) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """What every start needs of a manifest; a plan may have thousands of shards."""
+    """The part of a manifest that every start needs, kept small because a plan may have thousands of shards."""
 
     tokenizer: TokenizerRecord
     append_eod: bool
@@ -213,7 +219,10 @@ class ShardRecord:
 
 
 def load_record(prefix: str) -> ShardRecord | None:
-    """Return what the manifest of a shard says; None where it has none. Errors as `load_manifest`."""
+    """Return the record in a shard's manifest, None where it has none.
+
+    Errors as `load_manifest`.
+    """
     if not manifest_path(prefix).exists():
         return None
     manifest = load_manifest(prefix)
@@ -222,7 +231,9 @@ def load_record(prefix: str) -> ShardRecord | None:
 
 
 def verify_manifest(prefix: str) -> Manifest:
-    """Compare size and sha256 of every file of the shard with its manifest; reads all of them once.
+    """Compare size and sha256 of every file of the shard with its manifest.
+
+    All of them are read once.
 
     Raises:
         ShardError: a file is missing or differs; the message names it.

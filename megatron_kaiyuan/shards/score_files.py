@@ -41,7 +41,7 @@ def score_path(prefix: str, score: str) -> Path:
 
 
 def check_score_name(name: str) -> str:
-    """The name as it is; ValueError unless it can be a part of a file name."""
+    """Return the name unchanged, or raise ValueError unless it can be a part of a file name."""
     if not name or "/" in name or "\0" in name:
         raise ValueError(
             f"{name!r} is not the name of a score: it is a part of a file name, P.scores.NAME.npy; write it without a "
@@ -63,7 +63,10 @@ def kept_scores(shard: Shard, score: str) -> NDArray[np.floating]:
 
 
 def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np.floating]:
-    """Memory-map the scores of one shard, for a few of them or for all; checks their number but reads none of them."""
+    """Memory-map the scores of one shard, for a few of them or for all.
+
+    Their number is checked, but none is read.
+    """
     path = os.fspath(score_path(shard.prefix, score))
     try:
         layout = _plain_layout(path)
@@ -87,9 +90,10 @@ def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np
 
 
 def _plain_layout(path: str) -> tuple[np.dtype[Any], int, int] | None:
-    """Type, count and offset of numbers as `numpy.save` writes them; None for any other file, which numpy reads.
+    """Return type, count and offset of numbers as `numpy.save` writes them.
 
-    numpy evaluates the header as Python text, which takes longer than everything else about opening a shard.
+    None for any other file, which numpy reads. numpy evaluates the header as Python text, which takes longer than
+    everything else about opening a shard.
     """
     with open_regular(path) as stream:
         match = _PLAIN_HEADER.match(stream.read(_PLAIN_BYTES))
@@ -113,7 +117,7 @@ def _no_such_scores(prefix: str, score: str) -> ScoreError:
 
 
 def load_npy(path: str | os.PathLike[str], origin: str) -> NDArray[Any]:
-    """Memory-map a `.npy` file; a file that is none, or a truncated one, raises ScoreError."""
+    """Memory-map a `.npy` file, or raise ScoreError for a truncated or different one."""
     return open_npy(path, origin).view(np.ndarray)
 
 

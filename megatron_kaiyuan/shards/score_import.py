@@ -26,10 +26,10 @@ _ARCHIVE = b"PK\x03\x04"
 
 
 def read_scores(origin: str) -> NDArray[np.number]:
-    """Return scores in storage order from `FILE.npy` or `FILE.parquet:COLUMN`; the first bytes tell which it is.
+    """Return scores in storage order from `FILE.npy` or `FILE.parquet:COLUMN`.
 
-    A column may hold numbers of any type, decimals included, or numbers written as text. A dot descends:
-    `metadata.quality`.
+    The first bytes decide which it is. A column may hold numbers of any type, decimals included, or numbers written as
+    text. A dot descends: `metadata.quality`.
 
     Raises:
         ScoreError: the file or the column does not exist, is damaged, or is not a list of numbers.
@@ -103,7 +103,10 @@ def _leaves(schema: "pa.Schema") -> list[str]:
 
 
 def _numbers(origin: str, column: str, values: "pa.ChunkedArray") -> NDArray[np.number]:
-    """A column as numpy numbers; whole numbers stay whole."""
+    """Return a column as numpy numbers.
+
+    Whole numbers stay whole.
+    """
     import pyarrow as pa
 
     asked = f"--scores {origin}: column {column!r}"
@@ -127,7 +130,10 @@ def _numbers(origin: str, column: str, values: "pa.ChunkedArray") -> NDArray[np.
 
 
 def _exact(values: "pa.ChunkedArray") -> NDArray[np.number]:
-    """Decimals, or numbers written as text, as int64 where all are whole; beyond 2^53 as float64 they would be ties."""
+    """Return decimals, or numbers written as text, as int64 where all are whole.
+
+    Beyond 2^53 they would be ties as float64.
+    """
     import pyarrow as pa
 
     try:
@@ -146,8 +152,8 @@ def import_scores(source: Source, origin: str, score: str) -> None:
     what --split-sentences made of one text has one score.
 
     Raises:
-        ScoreError: not one number per document, NaN among them, or whole numbers that no float64 tells apart; or the
-            folder of the shards cannot be written.
+        ScoreError: not one number per document, NaN among them, or different whole numbers that are equal as
+            float64. Or the folder of the shards cannot be written.
     """
     scores = _one_each(read_scores(origin), source, f"--scores {origin}")
     kept = _as_floats(check_scores(scores, source.num_documents, f"--scores {origin}"), origin)
@@ -177,7 +183,10 @@ def _read_only(source: Source, prefix: str, origin: str, score: str, error: OSEr
 
 
 def _one_each(scores: NDArray[np.number], source: Source, origin: str) -> NDArray[np.number]:
-    """Scores of documents as the indexes count them, spread over their sequences; others as they are."""
+    """Return scores of documents as the indexes count them, spread over their sequences.
+
+    Other scores are returned as they are.
+    """
     counted = sum(shard.boundaries - 1 for shard in source.shards)
     if scores.ndim != 1 or len(scores) != counted:
         return scores

@@ -51,7 +51,10 @@ def parse_mix(text: str) -> ScoreMix:
 
 
 def quantile_ranks(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Rank of each score among all, from 0 (lowest) to 1, equal scores at the middle of theirs; float64 `[n]`."""
+    """Return the rank of each score among all, from 0 (lowest) to 1, float64 `[n]`.
+
+    Equal scores get the middle of their ranks.
+    """
     order = np.argsort(scores, kind="stable")
     ascending = scores[order]
     first = np.append(True, ascending[1:] != ascending[:-1])

@@ -141,13 +141,18 @@ class Shard:
         return kept
 
     def document_of_token(self, token: int) -> int:
-        """The document that holds token number `token` of the shard; empty documents hold none."""
+        """Return the document that holds token number `token` of the shard.
+
+        Empty documents hold none.
+        """
         # not np.searchsorted: the array begins at byte 34 + 4 N of its file, and numpy copies an unaligned array whole
         return bisect_right(self.pointers, token * self.dtype.itemsize) - 1
 
 
 def open_shard(prefix: str | os.PathLike[str]) -> Shard:
-    """Open and validate one shard; reads the header and five index entries, so the cost does not grow with the shard.
+    """Open and validate one shard.
+
+    Reads the header and five index entries, so the cost does not grow with the shard.
 
     Raises:
         ShardError: a file is missing, is not a version 1 index, holds no tokens dtype, or sizes disagree.
@@ -176,7 +181,10 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
 
 
 def open_recorded_shard(prefix: str | os.PathLike[str]) -> Shard:
-    """`open_shard` with what its manifest says; ShardError where the manifest is damaged."""
+    """Open a shard together with the record of its manifest.
+
+    Errors as `open_shard`, and ShardError where the manifest is damaged.
+    """
     shard = open_shard(prefix)
     record = load_record(shard.prefix)
     return shard if record is None else replace(shard, record=record)
@@ -208,9 +216,10 @@ def _read_header(index: FileIO, path: str) -> tuple[int, int, np.dtype[np.generi
 def _end_of_last_document(
     index: FileIO, path: str, sequences: int, boundaries: int, dtype: np.dtype[np.generic]
 ) -> int:
-    """The byte at which the `.bin` should end; checks both ends of each array, at the cost of three small reads.
+    """Return the byte at which the `.bin` should end.
 
-    The last length and the first pointer lie side by side, and so do the last pointer and the first boundary.
+    Checks both ends of each array, at the cost of three small reads. The last length and the first pointer lie side by
+    side, and so do the last pointer and the first boundary.
     """
     if not boundaries:
         raise ShardError(f"{path}: no document boundary, not even the first; the file is damaged, copy it again")
@@ -230,7 +239,9 @@ def _end_of_last_document(
 
 
 def resolve_prefixes(shards: str | os.PathLike[str] | Sequence[str]) -> list[str]:
-    """Prefixes named by a prefix, a directory, a glob, or a list of these; sorted by name within each.
+    """Return the prefixes named by a prefix, a directory, a glob, or a list of these.
+
+    They are sorted by name within each.
 
     Raises:
         ShardError: nothing matches, or the same shard is named twice.
@@ -251,14 +262,17 @@ def refuse_duplicates(items: Sequence[str], found: Sequence[str]) -> None:
 
 
 def real_files(prefixes: Sequence[str]) -> list[Hashable]:
-    """What tells the `.bin` of each of these shards from all others: equal for one file, whatever links lead there."""
+    """Return a key for the `.bin` of each shard that is equal exactly for one and the same file.
+
+    It is equal whatever links lead to the file.
+    """
     return side_by_side(_real_file, prefixes)
 
 
 def _real_file(prefix: str) -> Hashable:
     try:
         status = os.stat(f"{prefix}.bin")  # noqa: PTH116
-    except OSError:  # opening it will tell
+    except OSError:  # opening it will report that
         return os.path.realpath(f"{prefix}.bin")
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(f"{prefix}.bin")
 

@@ -34,7 +34,7 @@ class Meter(Protocol):
     """Hears how far a long reading has come."""
 
     def start(self, what: str, total: int) -> None:
-        """Before the first piece; `total` in the unit of `advance`."""
+        """Begin a meter before the first piece, with `total` in the unit of `advance`."""
 
     def advance(self, amount: int) -> None:
         """After every piece, from any thread."""
@@ -64,12 +64,18 @@ class ShardFiles:
 
     @property
     def documents(self) -> Path:
-        """The table of where documents come from; only shards of tools/preprocess_data.py have one."""
+        """Return the path of the table of where documents come from.
+
+        Only shards of tools/preprocess_data.py have one.
+        """
         return self.bin.with_suffix(".documents.parquet")
 
 
 def list_shard_files(prefixes: Sequence[str]) -> list[ShardFiles]:
-    """The files of these shards; reads each folder once, however many shards it holds."""
+    """List the files of these shards.
+
+    Each folder is read once, however many shards it holds.
+    """
     folders = {folder: _names(folder) for folder in {Path(prefix).parent for prefix in prefixes}}
     sidecars = {folder: _sidecars(folder, names) for folder, names in folders.items()}
     found = []

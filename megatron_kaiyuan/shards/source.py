@@ -76,7 +76,10 @@ class Source:
         return self._look_up(documents, lambda number: self.shards[number].lengths, np.dtype(np.int64))
 
     def token_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens stored before each of these documents; `num_documents` is allowed and gives `num_tokens`."""
+        """Return the number of tokens stored before each of these documents.
+
+        `num_documents` is allowed and gives `num_tokens`.
+        """
         if len(documents) and documents.max() >= self.num_documents:
             result = np.full(len(documents), self.num_tokens, dtype=np.int64)
             inside = documents < self.num_documents
@@ -116,7 +119,7 @@ class Source:
             number += 1
 
     def damaged(self, error: object) -> ShardError:
-        """Return the error of a source that cannot be as it was opened; it names the first damaged index."""
+        """Return the error of a source that is no longer as it was opened, naming the first damaged index."""
         for shard in self.shards:
             try:
                 require_sound_index(shard)
@@ -128,7 +131,10 @@ class Source:
         )
 
     def probe_tokens(self, token: int, count: int) -> NDArray[np.int64]:
-        """`count` stored tokens from number `token` on, within one shard, read and not mapped; int64 `[count]`."""
+        """Read `count` stored tokens from number `token` on, within one shard, int64 `[count]`.
+
+        They are read and not mapped.
+        """
         if not count:
             return np.empty(0, dtype=np.int64)
         number = bisect_right(self._token_offset_list, token) - 1
@@ -160,7 +166,9 @@ class Source:
         return int(self.document_offsets[self._shard_number[segment.shard]]) + segment.document
 
     def load_scores(self, score: str) -> NDArray[np.floating]:
-        """Checked scores of all documents in storage order, `[num_documents]`; reads all of them.
+        """Return checked scores of all documents in storage order, `[num_documents]`.
+
+        All of them are read.
 
         Raises:
             ScoreError: a sidecar is missing, has another length than its shard, or holds NaN.
@@ -181,11 +189,14 @@ class Source:
         return lengths
 
     def scores_of(self, score: str, documents: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Scores of these documents alone, float64 `[n]`; reads only their pages."""
+        """Return the scores of these documents alone, float64 `[n]`.
+
+        Only their pages are read.
+        """
         return self._look_up(documents, lambda number: kept_scores(self.shards[number], score), np.dtype(np.float64))
 
     def score_dtype(self, score: str) -> np.dtype[Any]:
-        """The type of number that all scores are stored in; float64 where shards differ."""
+        """Return the type of number that all scores are stored in, float64 where shards differ."""
         found = {kept_scores(shard, score).dtype for shard in self.shards}
         return found.pop() if len(found) == 1 else np.dtype(np.float64)
 
@@ -269,7 +280,10 @@ def open_source(name: str, shards: str | Sequence[str]) -> Source:
 
 
 def open_sources(named: Mapping[str, str | Sequence[str]]) -> dict[str, Source]:
-    """Open the shards of several sources side by side; errors as `open_source`."""
+    """Open the shards of several sources side by side.
+
+    Errors as `open_source`.
+    """
     prefixes = {name: _prefixes(name, shards) for name, shards in named.items()}
     shards = side_by_side(open_recorded_shard, [prefix for some in prefixes.values() for prefix in some])
     check_indexes(shards)

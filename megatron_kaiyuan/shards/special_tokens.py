@@ -1,4 +1,4 @@
-"""Special tokens among the ids of the texts themselves: found, counted, and told.
+"""Special tokens among the ids of the texts themselves: detected, counted, and reported.
 
 A text that holds `<|endoftext|>` gives the id of that token, as in Megatron's own tool. Such a document is cut there by
 `--reset-attention-mask` and its relatives, so each shard counts them. What a tokenizer's post-processor puts around
@@ -35,7 +35,10 @@ class SpecialIds:
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """Which ids are special, bool `[largest special id + 2]`; the last entry stands for all ids above."""
+        """Return which ids are special, bool `[largest special id + 2]`.
+
+        The last entry stands for all ids above.
+        """
         mask = np.zeros(max(self.names, default=-1) + 2, dtype=np.bool_)
         mask[list(self.names)] = True
         return mask

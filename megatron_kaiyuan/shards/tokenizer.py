@@ -41,7 +41,10 @@ _MOST_SHOWN = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
-    """What decides the ids; hashable, so that each process builds a tokenizer once."""
+    """What decides the ids.
+
+    Hashable, so that each process builds a tokenizer once.
+    """
 
     type: str
     """One of `TOKENIZER_TYPES`."""
@@ -153,7 +156,9 @@ def _read_model(config: TokenizerConfig) -> bytes:
 
 @functools.lru_cache(maxsize=4)
 def load_reference_tokenizer(config: TokenizerConfig) -> TextTokenizer:
-    """Build the tokenizer on the library that Megatron uses for this type; built once per process and config.
+    """Return the tokenizer on the library that Megatron uses for this type.
+
+    It is built once per process and config.
 
     Raises:
         TokenizerError: the library or the file is missing, the file is damaged, or `eod_token` is not in it.
@@ -321,7 +326,7 @@ def _refuse_gaps(config: TokenizerConfig, ids: Iterable[int]) -> None:
 
 
 def split_around(bare: Sequence[int], full: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return what stands before and after `bare` in `full`; nothing where it does not stand there."""
+    """Return what stands before and after `bare` in `full`, nothing where `bare` is not in it."""
     for start in range(len(full) - len(bare) + 1):
         if list(full[start : start + len(bare)]) == list(bare):
             return list(full[:start]), list(full[start + len(bare) :])
