@@ -67,7 +67,7 @@ class AveragedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class AverageManifest:
-    """What was averaged; stored beside the result as JSON."""
+    """What was averaged, stored beside the result as JSON."""
 
     format: str
     weights: str
@@ -102,7 +102,7 @@ def weights_of(kind: str, count: int) -> NDArray[np.float64]:
 def choose_checkpoints(
     directory: Path, last: int | None, iterations: Sequence[int] | None, verifier: Verifier = verify
 ) -> list[Checkpoint]:
-    """The last `last` checkpoints of a save directory, or those of `iterations`; oldest first.
+    """Return the last `last` checkpoints of a save directory, or those of `iterations`, oldest first.
 
     Folders that are not chosen may be unfinished. The last ones are counted back from the one that the tracker names:
     newer ones are left of an attempt that the run gave up when it resumed from an older checkpoint.
@@ -138,7 +138,9 @@ def _intact(directory: Path, iterations: Sequence[int], verifier: Verifier) -> l
 
 
 def choose_planned(directory: Path, verifier: Verifier = verify) -> tuple[list[Checkpoint], str]:
-    """The checkpoints that the plan of a run wants averaged, and their weighting, as its newest checkpoint tells.
+    """Return the checkpoints that the plan of a run wants averaged, and their weighting.
+
+    Its newest checkpoint holds that part of the plan.
 
     Raises:
         ConfigError: the plan had no averaging section, or some of them are not there.
@@ -157,7 +159,7 @@ def choose_planned(directory: Path, verifier: Verifier = verify) -> tuple[list[C
 def choose_so_far(
     directory: Path, planned: Sequence[int], iteration: int, *, whole: bool = False, verifier: Verifier = verify
 ) -> list[Checkpoint]:
-    """Of the planned checkpoints those that the run has saved when it is at `iteration`; oldest first.
+    """Return the planned checkpoints that the run has saved when it is at `iteration`, oldest first.
 
     Newer folders are left of an attempt that the run gave up.
 
@@ -211,7 +213,7 @@ def average_checkpoints(
     Args:
         checkpoints: Oldest first.
         kind: See `weights_of`.
-        output: Save directory of the result; `--load OUTPUT` finds it. It may hold other averages, and no run.
+        output: Save directory of the result, for `--load`. It may hold other averages, and no run.
         progress: Called with the bytes that were read of one checkpoint; in all, the `num_bytes` of each.
 
     Raises:

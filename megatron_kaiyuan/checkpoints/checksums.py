@@ -1,6 +1,6 @@
 """Checksums of every file of a checkpoint, written with it: `checksums.json`.
 
-XXH3 with 128 bits finds damage, by disks, networks and copies, at the speed of memory: a changed file passes with a
+XXH3 with 128 bits detects damage, by disks, networks and copies, at the speed of memory: a changed file passes with a
 chance of 2^-128. It is no signature: who may write the files may write their checksums too.
 
 Each rank sums up what it writes while it writes it, in a thread of its own: a large write to a disk takes longer than
@@ -104,7 +104,7 @@ def write_checksums(folder: Path, sums: Mapping[str, FileSum]) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, FileSum] | None:
-    """Read the checksums of a checkpoint by file name; None where it has none.
+    """Return the checksums of a checkpoint by file name, None where it has none.
 
     Raises:
         CheckpointError: they are damaged.
@@ -126,17 +126,17 @@ def read_checksums(folder: Path) -> dict[str, FileSum] | None:
 def find_difference(
     folder: Path, sums: Mapping[str, FileSum], progress: Callable[[int], None] = lambda _bytes: None
 ) -> tuple[str, str] | None:
-    """Compare files with their checksums.
+    """Compare files with their checksums and return the first difference.
 
     Args:
         folder: Of the checkpoint.
-        sums: The files to read, by name.
+        sums: The files to read: sum by file name.
         progress: Called with the bytes of each step, from several threads.
 
     Returns:
         Name of a file and what is wrong with it, beginning with "has"; None where all are as they were saved.
     """
-    for name, expected in sums.items():  # sizes first: a short file is found at once
+    for name, expected in sums.items():  # sizes first: a short file is detected at once
         if wrong := _wrong_size(folder / name, expected):
             return name, wrong
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
@@ -163,13 +163,14 @@ def _wrong_content(path: Path, expected: FileSum, progress: Callable[[int], None
 
 
 class SummedFile:
-    """A new file to write, which is summed up meanwhile; when it is closed the sum is left for `collect_sums`.
+    """A new file to write that is summed up meanwhile.
 
-    Like a file of `open(path, "wb")`, as far as `torch.save` and Megatron's writer use it.
+    When it is closed the sum is left for `collect_sums`. Like a file of `open(path, "wb")`, as far as `torch.save` and
+    Megatron's writer use it.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open it; an older one is lost.
+        """Open the file for writing, replacing an older one.
 
         Raises:
             OSError: as `open`.

@@ -68,7 +68,7 @@ Verifier = Callable[[Path], "Verified"]
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What `verify` found."""
+    """The findings of `verify`."""
 
     damage: str | None
     """None: the checkpoint can be loaded."""
@@ -145,7 +145,7 @@ def check_format(folder: Path) -> None:
     """Refuse a folder that is no complete `torch_dist` checkpoint.
 
     Raises:
-        CheckpointError: a file that is written last is missing, or tells of another format.
+        CheckpointError: a file that is written last is missing, or names another format.
     """
     if is_legacy(folder):
         raise CheckpointError("is in Megatron's legacy format: train on with --ckpt-format torch")
@@ -212,7 +212,7 @@ def _check_size(folder: Path, name: str, size: int) -> None:
 
 
 def _sizes_needed(metadata: Metadata) -> dict[str, int]:
-    """Bytes that each file must have at least, by name.
+    """Return the bytes that each file must have at least, by file name.
 
     Raises:
         CheckpointError: the list of places makes no sense.

@@ -43,7 +43,7 @@ _NO_OPTIONS = {TOKENIZER, COMMAND_LINE_TOKENIZER, CODE, COMMAND, STARTS, CHECKSU
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Describe a checkpoint; values are what JSON holds, and None where it does not say.
+    """Describe a checkpoint in values that JSON holds, with None where it does not say.
 
     Args:
         checkpoint: Opened; its files may have any content that can be read.
@@ -112,7 +112,10 @@ def _files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: object) -> Any:
-    """A value as JSON has it; others as text."""
+    """Return a value as JSON has it.
+
+    Values of other types become text.
+    """
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, list | tuple):

@@ -56,7 +56,7 @@ class Holder:
     """Of the container, in which process numbers have a meaning."""
     process: int
     process_start: int
-    """In clock ticks after boot: tells a process from an earlier one of the same number."""
+    """In clock ticks after boot. It distinguishes a process from an earlier one of the same number."""
     job: str
     """Slurm's number with its cluster; empty without Slurm."""
     job_restart: int
@@ -249,7 +249,7 @@ def _why_job_is_over(other: Holder, me: Holder) -> str:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    states = [] if told.returncode else told.stdout.split()  # of another user's live job it may tell nothing
+    states = [] if told.returncode else told.stdout.split()  # a live job of another user may be unreadable
     over = bool(states) and all(_OVER.fullmatch(state) for state in states)
     return f"Slurm says {', '.join(states)} of the job" if over else ""
 

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 TOKENIZER = "kaiyuan_tokenizer"
-"""Name of the argument that holds a fingerprint of what the tokenizer does; None where nothing tells."""
+"""Name of the argument with a fingerprint of what the tokenizer does. None where nothing is known of it."""
 
 COMMAND_LINE_TOKENIZER = "kaiyuan_command_line_tokenizer"
 """What a tokenizer that the command line names does; apart from it, for manifests may be added to the shards later."""
@@ -52,12 +52,12 @@ def store_tokenizer(
 ) -> None:
     """Let every checkpoint of this run say what its tokenizer does.
 
-    A plan's tokens come from its shards, of which stock Megatron's do not tell: they have no manifest. The tokenizer of
-    the command line is asked for the ids of a text as well. Paths are no part.
+    A plan's tokens come from its shards. Shards of stock Megatron have no manifest and so do not name their tokenizer.
+    The tokenizer of the command line is asked for the ids of a text as well. Paths are no part.
 
     Args:
         args: Where it is stored.
-        record: The tokenizer of the plan's shards, if they tell.
+        record: The tokenizer of the plan's shards, if they name one.
         tokenizer: The one that Megatron built from the arguments.
         planned: Whether the run has a plan.
     """
@@ -78,7 +78,7 @@ def _eod_of(tokenizer: object) -> int | None:
 def end_of_text(saved: argparse.Namespace) -> int | None:
     """Return the id that ended each document of the run that saved a checkpoint.
 
-    None where it does not tell.
+    None where it does not say.
 
     Args:
         saved: Arguments in the checkpoint, of this version or an earlier one.

@@ -1,4 +1,4 @@
-"""Which starts of a run led to a checkpoint, so that those of an abandoned attempt are told from its own.
+"""Which starts of a run led to a checkpoint, to separate its own from those of an abandoned attempt.
 
 A run that is resumed from an older checkpoint leaves the newer ones behind, in the same folder, until it has come that
 far itself. They have the right names, model, seed and data, and other weights.
@@ -37,7 +37,7 @@ def store_start(args: argparse.Namespace, saved: argparse.Namespace | None, star
 
 
 def comes_from(later: argparse.Namespace, earlier: argparse.Namespace, iteration: int) -> bool:
-    """Whether a checkpoint was trained on from an earlier one; true where it cannot be told.
+    """Return whether a checkpoint was trained on from an earlier one, true where this is not known.
 
     Args:
         later: Arguments in the later checkpoint.

@@ -64,7 +64,7 @@ def differences(
         before: Arguments in a checkpoint. An option of ours that it does not have was off, and so was one of Megatron's
             that is off by default; what else it lacks is not known and equals everything.
         now: Arguments of a run, or in another checkpoint.
-        names: Of the options to compare.
+        names: Options to compare.
         defaults: The parser's default by name.
     """
     found = []

@@ -106,7 +106,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Whole shape and dtype of each tensor of the model, by name."""
+        """Return whole shape and dtype of each tensor of the model, by tensor name."""
         stored = self.reader.read_metadata().state_dict_metadata
         return {
             name: (tuple(entry.size), entry.properties.dtype)
@@ -190,7 +190,10 @@ def iteration_folder(directory: Path, iteration: int) -> Path:
 
 
 def saved_iterations(directory: Path) -> list[int]:
-    """Iterations with a folder in a save directory, whole or not, ascending; none where there is no such directory."""
+    """Return the iterations with a folder in a save directory, whole or not, ascending.
+
+    None of them where there is no such directory.
+    """
     if not directory.is_dir():
         return []
     return sorted(
@@ -207,18 +210,26 @@ class Tracker:
 
     @property
     def iteration(self) -> int | None:
-        """The iteration it names; None where it names none, because it is missing, damaged or `release`."""
+        """Return the iteration that the tracker names.
+
+        None where it names none, because it is missing, damaged or `release`.
+        """
         return int(self.text) if self.text is not None and _ITERATION.fullmatch(self.text) else None
 
 
 def read_tracker(directory: Path) -> Tracker:
-    """Read the tracker of a save directory; bytes that are no text stay visible in what it says."""
+    """Read the tracker of a save directory.
+
+    Bytes that are no text stay visible in what it says.
+    """
     path = directory / TRACKER_NAME
     return Tracker(path.read_text(encoding="utf-8", errors="backslashreplace").strip() if path.is_file() else None)
 
 
 def output_conflict(output: Path, iteration: int, *, like: str | None = None) -> str | None:
-    """Why a checkpoint may not be written into a save directory and become its latest; None if it may.
+    """Return why a checkpoint may not be written into a save directory and become its latest.
+
+    None if it may.
 
     Args:
         output: The directory, which need not exist.
@@ -287,7 +298,7 @@ def write_checkpoint(
 
 @contextmanager
 def new_checkpoint_folder(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
-    """A folder to write a checkpoint into; it takes the name `folder` when the block ends well.
+    """Open a folder to write a checkpoint into, which takes the name `folder` when the block ends well.
 
     Args:
         folder: `iter_*` folder; must not exist.

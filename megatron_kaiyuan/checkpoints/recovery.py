@@ -45,7 +45,7 @@ class Start:
     step: int | None = None
     """Iteration to load in place of the tracker's; None: as Megatron would."""
     announcement: str = ""
-    """What was found amiss."""
+    """What is wrong."""
     name: str | None = None
     """Of this start, like no other; None: the ranks have not agreed on one."""
 

@@ -1,8 +1,8 @@
 """Open the pickles of a checkpoint as data: no class and no function outside the lists here is ever called.
 
 A pickle may name any function of any installed package, and whoever opens it calls that function. `.metadata`, the
-run's arguments and every object beside the tensors are pickles, so a checkpoint from somebody else could run code.
-What the lists hold only stores values. Damage is told in the same way: bytes that are no pickle of these classes.
+run's arguments and every object beside the tensors are pickles, so a checkpoint from somebody else could run code. What
+the lists hold only stores values. Damage is reported in the same way: bytes that are no pickle of these classes.
 
 Errors of `read_metadata` and `load_object` begin with "has a ... that": the caller puts the folder in front.
 """
@@ -143,7 +143,7 @@ def _imported(name: str) -> tuple[Any, str]:
 
 
 def load_stored(stream: BinaryIO, name: str, part: str = "") -> Any:
-    """Load an object that a part of the checkpoint stores; what it holds for others to unpickle is looked at, too.
+    """Load an object that a part of the checkpoint stores, and check what it holds for others to unpickle.
 
     Transformer Engine unpickles the extra states of its modules, which are bytes in a tensor, by itself.
 

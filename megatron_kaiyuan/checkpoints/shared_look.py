@@ -28,7 +28,7 @@ _stores: list[Store] = []
 
 
 class Looker:
-    """On rank 0: tells what is wrong with a checkpoint, with the help of the other ranks."""
+    """Rank 0's check of a checkpoint, made with the help of the other ranks."""
 
     summary = ""
     """What was looked at last and was intact."""
@@ -39,7 +39,7 @@ class Looker:
         self._asked = 0
 
     def __call__(self, folder: Path) -> str | None:
-        """Return what is wrong with a checkpoint; None if all its files are as they were saved.
+        """Return what is wrong with a checkpoint, None if all its files are as they were saved.
 
         Raises:
             ResumeError: another host reads other bytes than this one.
@@ -67,7 +67,7 @@ class Looker:
         return None
 
     def finish(self, decision: str) -> None:
-        """Tell all ranks what was decided."""
+        """Send the decision to all ranks."""
         self._ask({"decision": decision})
 
     def _ask(self, task: dict[str, str]) -> None:
@@ -82,7 +82,9 @@ class Looker:
 
 
 def look_together(decide: Callable[[Looker], str]) -> str:
-    """Return what `decide` says on rank 0, on all ranks; the others read for it meanwhile.
+    """Return what `decide` says on rank 0, on all ranks.
+
+    The other ranks read for it meanwhile.
 
     Args:
         decide: Called on rank 0 alone.
@@ -112,7 +114,7 @@ def _help(store: Store, rank: int, world_size: int) -> str:
 
 
 def _read_share(folder: Path, rank: int, world_size: int) -> tuple[str, str, str] | None:
-    """Name of a file, what is wrong with it and the host that reads it so; None if all is well."""
+    """Return the name of a file, what is wrong with it and the host that reads it so, None if all is well."""
     host = platform.node()
     try:
         sums = read_checksums(folder)
@@ -125,7 +127,10 @@ def _read_share(folder: Path, rank: int, world_size: int) -> tuple[str, str, str
 
 
 def _share(sums: dict[str, FileSum], rank: int, world_size: int) -> dict[str, FileSum]:
-    """Every file is read by one rank; the largest are spread first."""
+    """Return the files that one rank reads.
+
+    Every file is read by one rank. The largest are spread first.
+    """
     names = sorted(sums, key=lambda name: (-sums[name].bytes, name))
     return {name: sums[name] for name in names[rank::world_size]}
 

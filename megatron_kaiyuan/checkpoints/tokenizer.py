@@ -36,7 +36,7 @@ class CheckpointTokenizer:
     config: TokenizerConfig
     tokenizer: TextTokenizer
     end: int | None
-    """Id that ended each document of the run, or else what the tokenizer declares; None where neither tells."""
+    """Id that ended each document of the run, or else what the tokenizer declares. None where neither is known."""
     compared: bool
     """Whether the checkpoint records its tokenizer, so that this one was compared with it."""
 

@@ -40,9 +40,10 @@ def results_queue(*, asynchronous: bool) -> Any:
 
 @async_utils._disable_gc()  # type: ignore[untyped-decorator]
 def write_buckets(transforms: Any, use_msc: bool, _rank: int, buckets: Sequence[Any], results: Any) -> None:  # noqa: FBT001
-    """Write each bucket of a save into its file; put `{number: what was written}` or the error into `results`.
+    """Write each bucket of a save into its file.
 
-    Megatron's own function loses the error: it reports the type, or ends the rank with an assertion.
+    Puts `{number: what was written}` or the error into `results`. Megatron's own function loses the error: it reports
+    the type, or ends the rank with an assertion.
     """
     if multiprocessing.parent_process() is not None:
         become_helper()

@@ -59,7 +59,10 @@ class DomainShare:
 
 
 def domain_samples(spec: PlanSpec, phases: Sequence[Phase]) -> dict[str, int]:
-    """Samples of each domain in these phases; a domain that they do not show has none and is left out."""
+    """Return the samples of each domain in these phases.
+
+    A domain that the phases do not show is left out.
+    """
     found: dict[str, int] = {}
     for phase in phases:
         for name, used in zip(phase.streams, phase.used.tolist(), strict=True):

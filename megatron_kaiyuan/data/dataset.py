@@ -24,7 +24,10 @@ _NEAR_IN_A_ROW = 3
 
 
 def band_name(number: int) -> str:
-    """A quantile band for people, such as `90-100%`; band 0 has the lowest scores."""
+    """Return the name of a quantile band for people, such as `90-100%`.
+
+    Band 0 has the lowest scores.
+    """
     step = 100 // NUM_BANDS
     return f"{number * step}-{(number + 1) * step}%"
 
@@ -60,10 +63,10 @@ class CurriculumDataset:
         return self.plan.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, NDArray[np.int64]]:
-        """Tokens of a sample: inputs and, shifted by one, targets; int64 `[seq_length + 1]`.
+        """Return the tokens of a sample, int64 `[seq_length + 1]`: inputs and, shifted by one, targets.
 
         Raises:
-            IndexError: `sample` outside `range(len(self))`; negative numbers too, since a sampler never means them.
+            IndexError: `sample` outside `range(len(self))`. A negative number is outside too.
         """
         stream, window = self._stream_and_window(sample)
         return {"tokens": stream.read(window)}
@@ -143,7 +146,10 @@ class CurriculumDataset:
         return place
 
     def _find(self, sample: int, *, ordered: bool) -> tuple[Phase, int, int]:
-        """`ordered`: samples are asked for in order, as far as one can tell, and others of the block will follow."""
+        """Return the phase of a sample, its stream, and its window in the stream.
+
+        `ordered`: samples seem to be asked for in order, and others of the block will follow.
+        """
         phase = self.plan.phase_of(sample)
         local = sample - phase.first_sample
         block = (phase.first_sample, local // _BLOCK)
@@ -159,7 +165,10 @@ class CurriculumDataset:
 
 
 class HeldOutDataset:
-    """Held-out documents of one source of a plan, packed in storage order; the same windows in every run."""
+    """Held-out documents of one source of a plan, packed in storage order.
+
+    The windows are the same in every run.
+    """
 
     def __init__(self, plan: Plan | str | Path, source: str) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -186,7 +195,10 @@ class HeldOutDataset:
         return self._stream.segments(int(sample))
 
     def documents(self, sample: int) -> NDArray[np.int64]:
-        """The document, numbered within the source, of each predicted token of a window; int64 `[seq_length]`."""
+        """Return the document of each predicted token of a window, int64 `[seq_length]`.
+
+        Documents are numbered within the source.
+        """
         pieces = self._stream.pieces(int(sample))
         return np.concatenate([np.repeat(some.documents, some.sizes) for some in pieces])[1:]
 
@@ -203,7 +215,10 @@ class HeldOutDataset:
 
     @cached_property
     def _band_of_held_out(self) -> NDArray[np.int8] | None:
-        """By place in `held_out`, `[H]`; None where there are no scores."""
+        """Return the band of each held-out document, int8 `[H]` by place in `held_out`.
+
+        None where there are no scores.
+        """
         opened = self.plan.opened[self.source]
         if opened.spec.score is None:
             return None

@@ -19,9 +19,9 @@ __all__ = ["QUALITY_COLUMNS", "ResolvedPlan", "band_edges", "describe_plan", "qu
 
 
 QUALITY_COLUMNS = 96
-"""Places at which a description tells the quality of each scored source."""
+"""Places at which a description gives the quality of each scored source."""
 _PLACES = 2048
-"""Windows of a stretch that are looked up to tell the bands of an amended curriculum."""
+"""Windows of a stretch that are looked up for the bands of an amended curriculum."""
 
 
 class ResolvedPlan(NamedTuple):
@@ -119,13 +119,16 @@ def _order_text(stream: Stream) -> str:
 
 
 def _share_asked(phase: Phase, name: str) -> float | None:
-    """The share of the phase that the weight of a source asks for; None without weights."""
+    """Return the share of the phase that the weight of a source asks for, None without weights."""
     weights = {one: part.weight for one, part in phase.spec.sources.items() if part.weight is not None}
     return float(weights[name] / sum(weights.values())) if weights else None
 
 
 def _times_shown(version: int, stream: Stream, used: int) -> list[dict[str, int]] | None:
-    """Tokens of the selection by how often it and the phases that it goes on with show them; None: cannot be told."""
+    """Return the tokens of the selection, by how often it is shown together with the phases it goes on with.
+
+    None where this is not known.
+    """
     total, shown = stream.selected.num_tokens, (stream.seen.windows + used) * stream.seq_length
     if version == 1 and stream.ascending and stream.num_passes > 1 and used < stream.num_windows:
         return None
@@ -166,7 +169,10 @@ def _describe_source(plan: ResolvedPlan, source: OpenedSource, bands: int) -> di
 
 
 def band_edges(documents: int, bands: int) -> NDArray[np.int64]:
-    """Ranks at which equal bands of documents begin and, last, end, as the monitor counts them; int64 `[bands + 1]`."""
+    """Return the ranks at which equal bands of documents begin and, last, end, int64 `[bands + 1]`.
+
+    Bands are those that the monitor counts.
+    """
     return np.array([-(-band * documents // bands) for band in range(bands + 1)], dtype=np.int64)
 
 

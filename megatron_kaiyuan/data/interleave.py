@@ -75,7 +75,10 @@ def merged_sample(rates: Sequence[float], total: float, sample: int) -> tuple[in
 
 
 def prefix_counts(rates: NDArray[np.float64], samples: int) -> NDArray[np.int64]:
-    """How often each stream occurs in the first `samples` merged samples; int64 `[k]`, sums to `samples`."""
+    """Return how often each stream occurs in the first `samples` merged samples.
+
+    int64 `[k]`, sums to `samples`.
+    """
     streams, _, settled = _sorted_candidates(rates, samples, samples)
     before = samples - int(settled.sum())
     return settled + np.bincount(streams[:before], minlength=len(rates))

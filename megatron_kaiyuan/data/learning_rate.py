@@ -13,7 +13,7 @@ __all__ = ["averaging_weights", "batch_warnings", "mean_rate", "rate_at", "rate_
 _BEST_FROM = 0.8
 """The best data of an ascending stream: its last fifth."""
 _LOWEST_SHARE = 1 / 3
-"""Of the run's highest rate: arXiv 2511.18903 found a decay to about a third to leave a curriculum its effect."""
+"""Of the run's highest rate. In arXiv 2511.18903 a decay to about a third left a curriculum its effect."""
 
 _WEIGHTING = re.compile(r"mean|wma|decay:(?P<shape>linear|cosine|sqrt)|ema:(?P<alpha>(\d+\.?\d*|\.\d+)(e-?\d+)?)")
 
@@ -78,9 +78,9 @@ def mean_rate(lr: Mapping[str, Any], first: float, last: float) -> float:
 
 
 def rate_warnings(description: Mapping[str, Any]) -> list[str]:
-    """Curricula whose best data, which comes last, meets a small rate.
+    """Return warnings about curricula whose best data, which comes last, meets a small rate.
 
-    A rate that is low where the data are best takes away what their order gives: arXiv 2511.18903 measured an ascending
+    A rate that is low where the data are best undoes what their order gives: arXiv 2511.18903 measured an ascending
     curriculum under a full decay below the same data shuffled, and above it with a moderate decay or none.
 
     Args:

@@ -65,7 +65,10 @@ class OpenedSource:
 
     @cached_property
     def _thinned(self) -> DocumentRuns:
-        """The same documents for every phase, at equal distances; by rank where there are ranks, in either order."""
+        """Return the same documents for every phase, at equal distances.
+
+        They are taken by rank where there are ranks, in either order.
+        """
         assert self.spec.thin is not None
         some = self._trainable_ranked if self.spec.score is not None else self._trainable_stored
         return every_nth(some, max(1, nearest_count(self.spec.thin, some.num_documents)))
@@ -168,7 +171,10 @@ class OpenedSource:
 
 
 def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
-    """Open the shards of a source and draw its held-out documents; errors as `open_plan_sources`."""
+    """Open the shards of a source and draw its held-out documents.
+
+    Errors as `open_plan_sources`.
+    """
     return open_plan_sources({name: spec}, {name: held_out}, seed)[name]
 
 
@@ -218,7 +224,9 @@ def open_plan_sources(
 def leave_out_elsewhere(
     opened: Mapping[str, OpenedSource], files: Mapping[str, Sequence[tuple[Hashable, int]]]
 ) -> dict[str, OpenedSource]:
-    """Leave out of each source what another one holds out of the shards that both name; `files` as its `parts`.
+    """Leave out of each source what another one holds out of the shards that both name.
+
+    `files` is the `parts` of `held_out_elsewhere`.
 
     Raises:
         PlanError: that leaves a source without a document.
@@ -274,9 +282,10 @@ def check_held_out(opened: Mapping[str, OpenedSource], seq_length: int) -> None:
 
 
 def _files(sources: Mapping[str, Source]) -> dict[str, list[tuple[Hashable, int]]]:
-    """What tells each shard from all others, and its documents, by source: the file, or checksums where it has them.
+    """Return, by source, the identity of each shard with its number of documents.
 
-    A copy with a manifest is the same shard by its checksums, a link without one by its file.
+    The identity is the shard's checksums where it has them, or else its file. A copy with a manifest is the same shard
+    by its checksums, a link without one by its file.
     """
     shards = [shard for source in sources.values() for shard in source.shards]
     files = dict(zip((shard.prefix for shard in shards), real_files([shard.prefix for shard in shards]), strict=True))
@@ -310,10 +319,10 @@ def _load_index(source: Source, spec: SourceSpec, digest: str | None) -> RankInd
 def held_out_elsewhere(
     parts: Mapping[str, Sequence[tuple[Hashable, int]]], held_out: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, NDArray[np.int64]]:
-    """Documents of each source that another source holds out, and that it does not hold out itself.
+    """Return the documents of each source that another source holds out, and that it does not hold out itself.
 
     Args:
-        parts: of each source, in storage order, what tells a shard from all others, and its number of documents.
+        parts: of each source, in storage order, the identity of each shard and its number of documents.
         held_out: documents that each source holds out, by their numbers in it, ascending int64 `[n]`.
 
     Returns:

@@ -99,13 +99,13 @@ class Phase:
 
     @cached_property
     def _stream_facts(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Whether each stream is ascending, and the windows that it may show; `[streams]` each."""
+        """Return whether each stream is ascending, and the windows that it may show, `[streams]` each."""
         ascending = np.array([stream.ascending for stream in self.stream_list])
         return ascending, np.array([stream.available for stream in self.stream_list], dtype=np.int64)
 
     @cached_property
     def _lifted(self) -> list[int]:
-        """Ascending streams that go on with what earlier phases left, by number; mostly none."""
+        """Return the numbers of the ascending streams that go on with what earlier phases left, mostly none."""
         return [number for number, stream in enumerate(self.stream_list) if stream.ascending and stream.seen.windows]
 
 

@@ -46,7 +46,9 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, simulate: bool = False) -> "Plan":
-        """Read a plan file and open its sources; nothing is built and no token is read but a few probes.
+        """Read a plan file and open its sources.
+
+        Nothing is built, and no token is read but a few probes.
 
         Args:
             path: the YAML file.
@@ -110,7 +112,7 @@ class Plan:
 
     @property
     def sources(self) -> dict[str, SourceSpec]:
-        """Sources by name, in the order of the plan file."""
+        """Return the sources, keyed with their names, in the order of the plan file."""
         return self.spec.sources
 
     @property
@@ -142,7 +144,10 @@ class Plan:
         return hashlib.sha256(json.dumps(self.order_record(), sort_keys=True).encode()).hexdigest()[:16]
 
     def order_record(self) -> dict[str, Any]:
-        """Everything the order depends on, as plain data; stored in checkpoints."""
+        """Return everything the order depends on, as plain data.
+
+        Checkpoints store it.
+        """
         return order_record(self.spec, self.opened, self.phases)
 
     def as_begun(self, record: Mapping[str, Any]) -> "Plan":
@@ -177,7 +182,7 @@ class Plan:
 
     @property
     def tokenizer_record(self) -> TokenizerRecord | None:
-        """The tokenizer that the manifests of all shards name; None where no shard has one."""
+        """Return the tokenizer that the manifests of all shards name, None where no shard has one."""
         shards = (shard for source in self.opened.values() for shard in source.source.shards)
         return next((shard.record.tokenizer for shard in shards if shard.record is not None), None)
 

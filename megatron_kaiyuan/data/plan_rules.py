@@ -20,7 +20,10 @@ _SECOND = {
 
 
 def named_draws(phases: Sequence[PhaseSpec]) -> dict[tuple[str, str], Keep]:
-    """What each named draw keeps, by source and name; the largest where it stands in several places."""
+    """Return what each named draw keeps, keyed with source and name.
+
+    It is the largest where the draw stands in several places.
+    """
     found: dict[tuple[str, str], Keep] = {}
     for _, _, source, part in _parts(phases):
         if part.draw is not None and part.rest_of is None:

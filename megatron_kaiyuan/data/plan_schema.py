@@ -178,7 +178,10 @@ class PlanSpec(Strict):
 
     @property
     def draws(self) -> dict[tuple[str, str], Keep]:
-        """What each named draw keeps, by source and name; the largest where it stands in several places."""
+        """Return what each named draw keeps, keyed with source and name.
+
+        It is the largest where the draw stands in several places.
+        """
         return named_draws(self.phases)
 
     def domain_of(self, source: str) -> str:

@@ -76,7 +76,7 @@ def _is_stored(order: ShuffledOrder | PackedOrder) -> bool:
         order.open_stored()
     except RankIndexError:
         return False
-    written = order.path.stat().st_mtime_ns  # shards are told apart by probes
+    written = order.path.stat().st_mtime_ns  # probes identify the shards
     return max(Path(f"{shard.prefix}.idx").stat().st_mtime_ns for shard in order.source.shards) <= written
 
 
@@ -85,6 +85,6 @@ def _is_current(path: Path, source: Source, score: str) -> bool:
         open_rank_index(path, source, score)
     except RankIndexError:
         return False
-    written = path.stat().st_mtime_ns  # the index is told from its shards by probes, which may miss a change inside
+    written = path.stat().st_mtime_ns  # probes identify the index's shards, and may miss a change inside
     inputs = [name for shard in source.shards for name in (f"{shard.prefix}.idx", score_path(shard.prefix, score))]
     return max(side_by_side(lambda name: Path(name).stat().st_mtime_ns, inputs)) <= written

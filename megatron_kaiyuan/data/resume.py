@@ -117,7 +117,10 @@ def _packing_record(stream: Stream) -> dict[str, list[Any]]:
 
 
 def version_of_record(record: Mapping[str, Any]) -> int:
-    """The version of the plan that a saved order was made under; the newest where the record is none of ours."""
+    """Return the version of the plan that a saved order was made under.
+
+    The newest version where the record is none of ours.
+    """
     found = [version for version, name in _FORMATS.items() if name == record.get("format")]
     return found[0] if found else max(_FORMATS)
 
@@ -167,7 +170,10 @@ def _length(phase: Mapping[str, Any]) -> int:
 
 
 def _compare_amendments(where: str, old: Mapping[str, Any], new: Mapping[str, Any], consumed: int, here: int) -> None:
-    """Refuse another length that begins before the sample that was reached; `here`: consumed samples of the phase."""
+    """Refuse another length that begins before the sample that was reached.
+
+    `here`: consumed samples of the phase.
+    """
     before, now = ([pair for pair in phase.get("amended", []) if pair[0] < here] for phase in (old, new))
     if before != now:
         _refuse(f"{where}.amended", before, now, consumed)

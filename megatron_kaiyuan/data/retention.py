@@ -38,12 +38,12 @@ _WORTH = 15.387756
 _REPEATED = 1.005
 """Passes from which data count as repeated."""
 _HARMLESS = 4
-"""Passes up to which they found repeated data nearly as good as new ones."""
+"""Passes up to which repeated data were nearly as good as new ones there."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Bins:
-    """Equal parts of every phase, in the order of the run; `[phases * _PLACES]` each."""
+    """Equal parts of every phase, in the order of the run, `[phases * _PLACES]` each."""
 
     starts: NDArray[np.float64]
     """First step of each and, last, the end of the run; one more than bins."""
@@ -65,7 +65,9 @@ def _bins(phases: Sequence[Phase], global_batch_size: int) -> _Bins:
 def kept_weights(
     phases: Sequence[Phase], global_batch_size: int, weight_decay: float, averaging: AveragingSpec | None
 ) -> NDArray[np.float64]:
-    """Weight, in the final weights, of a step in the middle of each 64th of each phase; float64 `[phases, 64]`.
+    """Return the weight, in the final weights, of a step in the middle of each 64th of each phase.
+
+    float64 `[phases, 64]`.
 
     Args:
         phases: of a plan with learning rates.

@@ -80,7 +80,10 @@ class SimulatedOrder:
         return self.token_offsets(positions + 1) - self.token_offsets(positions)
 
     def positions_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Documents are numbered by rank; held-out ones are drawn at random anyway."""
+        """Return the ranks of these documents, because simulated documents are numbered by rank.
+
+        Held-out ones are drawn at random anyway.
+        """
         return documents
 
     def read(self, token: int, out: NDArray[np.int64]) -> None:
@@ -134,7 +137,10 @@ class SimulatedOpenedSource(OpenedSource):
 def simulate_plan_sources(
     specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
 ) -> dict[str, OpenedSource]:
-    """Sources of the sizes that their `expected` fields give; arguments and errors as of `open_plan_sources`."""
+    """Return sources of the sizes in their `expected` fields.
+
+    Arguments and errors as of `open_plan_sources`.
+    """
     opened = {name: _simulate(name, spec, held_out[name], seed) for name, spec in specs.items()}
     sizes = {name: source.source.num_documents for name, source in opened.items()}
     shards = {name: [((str(specs[name].shards), size), size)] for name, size in sizes.items()}

@@ -133,17 +133,17 @@ class Stream:
 
     @cached_property
     def pass_windows(self) -> NDArray[np.int64]:
-        """First window of each pass and, last, the number of windows; int64 `[passes + 1]`."""
+        """Return the first window of each pass and, last, the number of windows, int64 `[passes + 1]`."""
         starts = np.arange(self.num_passes + 1, dtype=np.int64) * self.selected.num_tokens - self.first_token
         starts[-1] = self.num_windows * self.seq_length
         return np.clip(-(-starts // self.seq_length), 0, self.num_windows)
 
     @cached_property
     def _inner_windows(self) -> NDArray[np.int64]:
-        """How many windows of each pass end within the pass; only these are permuted, int64 `[passes]`.
+        """Return how many windows of each pass end within the pass, int64 `[passes]`.
 
-        The one window that runs into the next pass stays last in its pass, so that a further pass leaves the order of
-        the passes before it as it was.
+        Only these are permuted. The one window that runs into the next pass stays last in its pass, so that a further
+        pass leaves the order of the passes before it as it was.
         """
         ends = np.arange(1, self.num_passes + 1, dtype=np.int64) * self.selected.num_tokens
         ends[-1] = self.num_tokens
@@ -197,7 +197,7 @@ class Stream:
         return numbers
 
     def read(self, window: int) -> NDArray[np.int64]:
-        """Tokens of a window: inputs and, shifted by one, targets; int64 `[seq_length + 1]`."""
+        """Return the tokens of a window, int64 `[seq_length + 1]`: inputs and, shifted by one, targets."""
         out = np.empty(self.seq_length + 1, dtype=np.int64)
         if self.packed is not None:
             self.packed.read(self._packed_token(window), out)
@@ -239,7 +239,7 @@ class Stream:
         ]
 
     def documents(self, window: int) -> NDArray[np.int64]:
-        """Numbers, in the source, of the documents of a window; ascending, int64 `[n]`."""
+        """Return the documents of a window as ascending numbers in the source, int64 `[n]`."""
         return np.unique(np.concatenate([pieces.documents for pieces in self.pieces(window)]))
 
     def positions(self, window: int) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def left_out_one(place: int, used: int, available: int) -> int:
 
 
 def left_out(places: NDArray[np.int64], used: int, available: int) -> NDArray[np.int64]:
-    """`left_out_one` of several, without overflow; int64 `[n]`."""
+    """Return `left_out_one` of several, without overflow, int64 `[n]`."""
     left = available - used
     quotient, remainder = divmod(available, left)
     counts = places + 1

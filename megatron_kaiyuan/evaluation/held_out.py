@@ -194,10 +194,10 @@ def document_options(arguments: argparse.Namespace, record: TokenizerRecord | No
 
     Args:
         arguments: From `single_process_arguments`.
-        record: Tokenizer of the shards, if they tell.
+        record: Tokenizer of the shards, if they name one.
 
     Raises:
-        ConfigError: the run kept documents apart, and nothing tells the id at which they end.
+        ConfigError: the run kept documents apart, and the id at which they end is not known.
     """
     kept = {name: bool(getattr(arguments, name, False)) for name in _DOCUMENT_FLAGS}
     eod = end_of_text(arguments)

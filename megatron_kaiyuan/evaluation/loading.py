@@ -55,7 +55,10 @@ _ONE_RANK: dict[str, object] = {
 
 
 def start_single_process() -> None:
-    """Make this process a group of one, which Megatron's layers ask for; a second call changes nothing."""
+    """Make this process a group of one, which Megatron's layers ask for.
+
+    A second call changes nothing.
+    """
     if not torch.distributed.is_initialized():
         backend = "gloo" if cpu_platform.is_installed() else "nccl"
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -101,7 +104,9 @@ def build_untrained(arguments: argparse.Namespace) -> Any:
 
 
 def load_weights(model: Any, checkpoint: Checkpoint) -> None:
-    """Fill a model, or one rank's part of it, with the weights of a checkpoint; all ranks together.
+    """Fill a model, or one rank's part of it, with the weights of a checkpoint.
+
+    All ranks call it together.
 
     Raises:
         ConfigError: the checkpoint is of another model.
@@ -110,9 +115,9 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
 
 
 def read_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a model, or one rank's part of it, would be filled with, by name; all ranks together.
+    """Return what a model, or one rank's part of it, would be filled with, keyed with tensor names.
 
-    Its tensors may be those of the model itself, filled in place.
+    All ranks call it together. Its tensors may be those of the model itself, filled in place.
 
     Raises:
         ConfigError: the checkpoint is of another model.

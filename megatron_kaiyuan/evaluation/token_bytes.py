@@ -36,7 +36,9 @@ def check_tokenizer(tokenizer_model: str | Path, saved: argparse.Namespace, plan
 
 
 def token_bytes(tokenizer_model: str | Path) -> NDArray[np.int64] | None:
-    """Bytes of text that each token id stands for, int64 `[vocabulary]`; special tokens stand for none.
+    """Return the bytes of text that each token id stands for, int64 `[vocabulary]`.
+
+    Special tokens stand for none.
 
     Args:
         tokenizer_model: Folder or file of a `tokenizer.json`.

@@ -1,4 +1,7 @@
-"""What a model computes, as far as its weights and both layouts must agree on it; and what has no counterpart there."""
+"""What a model computes, as far as its weights and both layouts must agree on it.
+
+Also what has no counterpart there.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -160,7 +163,10 @@ def _refuse_other_functions(given: Mapping[str, Any]) -> None:
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The Kaiyuan options that a run has; a checkpoint of stock Megatron has none, which is all of them off."""
+    """Return the Kaiyuan options that a run has.
+
+    A checkpoint of stock Megatron has none, which is all of them off.
+    """
     with quiet_megatron_import():
         from megatron_kaiyuan.model.config import KaiyuanModelOptions
 

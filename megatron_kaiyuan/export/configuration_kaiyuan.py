@@ -17,7 +17,10 @@ __all__ = ["KaiyuanConfig"]
 
 
 class KaiyuanConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # transformers leaves a hook untyped
-    """Shape and options of a decoder-only model; names are those of Llama and Gemma 2 where they have one."""
+    """Shape and options of a decoder-only model.
+
+    Names are those of Llama and Gemma 2 where they have one.
+    """
 
     model_type = "kaiyuan"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the name and type are of transformers)

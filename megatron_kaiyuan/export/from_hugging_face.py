@@ -50,7 +50,7 @@ def import_model(
 
     Args:
         source: Folder with `config.json` and safetensors.
-        output: Save directory of the result; `--load OUTPUT` finds it.
+        output: Save directory of the result, for `--load`.
         iteration: Number in the folder's name; None: that of the exported checkpoint, or else 1.
         progress: Called with the bytes that each step wrote.
 
@@ -137,9 +137,10 @@ def _join_layer(
 
 
 def untrained_state(architecture: Architecture, iteration: int, dtype: torch.dtype) -> dict[str, io.BytesIO]:
-    """What Megatron stores beside the tensors, as bytes by name: arguments and counters of a run that has not begun.
+    """Return what Megatron stores beside the tensors, as bytes keyed with names.
 
-    Each module also asks for an extra state, which holds FP8 scales where FP8 is used and is None otherwise.
+    These are arguments and counters of a run that has not begun. Each module also asks for an extra state, which holds
+    FP8 scales where FP8 is used and is None otherwise.
 
     Args:
         architecture: Of the model.
@@ -175,7 +176,10 @@ def _stored(value: object) -> io.BytesIO:
 
 
 def _extra_state_names(architecture: Architecture) -> Iterator[str]:
-    """Of every module that may have one, with Transformer Engine or without; one that nobody asks for does no harm."""
+    """Yield the names of the extra states of every module that may have one, with Transformer Engine or without.
+
+    One that nobody asks for does no harm.
+    """
     modules = [(weight.name.rpartition(".")[0], weight.stacked) for weight in weights_of(architecture)]
     modules.append(("decoder.layers.self_attention.core_attention", True))
     for module, stacked in dict.fromkeys(modules):

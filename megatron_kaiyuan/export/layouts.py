@@ -150,7 +150,10 @@ def _shape(architecture: Architecture, dtype: torch.dtype) -> dict[str, object]:
 
 
 def _read_shape(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `_shape`, with the base of the rotary positions; KeyError for a key that is missing."""
+    """Return the shape in a config, with the base of the rotary positions.
+
+    Undoes `_shape`. Raises KeyError for a key that is missing.
+    """
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],

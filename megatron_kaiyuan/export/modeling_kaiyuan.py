@@ -45,7 +45,10 @@ def plain_attention(
     scaling: float,
     **_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with visible weights (`attn_implementation="eager"`); softmax in FP32."""
+    """Attend with visible weights (`attn_implementation="eager"`).
+
+    The softmax is in FP32.
+    """
     key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -82,7 +85,7 @@ class KaiyuanAttention(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; [b, s, h] to [b, s, h], and the weights where the implementation tells them."""
+        """Attend, [b, s, h] to [b, s, h], and return the weights where the implementation has them."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), *angles)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), *angles)
@@ -106,14 +109,17 @@ class KaiyuanMLP(nn.Module):
         self.branch_scale = 2.0**-config.branch_scale_bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, s, h] to [b, s, h]; the activation is rounded once, as in training."""
+        """Apply the MLP, [b, s, h] to [b, s, h].
+
+        The activation is rounded once, as in training.
+        """
         precise = torch.promote_types(x.dtype, torch.float32)
         gate, up = self.gate_proj(x).to(precise), self.up_proj(x).to(precise)
         return cast(Tensor, self.down_proj((nn.functional.silu(gate) * up * self.branch_scale).to(x.dtype)))
 
 
 class KaiyuanDecoderLayer(GradientCheckpointingLayer):
-    """One layer; `post_attention_layernorm` is the norm before the MLP, as in Llama and GLM-4."""
+    """One layer, whose `post_attention_layernorm` is the norm before the MLP, as in Llama and GLM-4."""
 
     def __init__(self, config: KaiyuanConfig, layer_idx: int) -> None:
         super().__init__()
@@ -185,7 +191,10 @@ class KaiyuanModel(KaiyuanPreTrainedModel):
         use_cache: bool | None = None,  # noqa: FBT001 (the names and kinds of transformers)
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states, [b, s, h], of int64 ids [b, s] or embeddings [b, s, h]; see transformers for the rest."""
+        """Return hidden states, [b, s, h], of int64 ids [b, s] or embeddings [b, s, h].
+
+        See transformers for the rest.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -210,7 +219,10 @@ class KaiyuanModel(KaiyuanPreTrainedModel):
         )
 
     def _angles(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of position * theta^(-2i/d), [b, s, d]; computed in FP32 (FP64 for an FP64 model)."""
+        """Return cosine and sine of position * theta^(-2i/d), [b, s, d].
+
+        They are computed in FP32 (FP64 for an FP64 model).
+        """
         precise = torch.promote_types(x.dtype, torch.float32)
         size = self.config.head_dim
         exponents = torch.arange(0, size, 2, device=x.device, dtype=precise) / size
@@ -244,7 +256,9 @@ class KaiyuanForCausalLM(KaiyuanPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, [b, s, vocabulary], in FP32 where they are capped; the loss too, where labels are given.
+        """Return logits, [b, s, vocabulary], and the loss where labels are given.
+
+        Capped logits are in FP32.
 
         Args:
             input_ids: int64 [b, s].

@@ -32,7 +32,10 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 
 class TensorWriter:
-    """Writes a model's tensors into a folder; `with` closes it, and leaving it well means that all were written."""
+    """Writer of a model's tensors into a folder, as a context manager.
+
+    `with` closes it. Leaving the block well means that all tensors were written.
+    """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Form], max_file_bytes: int) -> None:
         """Lay out the files.
@@ -94,7 +97,10 @@ class TensorWriter:
 
 
 def _grouped(tensors: Mapping[str, Form], max_file_bytes: int) -> list[list[str]]:
-    """Names in files; every one in its order, a new file where the next tensor would not fit."""
+    """Return the names in files, each name in its order.
+
+    A new file begins where the next tensor would not fit.
+    """
     strange = [f"{name} is {dtype}" for name, (_, dtype) in tensors.items() if dtype not in _DTYPES]
     if strange:
         raise ConvertError(f"{strange[0]}; only FP16, BF16 and FP32 weights can be exported")
@@ -132,7 +138,7 @@ class TensorFolder:
 
     @cached_property
     def forms(self) -> dict[str, Form]:
-        """Shape and dtype by name."""
+        """Return shape and dtype, keyed with tensor names."""
         names = {name: dtype for dtype, name in _DTYPES.items()}
         found = {}
         for name, opened in self._file_of.items():

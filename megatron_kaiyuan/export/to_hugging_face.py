@@ -64,7 +64,7 @@ def export_checkpoint(
         checkpoint: Of training, or an average of several.
         output: Must not exist.
         tokenizer: As for `named_config`; converted where it is no `tokenizer.json`.
-        layout: `auto` takes the stock layout that computes the model exactly, or else our own.
+        layout: `auto` chooses the stock layout that computes the model exactly, or else our own.
         dtype: Of the exported weights; None: as stored.
         check: Load the result and run a text through it; needs the memory of the whole model.
         max_file_bytes: Largest safetensors file.
@@ -72,7 +72,7 @@ def export_checkpoint(
 
     Raises:
         ConvertError: the model has no counterpart or not in that layout, a weight leaves the range of `dtype`, the
-            output exists, the tokenizer cannot be converted, or the check finds a value that is not finite.
+            output exists, the tokenizer cannot be converted, or the check meets a value that is not finite.
         TokenizerError: the tokenizer is not that of the model.
     """
     if output.exists():
@@ -176,7 +176,10 @@ def _export_weight(
 def _layers_of(
     checkpoint: Checkpoint, architecture: Architecture, weight: Weight
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each layer's number and tensor; a weight outside the layers counts as layer 0."""
+    """Yield each layer's number and tensor.
+
+    A weight outside the layers counts as layer 0.
+    """
     names = _stored_names(checkpoint, architecture, weight)
     if not weight.stacked or names != [weight.name]:
         for layer, name in enumerate(names):

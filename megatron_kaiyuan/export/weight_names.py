@@ -45,7 +45,10 @@ class Weight:
 
 
 def weights_of(architecture: Architecture) -> Iterator[Weight]:
-    """Every weight of a model, in the order of computation; nothing else belongs in its checkpoint."""
+    """Yield every weight of a model, in the order of computation.
+
+    Nothing else belongs in its checkpoint.
+    """
     hidden, rows = architecture.hidden_size, architecture.padded_vocab_size
     yield Weight("embedding.word_embeddings.weight", False, ("model.embed_tokens.weight",), (rows, hidden))
     yield from _attention_weights(architecture)

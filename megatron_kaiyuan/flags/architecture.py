@@ -383,7 +383,7 @@ _OF_EXPERTS = " ".join(
     for name in rule.names
     if name.startswith("moe_") or name in ("expert_tensor_parallel_size", "high_priority_a2a_comm_stream")
 )
-"""All that says how experts are built, found and placed."""
+"""Options that say how experts are built, chosen and placed."""
 
 ARCHITECTURE: tuple[Rule, ...] = (
     *_BY_OUR_LAYERS,

@@ -2,7 +2,7 @@
 
 Megatron checks a command line with assertions, often without a message, and with exceptions of many kinds; some checks
 print a line and leave with exit code 0. Here the failing check itself is read: its condition, those it stands under and
-the arguments they name tell which flags are at fault. So no list of checks is kept, and none can be missing.
+the arguments they name show which flags are at fault. So no list of checks is kept, and none can be missing.
 """
 
 import sys
@@ -19,10 +19,12 @@ __all__ = ["megatron_checks", "no_silent_end", "sentence"]
 
 @contextmanager
 def megatron_checks(flags: Mapping[str, Spelling]) -> Iterator[None]:
-    """Turn what Megatron raises in the block into a `ConfigError`; only checks of the command line may run in it.
+    """Turn what Megatron raises in the block into a `ConfigError`.
+
+    Only checks of the command line may run in it.
 
     Args:
-        flags: The parser's flags by the name that argparse stores them under.
+        flags: The parser's flags, keyed with the attribute that argparse stores them in.
 
     Raises:
         ConfigError: Megatron raised an error, or left with an exit code that says that all is well.

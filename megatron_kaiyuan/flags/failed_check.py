@@ -47,7 +47,7 @@ class FailedCheck:
 
     @property
     def intended_message(self) -> str:
-        """The message of an assertion whose condition could not even be computed; empty for other lines."""
+        """Return the message of an assertion whose condition could not even be computed, empty for other lines."""
         if isinstance(self._statement, ast.Assert) and self._statement.msg is not None:
             return " ".join(_texts(self._statement.msg)).rstrip(".")
         return ""
@@ -133,7 +133,7 @@ class FailedCheck:
 
     @cached_property
     def _function(self) -> ast.AST:
-        """The source of what the frame executes; nothing where it cannot be read."""
+        """Return the source of what the frame executes, nothing where it cannot be read."""
         code = self.frame.f_code
         for part in ast.walk(_parsed(code.co_filename)):
             if isinstance(part, ast.FunctionDef) and part.name == code.co_name:

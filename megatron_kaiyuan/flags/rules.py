@@ -83,7 +83,10 @@ def only_with(
 
 
 def only_with_package(package: str, names: tuple[str, ...], acts: str) -> list[Rule]:
-    """Return the rules of flags that need a package; `package` is the name under which it is imported."""
+    """Return the rules of flags that need a package.
+
+    `package` is the name under which it is imported.
+    """
     without = Condition(f"without the package {package}", lambda _args: importlib.util.find_spec(package) is None)
     return [
         Rule(Fate.REFUSED, names, f"it needs that; install {package}, or leave it out", without),
@@ -110,7 +113,7 @@ def refuse_flags(
 
     Args:
         args: Parsed, not yet validated.
-        defaults: The parser's default by name.
+        defaults: The parser's default of each.
         rules: The table.
         flags: How the parser spells them; without it, as `flag_of` does.
 

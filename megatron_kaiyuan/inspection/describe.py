@@ -1,4 +1,7 @@
-"""What a source holds, as plain data: counts, lengths, scores, manifests, rank indexes; in bounded memory."""
+"""What a source holds, as plain data: counts, lengths, scores, manifests, rank indexes.
+
+Memory is bounded.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +34,7 @@ __all__ = ["BANDS", "QUANTILES", "NoSuchScoreError", "describe_source"]
 
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 BANDS = 10
-"""Bands of equally many documents, by score, whose tokens are told."""
+"""Bands of equally many documents, by score, whose tokens are reported."""
 _BINS = 40
 _SCORE_VALUES = 48  # so many different scores or fewer are grades: one bar each
 
@@ -173,7 +176,10 @@ def _describe_manifests(files: Sequence[ShardFiles], manifests: Mapping[str, Man
 
 
 def _left_out(manifests: Mapping[str, Manifest]) -> Counter[str]:
-    """Entries of searched folders that were no input, by reason; all shards of a build name the same ones."""
+    """Return the entries of searched folders that were no input, by reason.
+
+    All shards of a build name the same ones.
+    """
     records = {
         (reason, record.count, tuple(record.names))
         for manifest in manifests.values()
@@ -224,7 +230,10 @@ def _readable_scores(
 
 
 def _describe(found: Distribution, edges: NDArray[np.float64]) -> dict[str, Any]:
-    """Numbers of documents by length or score; nothing but the number of documents where there are none."""
+    """Return the numbers of documents by length or score.
+
+    Where there are no documents it is their number alone.
+    """
     if not found.count:
         return {"count": 0, "nan": found.nan}
     bins = found.histogram(edges)
@@ -270,7 +279,10 @@ def _describe_rank_index(source: Source, score: str, path: Path | None) -> dict[
 
 
 def _length_edges(found: Distribution) -> NDArray[np.float64]:
-    """Edges that grow by a constant factor; every length is whole, so edges are too."""
+    """Return edges that grow by a constant factor.
+
+    Every length is whole, so edges are too.
+    """
     if not found.count:
         return np.array([0.0, 1.0])
     first = max(1.0, found.quantile(0.001))
@@ -279,7 +291,10 @@ def _length_edges(found: Distribution) -> NDArray[np.float64]:
 
 
 def _score_edges(found: Distribution) -> NDArray[np.float64]:
-    """Equal steps over the finite scores; far outliers (beyond ten times the inner range) get the outermost bins."""
+    """Return edges at equal steps over the finite scores.
+
+    Far outliers (beyond ten times the inner range) get the outermost bins.
+    """
     low, high = found.quantile(0.01), found.quantile(0.99)
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
         finite = [value for value in (found.minimum, found.maximum, 0.0, 1.0) if np.isfinite(value)]

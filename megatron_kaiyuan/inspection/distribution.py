@@ -20,7 +20,10 @@ _HALF = 1 << (31 - _DROPPED_BITS)
 
 @dataclass(frozen=True)
 class Histogram:
-    """Numbers counted between edges; the last bin includes its upper edge."""
+    """Numbers counted between edges.
+
+    The last bin includes its upper edge.
+    """
 
     edges: NDArray[np.float64]
     """Ascending, float64 `[bins + 1]`."""
@@ -57,7 +60,7 @@ class Distribution:
 
     @property
     def mean(self) -> float:
-        """Mean of the finite and infinite numbers; NaN for none."""
+        """Return the mean of the finite and infinite numbers, NaN for none."""
         return self._sum / self.count if self.count else np.nan
 
     def add(self, values: NDArray[np.number], weights: NDArray[np.number]) -> None:
@@ -105,9 +108,9 @@ class Distribution:
         return float(counts[: np.searchsorted(numbers, value)].sum() / max(self.count, 1))
 
     def weight_by_band(self, bands: int) -> NDArray[np.float64]:
-        """The weight of each band of equally many numbers, smallest numbers first; float64 `[bands]`.
+        """Return the weight of each band of equally many numbers, smallest numbers first.
 
-        Equal numbers that a band's edge divides give each band its share.
+        float64 `[bands]`. Equal numbers that a band's edge divides give each band its share.
         """
         numbers, counts, weights = self._sorted()
         if not len(numbers):
@@ -121,7 +124,10 @@ class Distribution:
         return numbers if len(numbers) <= most else None
 
     def histogram(self, edges: NDArray[np.float64]) -> Histogram:
-        """Count the numbers between these edges; those outside are counted in no bin."""
+        """Count the numbers between these edges.
+
+        Those outside are counted in no bin.
+        """
         numbers, counts, weights = self._sorted()
         return Histogram(
             edges,

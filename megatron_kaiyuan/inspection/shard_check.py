@@ -29,7 +29,7 @@ class Finding:
 
 
 class ShardCheck:
-    """Everything about one shard; `run` is called once, in a thread."""
+    """The check of one shard, whose `run` is called once, in a thread."""
 
     def __init__(
         self,
@@ -141,7 +141,10 @@ class ShardCheck:
         yield from self._check_document_table()
 
     def _check_document_table(self) -> Iterator[Finding]:
-        """The table that says where documents come from; shards made elsewhere have none."""
+        """Check the table that says where documents come from.
+
+        Shards made elsewhere have none.
+        """
         if self.manifest is None or "documents" not in self.manifest.files:
             return
         path = self.files.documents
@@ -176,5 +179,5 @@ def _different(path: Path, role: str, record: FileRecord, sha256: str) -> Findin
 
 
 def without_file(message: str, path: Path) -> str:
-    """A message less the file that it begins with, which a finding names already."""
+    """Return a message without the file that it begins with, which a finding names already."""
     return message.removeprefix(f"{path}: ")

@@ -1,6 +1,6 @@
 """The full check of a source: every byte of every shard against its index, its manifest and the other shards.
 
-Opening a shard compares sizes only, so that a job starts at once. What that cannot see is found here: flipped bits,
+Opening a shard compares sizes only, so that a job starts at once. What that cannot see is detected here: flipped bits,
 files of one shard under the name of another, stale scores and rank indexes, ids outside the vocabulary, and what an
 interrupted build left. All that is wrong is collected; nothing is changed.
 """
@@ -127,7 +127,7 @@ def folder_findings(named: Sequence[str]) -> Iterator[Finding]:
 
 
 def _missing_from_builds(named: Sequence[str]) -> Iterator[Finding]:
-    """Shards that the `build.json` of a folder lists and that are not there, one finding for each folder."""
+    """Yield one finding for each folder whose `build.json` lists shards that are missing."""
     for folder, pattern in (found for item in named for found in named_folders(item)):
         path = folder / BUILD_FILE
         try:
@@ -221,7 +221,7 @@ def _check_rank_indexes(
         except (RankIndexError, OSError) as error:
             yield Finding("rank index", str(path), without_file(str(error), path))
         except ScoreError:
-            continue  # already found, with the sidecar's name
+            continue  # already reported, with the sidecar's name
 
 
 def _size(path: Path) -> int:

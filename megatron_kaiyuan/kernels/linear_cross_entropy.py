@@ -132,7 +132,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(tokens: int, bytes_per_token: int, chunk_bytes: int) -> list[tuple[int, int]]:
-    """Equal ranges of tokens, as few as fit; a multiple of 128 tokens each but for the last."""
+    """Return equal ranges of tokens, as few as fit.
+
+    Each but the last is a multiple of 128 tokens.
+    """
     fitting = max(1, chunk_bytes // bytes_per_token)
     number = -(-tokens // fitting)
     size = -(-tokens // max(1, number))

@@ -63,7 +63,10 @@ def _backward_heads(
     of_out_ptr, head_stride, packed_ptr, of_packed_ptr, gain_ptr, cosine, sine, heads, per_group, first_in_group,
     group_width, eps, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of these heads; returns the two halves of the gain's, summed over the heads."""
+    """Write the gradient of these heads, and return both halves of the gain's gradient.
+
+    The latter is summed over the heads.
+    """
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (head < heads) & (column < HALF)
@@ -189,7 +192,10 @@ def backward(
     eps: float,
     programs: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the packed tensor and of both gains; those of query, key and value may have any strides."""
+    """Return the gradients of the packed tensor and of both gains.
+
+    Those of query, key and value may have any strides.
+    """
     length, batch, groups = packed.shape[:3]
     of_query, of_key, of_value = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
     of_packed = torch.empty_like(packed)

@@ -57,7 +57,10 @@ def _warps(columns: int) -> int:
 
 
 def forward(x: Tensor, gain: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """`norm(x) * gain`, plus the residual if there is one, [r, h]; and 1 / RMS of each row, FP32 [r]."""
+    """Return `norm(x) * gain`, [r, h], and 1 / RMS of each row, FP32 [r].
+
+    The residual is added if there is one.
+    """
     rows, columns = x.shape
     out = torch.empty_like(x if residual is None else residual)
     reciprocal = torch.empty(rows, dtype=torch.float32, device=x.device)

@@ -23,12 +23,15 @@ def use_triton(tensor: Tensor) -> bool:
 @functools.cache
 def cuda_kernels_available() -> bool:
     """Whether this process computes on a GPU that Triton compiles for."""
-    # The version tells a CUDA build apart from the stand-ins of the CPU platform.
+    # The version distinguishes a CUDA build from the stand-ins of the CPU platform.
     return _triton_installed() and torch.version.cuda is not None and torch._C._cuda_getDeviceCount() > 0
 
 
 def block_size(columns: int) -> int:
-    """The power of two that holds a row of so many columns; a Triton tile has no other sizes."""
+    """Return the power of two that holds a row of so many columns.
+
+    A Triton tile has no other sizes.
+    """
     return 1 << (columns - 1).bit_length()
 
 

@@ -38,7 +38,10 @@ def _backward(of_out_ptr, packed_ptr, of_packed_ptr, half, scale, BLOCK: tl.cons
 
 
 def forward(packed: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """[r, 2f] -> [r, f], times `scale` before the rounding; into `out`, where given: r * f contiguous elements."""
+    """Return SwiGLU of `[r, 2f]` as `[r, f]`, times `scale` before the rounding.
+
+    Where `out` is given, it receives the result: r * f contiguous elements.
+    """
     rows, half = packed.shape[0], packed.shape[1] // 2
     if out is None:
         out = torch.empty((rows, half), dtype=packed.dtype, device=packed.device)

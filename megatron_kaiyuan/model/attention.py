@@ -124,7 +124,10 @@ class SdpaCoreAttention(MegatronModule):
     def _mask(
         self, sq: int, sk: int, attention_mask: Tensor | None, override: AttnMaskType | None, device: torch.device
     ) -> tuple[Tensor | None, bool]:
-        """SDPA's `(attn_mask, is_causal)`; SDPA's boolean masks say what is visible, Megatron's what is hidden."""
+        """Return SDPA's `(attn_mask, is_causal)`.
+
+        SDPA's boolean masks mark what is visible, Megatron's what is hidden.
+        """
         if attention_mask is not None:
             return ~attention_mask, False
         mask_type = override or self.attn_mask_type
@@ -146,7 +149,10 @@ class SdpaCoreAttention(MegatronModule):
 
 
 def _preferred(kernels: list[SDPBackend] | None, query: Tensor) -> AbstractContextManager[None]:
-    """The order in which torch tries its kernels; its own where results must repeat bit for bit, and on the CPU."""
+    """Return a context with the order in which torch tries its kernels.
+
+    torch's own order stays where results must repeat bit for bit, and on the CPU.
+    """
     if kernels is None or not query.is_cuda or torch.are_deterministic_algorithms_enabled():
         return contextlib.nullcontext()
     chosen: AbstractContextManager[None] = sdpa_kernel(kernels, set_priority=True)

@@ -55,8 +55,8 @@ class KaiyuanModelOptions:
     """K: attention and MLP compute 2^-K of their output, which their output norm takes back; 0 = off. The function is
     the same, and FP16 holds products 2^K times as large (`model/layers.py`). Needs `sandwich_norm`."""
     raise_branch_scale_below: float = 0.0
-    """H: raise K, up to `MAX_BRANCH_SCALE_BITS`, when the run monitor finds the headroom of attention's or the MLP's
-    products below H (`monitoring/branch_scale.py`); 0 = never. `branch_scale_bits` is then where K starts."""
+    """H: raise K, up to `MAX_BRANCH_SCALE_BITS`, when the run monitor measures a headroom below H in a product of
+    attention or the MLP (`monitoring/branch_scale.py`). 0 = never. `branch_scale_bits` is then where K starts."""
     recompute_swiglu: bool = False
     """Do not keep silu(gate) * up for the backward pass of `linear_fc2`, but compute it again there: bit for bit equal
     training with f values a token and layer less (`kernels/swiglu.py`)."""
@@ -228,7 +228,10 @@ class KaiyuanTransformerConfig(TransformerConfig):
             )
 
     def _check_own_swiglu(self) -> None:
-        """These options are of our SwiGLU, and the scale also of our attention's values; nothing else obeys them."""
+        """Refuse options of our SwiGLU where it is not used, because nothing else obeys them.
+
+        The branch scale is also that of our attention's values.
+        """
         if self.kaiyuan.recompute_swiglu:
             graphs = self.cuda_graph_impl != "none"  # memory freed and filled again while a graph is captured: untried
             others = {"--num-experts": self.num_moe_experts, "--cuda-graph-impl": graphs}

@@ -38,7 +38,10 @@ def document_boundaries(position_ids: Tensor) -> Tensor:
 
 
 def holds_boundaries(attention_mask: Tensor | None) -> bool:
-    """Whether what was passed as a mask comes from `document_boundaries`; masks are boolean."""
+    """Return whether what was passed as a mask comes from `document_boundaries`.
+
+    Masks are boolean.
+    """
     return attention_mask is not None and attention_mask.dtype == torch.int32
 
 

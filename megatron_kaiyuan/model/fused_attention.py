@@ -53,7 +53,10 @@ class FusedRotarySelfAttention(ScaledValueSelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's; rotary angles that the kernel applies are not applied again."""
+        """Run as Megatron's attention does, without applying rotary angles twice.
+
+        The kernel applies them.
+        """
         if args or not self._covers(rotary_pos_emb, kwargs):
             unfused: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
@@ -95,7 +98,10 @@ class FusedRotarySelfAttention(ScaledValueSelfAttention):
         return full_rotation and default_rotation and known_norms and config.num_query_groups >= self.world_size
 
     def _norms_are_plain(self) -> bool:
-        """Whether queries and keys have no norm, or RMSNorm with a gain; no LayerNorm, L2 norm or gain of 1 + w."""
+        """Return whether queries and keys have no norm, or RMSNorm with a gain.
+
+        LayerNorm, L2 norm and a gain of 1 + w are not plain.
+        """
         norms = [norm for norm in (self.q_layernorm, self.k_layernorm) if _has_gain(norm)]
         rms_norm = self.config.normalization == "RMSNorm" and not self.config.layernorm_zero_centered_gamma
         return not norms or (rms_norm and all(hasattr(norm, "weight") for norm in norms))

@@ -133,7 +133,10 @@ def _layer_fusions(config: KaiyuanTransformerConfig) -> set[str]:
 
 
 def _own_norm(builder: Any, config: KaiyuanTransformerConfig, *, fused: bool = False) -> Any:
-    """Return our norm where Megatron's spec has torch's RMSNorm; other norms stay."""
+    """Return our norm where Megatron's spec has torch's RMSNorm.
+
+    Other norms stay.
+    """
     if builder is not WrappedTorchNorm or not config.uses_own_norms:
         return builder
     return ResidualRMSNorm if fused else StableRMSNorm
@@ -147,7 +150,10 @@ def _output_norm(config: KaiyuanTransformerConfig) -> Callable[..., Any]:
 
 
 def _attention(stock: ModuleSpec, config: KaiyuanTransformerConfig, *, fused: bool) -> ModuleSpec:
-    """Return Megatron's self-attention with our norms, kernel and fusions; another kind of attention stays."""
+    """Return Megatron's self-attention with our norms, kernel and fusions.
+
+    Another kind of attention stays.
+    """
     if stock.module is not SelfAttention:
         return stock
     parts = stock.submodules
@@ -164,7 +170,10 @@ def _attention(stock: ModuleSpec, config: KaiyuanTransformerConfig, *, fused: bo
 
 
 def _own_mlp(builder: Any) -> Any:
-    """Return our dense MLP where Megatron's spec has its own; experts and Transformer Engine's fused MLP stay."""
+    """Return our dense MLP where Megatron's spec has its own.
+
+    Experts and Transformer Engine's fused MLP stay.
+    """
     # Megatron gives the MLP as a partial of its class's own builder; its submodules are the keyword.
     if isinstance(builder, partial) and getattr(builder.func, "__self__", None) is MLP:
         return partial(FusedSwiGLUMLP.as_mlp_submodule, **builder.keywords)

@@ -63,7 +63,10 @@ class StableRMSNorm(torch.nn.Module):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (Megatron's parameter mark)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` of shape [..., hidden_size]; the output has the same shape and the gain's dtype."""
+        """Normalise `x` of shape [..., hidden_size].
+
+        The output has the same shape and the gain's dtype.
+        """
         if x.dtype == self.weight.dtype:
             # torch computes half inputs in FP32 and rounds once, on the CPU and on CUDA (tested near 65 504).
             return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -79,16 +82,20 @@ class ResidualRMSNorm(StableRMSNorm):
     """The norm before a branch, which hands the residual stream on so that one kernel adds both gradients of it."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # Megatron's layer takes either
-        """`(norm(x), x)`; x in another dtype than the gain (an FP32 residual stream) takes the unfused way."""
+        """Return `(norm(x), x)`.
+
+        Where x has another dtype than the gain (an FP32 residual stream) it takes the unfused way.
+        """
         if x.dtype != self.weight.dtype:
             return super().forward(x), x
         return residual_rms_norm(x, self.weight, self.eps)
 
 
 class FusedSwiGLUMLP(MLP):
-    """Megatron's dense MLP with SwiGLU as one kernel each way; 2^-K of its output with `branch_scale_bits`.
+    """Megatron's dense MLP with SwiGLU as one kernel each way.
 
-    With `recompute_swiglu` the backward pass of the second product makes SwiGLU's output again.
+    With `branch_scale_bits` = K its output is scaled with 2^-K. With `recompute_swiglu` the backward pass of the second
+    product makes SwiGLU's output again.
     """
 
     branch_scale: float = 1.0
@@ -126,7 +133,7 @@ class KaiyuanLayerSubmodules(TransformerLayerSubmodules):
 
 
 class KaiyuanTransformerLayer(TransformerLayer):
-    """`x += norm_post(f(norm_pre(x)))` for attention and MLP; everything else is Megatron's layer.
+    """Megatron's layer with `x += norm_post(f(norm_pre(x)))` for attention and MLP.
 
     The norms are applied by forward hooks on `self_attention` and `mlp`, and not in the bias-dropout-add step, because
     - the row-parallel outputs are already reduced (or reduce-scattered) there, so the norm sees the full sum;
@@ -192,7 +199,10 @@ def _require_scaled_branches(config: TransformerConfig, attention: torch.nn.Modu
 
 
 def _normed_branch(norm: torch.nn.Module, output_with_bias: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
-    """Norm a branch's `(output, bias)`, [s, b, h] and [h]; the bias belongs to the branch, so it is added first."""
+    """Norm a branch's `(output, bias)`, [s, b, h] and [h].
+
+    The bias belongs to the branch, so it is added first.
+    """
     output, bias = output_with_bias
     return cast(Tensor, norm(output if bias is None else output + bias)), None
 

@@ -45,7 +45,10 @@ class ActivationPeak:
 
 
 def first_non_finite(peaks: list[ActivationPeak]) -> str | None:
-    """Name of the first tensor, in the order of computation, that held an infinity or a NaN; None if all are finite."""
+    """Return the name of the first tensor that held an infinity or a NaN, None if all are finite.
+
+    Tensors are in the order of computation.
+    """
     return next((entry.name for entry in peaks if not math.isfinite(entry.peak)), None)
 
 
@@ -57,9 +60,10 @@ class ActivationMeter:
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = False) -> None:
-        """Prepare to meter `model`, wrapped (DDP, Float16Module) or not; it must contain a Megatron decoder.
+        """Prepare to meter `model`, which must contain a Megatron decoder.
 
-        With `training_only`, what is computed in evaluation mode is not recorded.
+        The model may be wrapped (DDP, Float16Module). With `training_only`, what is computed in evaluation mode is not
+        recorded.
         """
         self._training_only = training_only
         self._targets = list(_metered_modules(_unwrapped(model)))
@@ -74,7 +78,10 @@ class ActivationMeter:
         self.stop()
 
     def start(self) -> None:
-        """Begin recording; peaks of earlier recordings are kept until `reset`."""
+        """Begin recording.
+
+        Peaks of earlier recordings are kept until `reset`.
+        """
         self.stop()
         for index, (name, module) in enumerate(self._targets):
             if name.endswith(f".{_ACTIVATION}"):
@@ -132,9 +139,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _metered_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules in the order of computation; a name that ends on `_ACTIVATION` means the module's input.
+    """Yield names and modules in the order of computation.
 
-    All experts of a layer have the same names: the meter tells the largest value among them.
+    A name that ends on `_ACTIVATION` means the module's input. All experts of a layer have the same names: the meter
+    reports the largest value among them.
     """
     if hasattr(model, "embedding"):
         yield "embedding", model.embedding

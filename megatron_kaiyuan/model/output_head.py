@@ -230,4 +230,4 @@ def install_output_head(model: LanguageModule, options: KaiyuanModelOptions) -> 
 def _needs_logits(config: Any) -> bool:
     """Whether something else in the config works on the logits, or on the output layer's gradient."""
     others = config.mtp_num_layers or config.use_mup or config.defer_embedding_wgrad_compute
-    return bool(others or config.cross_entropy_loss_fusion)  # Megatron's fused loss was asked for by name
+    return bool(others or config.cross_entropy_loss_fusion)  # the command line asked for Megatron's fused loss

@@ -15,5 +15,8 @@ __all__ = ["keep_partial_sums_in_fp32"]
 
 
 def keep_partial_sums_in_fp32() -> None:
-    """Forbid FP16 partial sums in this process; without CUDA nothing else changes."""
+    """Forbid FP16 partial sums in this process.
+
+    Without CUDA nothing else changes.
+    """
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

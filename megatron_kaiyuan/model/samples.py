@@ -115,7 +115,10 @@ def _needs_ends(options: SampleOptions) -> bool:
 
 
 def _document_starts(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Position at which the document of each token starts, `[s]`; the window's first document starts at 0."""
+    """Return the position at which the document of each token starts, `[s]`.
+
+    The window's first document starts at 0.
+    """
     starts = np.zeros(len(ends), dtype=np.int64)
     after_end = np.flatnonzero(ends[:-1]) + 1
     starts[after_end] = after_end

@@ -39,7 +39,7 @@ def _has_mtp(stages: list[list[LayerType]]) -> bool:
 
 
 def predicts_further_tokens(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    """Return whether this stage has layers of multi-token prediction; it embeds the tokens again then."""
+    """Return whether this stage has layers of multi-token prediction, and so embeds the tokens again."""
     if not args.mtp_num_layers:
         return False
     return bool(

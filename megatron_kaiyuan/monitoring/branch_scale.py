@@ -66,7 +66,10 @@ class BranchScale:
         return f"{found}, below {self.raise_below:g}: --kaiyuan-branch-scale-bits goes from {before} to {self.bits}"
 
     def _tightest(self, peaks: Sequence[ActivationPeak]) -> ActivationPeak | None:
-        """The scaled tensor that is nearest to the end; what was computed after an overflow tells nothing."""
+        """Return the scaled tensor that is nearest to the end of the range.
+
+        What was computed after an overflow is ignored, because it says nothing.
+        """
         culprit = first_non_finite(list(peaks))
         until = len(peaks) if culprit is None else [entry.name for entry in peaks].index(culprit) + 1
         scaled = [entry for entry in peaks[:until] if entry.name.endswith(_SCALED)]
@@ -116,7 +119,10 @@ def continue_branch_scale(args: argparse.Namespace, saved: argparse.Namespace | 
 
 
 def branch_scale_of(args: argparse.Namespace) -> BranchScale | None:
-    """Of a run in FP16 that is to raise it; its checkpoints will say how far it has come."""
+    """Return the branch scale of a run in FP16 that is to raise it.
+
+    Its checkpoints will say how far it has come.
+    """
     if not (args.fp16 and args.kaiyuan_raise_branch_scale_below):
         return None
 

@@ -1,7 +1,7 @@
 """Where in a model the first value that is not finite came from, by activations and by gradients.
 
 After an overflow in the forward pass every later value is NaN, and so is every gradient: only activations, in the order
-of computation, tell the place. Where the forward pass is finite the gradients tell it, the deepest being the first.
+of computation, show the place. Where the forward pass is finite the gradients show it, the deepest being the first.
 """
 
 import math
@@ -58,7 +58,7 @@ def merged(parts: list[list[ActivationPeak]]) -> list[ActivationPeak]:
 
 
 def depth(name: str) -> tuple[int, int, int]:
-    """Where in the forward pass a module or its weight is, by name: embedding, layer by layer, output layer."""
+    """Return where in the forward pass a module or its weight is: embedding, layer by layer, output layer."""
     if name.startswith("embedding"):
         return 0, 0, 0
     if not name.startswith(("decoder.layers.", "mtp.layers.")):

@@ -25,13 +25,13 @@ class HeldOutSums:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss in nats a token; None where no token was seen."""
+        """Return the mean loss in nats a token, None where no token was seen."""
         total = sum(self.tokens)
         return sum(self.loss_sums) / total if total else None
 
     @property
     def bands(self) -> tuple[float | None, ...]:
-        """Mean loss by band, `[q]`; None where no token of the band was seen."""
+        """Return the mean loss by band, `[q]`, None where no token of the band was seen."""
         pairs = zip(self.loss_sums[:NUM_BANDS], self.tokens[:NUM_BANDS], strict=True)
         return tuple(loss / tokens if tokens else None for loss, tokens in pairs)
 
@@ -60,7 +60,10 @@ class HeldOutLosses:
         sums.index_add_(0, cells.reshape(-1), torch.stack((weighted.reshape(-1), mask.reshape(-1)), dim=1))
 
     def take(self) -> dict[str, HeldOutSums]:
-        """Sums over all ranks since the last call, by source; every rank has to call this, and all get the same."""
+        """Return sums over all ranks since the last call, by source.
+
+        Every rank has to call this, and all get the same.
+        """
         device = torch.device("cuda", torch.cuda.current_device()) if self._sums is None else self._sums.device
         sums = self._device_sums(device)
         if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Tells the held-out loss by source and quantile band after every evaluation of a run: log, writers, a file."""
+"""Report of the held-out loss by source and quantile band after every evaluation: log, writers, a file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ __all__ = ["HeldOutReport"]
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """One for each process; all processes call it after the same evaluations."""
+    """The report on one process.
+
+    All processes call it after the same evaluations.
+    """
 
     losses: HeldOutLosses
     path: Path | None
@@ -27,7 +30,10 @@ class HeldOutReport:
     """Whose loss it is where it is not that of the run's own weights, such as ` of the average`."""
 
     def after_evaluation(self, iteration: int, consumed_samples: int, **more: object) -> None:
-        """Add up the losses of all ranks and tell them; `more` goes into the line of the file."""
+        """Add up the losses of all ranks and report them.
+
+        `more` goes into the line of the file.
+        """
         sums = {name: found for name, found in self.losses.take().items() if found.loss is not None}
         if self.write_scalar is None or not sums:
             return

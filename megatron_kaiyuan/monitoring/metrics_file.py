@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one JSON object a log line of a run, appended; what `tools/report_run.py` reads.
+"""`metrics.jsonl`: one JSON object for each log line of a run, which `tools/report_run.py` reads.
 
-A run that was killed and resumed from an older checkpoint repeats steps. Its lines then come twice; the later one
-counts.
+Lines are appended. A run that was killed and resumed from an older checkpoint repeats steps. Its lines then come twice;
+the later one counts.
 """
 
 import argparse
@@ -16,7 +16,7 @@ __all__ = ["append_metrics", "average_path", "check_metrics_place", "held_out_pa
 
 
 def metrics_path(args: argparse.Namespace) -> Path | None:
-    """Where a run with these arguments writes its lines; None: nowhere."""
+    """Return the path where a run with these arguments writes its lines, None for nowhere."""
     if args.kaiyuan_metrics:
         return Path(args.kaiyuan_metrics)
     return Path(args.save) / "metrics.jsonl" if args.save else None
@@ -33,7 +33,9 @@ def average_path(metrics: Path) -> Path:
 
 
 def check_metrics_place(path: Path) -> None:
-    """Look before the start whether lines can be appended; makes the folder, and leaves no empty file.
+    """Check before the start that lines can be appended.
+
+    Makes the folder, and leaves no empty file.
 
     Raises:
         MetricsError: they cannot.

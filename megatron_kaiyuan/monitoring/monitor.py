@@ -57,7 +57,10 @@ class MonitorOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """What Megatron's loop knows after a step; the same on all ranks but for `loss`, which the last stage has."""
+    """What Megatron's loop knows after a step.
+
+    It is the same on all ranks but for `loss`, which the last stage has.
+    """
 
     iteration: int
     consumed_samples: int
@@ -82,7 +85,10 @@ class _Reading:
 
 @dataclass
 class RunMonitor:
-    """One for each process; all processes have to call the same methods at the same steps."""
+    """The monitor on one process.
+
+    All processes have to call the same methods at the same steps.
+    """
 
     options: MonitorOptions
     counters: SourceCounters
@@ -121,7 +127,10 @@ class RunMonitor:
                 self._add_to_totals(name, int(sums["tokens"]), sums["bands"])
 
     def observe(self, model: Any) -> None:
-        """Make a model chunk known, once; called with every micro-batch."""
+        """Attach the monitor to a model chunk, once.
+
+        Called with every micro-batch.
+        """
         if any(known is model for known in self._models):
             return
         self._models.append(model)
@@ -130,7 +139,10 @@ class RunMonitor:
             self._meters[-1].start()
 
     def count(self, batch: dict[str, Tensor | None], losses: Tensor, peak_logit: Tensor | None) -> None:
-        """Count the losses [b, s] of a training micro-batch; only ranks that loaded it know its sources."""
+        """Count the losses [b, s] of a training micro-batch.
+
+        Only ranks that loaded it know its sources.
+        """
         source_ids, band_tokens, mask = batch.get("dataset_id"), batch.get("band_tokens"), batch["loss_mask"]
         if self._metering and peak_logit is not None:
             earlier = self._peak_logit

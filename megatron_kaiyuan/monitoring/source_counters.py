@@ -30,12 +30,12 @@ class SourceSums:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss in nats a token; None where no token was seen."""
+        """Return the mean loss in nats a token, None where no token was seen."""
         return self.loss_sum / self.tokens if self.tokens else None
 
 
 class SourceCounters:
-    """Sums on this rank's device; float64, so that counts stay exact far beyond any run's interval."""
+    """Sums on this rank's device, in float64 so that counts stay exact far beyond any run's interval."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         self.sources = tuple(sources)
@@ -57,7 +57,10 @@ class SourceCounters:
         sums.index_add_(0, source_ids.to(sums.device), torch.cat((rows, band_tokens.to(sums)), dim=1))
 
     def take(self) -> dict[str, SourceSums]:
-        """Sums over all ranks since the last call, by source; every rank has to call this, and all get the same."""
+        """Return sums over all ranks since the last call, by source.
+
+        Every rank has to call this, and all get the same.
+        """
         device = torch.device("cuda", torch.cuda.current_device()) if self._sums is None else self._sums.device
         sums = self._device_sums(device)
         if torch.distributed.is_initialized():

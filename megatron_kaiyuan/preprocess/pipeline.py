@@ -65,10 +65,7 @@ class Reporter(Protocol):
     """Hears about a run while it goes on."""
 
     def start(self, total_bytes: int) -> None:
-        """Report the start once, before the first block.
-
-        `total_bytes` is 0 where the size of the input is unknown.
-        """
+        """Report the start once, before the first block, with 0 bytes where the input's size is unknown."""
         ...
 
     def note(self, message: str) -> None:
@@ -267,10 +264,7 @@ def _checked_tokenizer(config: PreprocessConfig) -> DocumentTokenizer:
 def _choose_fast(
     config: PreprocessConfig, parts: Sequence[Part], fast_shards: FastShards, reporter: Reporter
 ) -> bool | None:
-    """Return whether gigatoken makes the ids.
-
-    None where its ids were wrong, after the shards it had made were removed.
-    """
+    """Return whether gigatoken makes the ids, None if its ids were wrong and its shards were removed."""
     if config.backend == "reference":
         return False
     if known := fast_shards.known_difference():

@@ -339,7 +339,7 @@ def _held_out_metric(study: Study, name: str, cells: Sequence[Sequence[RunResult
 
 
 def _scores(metrics: Sequence[Metric]) -> dict[str, Score]:
-    """`overall` and the capabilities; with one capability, `overall` alone."""
+    """Return the scores of `overall` and the capabilities, or of `overall` alone for one capability."""
     some = [metric for metric in metrics if metric.decides]
     deciding = [metric for metric in some if metric.measure.steady] or some
     parts = {

@@ -23,7 +23,10 @@ __all__ = ["Claimable", "known_spread", "planned_design", "smallest_claimable"]
 
 @dataclass(frozen=True, slots=True)
 class Claimable:
-    """Observed differences from which on a study claims, in spreads between seeds; held-out documents come on top."""
+    """Observed differences from which on a study claims, in spreads between seeds.
+
+    The uncertainty of held-out documents comes on top.
+    """
 
     pair: float
     """Between two slices with all their seeds; infinite where no slice has enough of them."""
@@ -32,7 +35,10 @@ class Claimable:
     side by side the roughness of the source comes on top."""
 
     def lines(self, tops: Sequence[float], spread: float | None) -> list[str]:
-        """For people; `spread` is that between seeds, in bits per byte, where it is known or expected."""
+        """Return lines of text for people.
+
+        `spread` is that between seeds, in bits per byte, where it is known or expected.
+        """
         gap = min(later - earlier for earlier, later in zip(sorted(tops), sorted(tops)[1:], strict=False))
         return [
             f"claimed are a difference between two slices from {_size(self.pair, spread)} on, and a rise along a score "
@@ -63,7 +69,7 @@ def planned_design(study: Study) -> Design:
 
 
 def known_spread(told: str) -> float:
-    """Return the spread between seeds in bits per byte: a number, or the largest of the measures of a pilot.
+    """Return the spread between seeds in bits per byte: a number, or the largest of a pilot's measures.
 
     Args:
         told: The number, or the path of the `report.json` of an earlier study.

@@ -9,7 +9,7 @@ __all__ = ["CostEstimate", "estimate_cost", "format_gpu_time", "format_share"]
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """Operations and time of all training runs; evaluation is not counted."""
+    """Operations and time of all training runs, without evaluation."""
 
     runs: int
     steps: int

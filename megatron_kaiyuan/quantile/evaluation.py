@@ -118,7 +118,7 @@ def evaluate_runs(
 def _evaluate(
     evaluator: "_Evaluator", study: Study, run: Run, finished: FinishedRun, outcome: EvaluationOutcome
 ) -> None:
-    """Evaluate one run; what it fails of is its own, such as a checkpoint that cannot be read."""
+    """Evaluate one run, and record its own failures, such as a checkpoint that cannot be read."""
     try:
         with _quiet_megatron():
             result = evaluator.measure(run, finished)
@@ -224,6 +224,9 @@ class _Evaluator:
 
 
 def _model_digest(arguments: argparse.Namespace) -> str:
-    """Digest of what shapes the model and its training; the data and the seed are left out."""
+    """Return the digest of what shapes the model and its training.
+
+    The data and the seed are left out.
+    """
     values = {name: str(getattr(arguments, name)) for name in _SHAPE_AND_TRAINING}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -101,7 +101,7 @@ class EvaluationSpec(TaskListSpec):
     """What every model of a study is measured with."""
 
     held_out: dict[str, HeldOutSpec] = Field(min_length=1)
-    """By name; bits per byte on each."""
+    """Held-out sets with bits per byte on each, keyed with their names."""
     max_windows: int | None = Field(default=None, gt=0)
     """Windows of each held-out set; None: all."""
 

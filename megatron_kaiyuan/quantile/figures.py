@@ -175,7 +175,10 @@ def _told(analysis: Analysis, cells: Sequence[int], means: Sequence[float], widt
 
 
 def trend_figure(analysis: Analysis) -> go.Figure:
-    """Rise from the worst to the best quantile of every source and score, with its interval; 0 is no order."""
+    """Draw the rise from the worst to the best quantile of every source and score, with its interval.
+
+    0 means no order.
+    """
     trends = analysis.trends
     if len(trends) > _MOST_TRENDS:  # the page has all of them in a table
         trends = tuple(trend for trend in trends if trend.score == OVERALL)
@@ -287,7 +290,10 @@ def heat_figure(analysis: Analysis, name: str) -> go.Figure:
 
 
 def _signed(value: float) -> str:
-    """One decimal, without a zero that is below zero; nothing where there is no slice."""
+    """Return one decimal with its sign, without a zero that is below zero.
+
+    Nothing where there is no slice.
+    """
     return "" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}"
 
 
@@ -297,7 +303,10 @@ def _centre(analysis: Analysis, name: str) -> float:
 
 
 def _spreads(analysis: Analysis, name: str, sources: Sequence[str], tops: Sequence[Fraction]) -> NDArray[np.float64]:
-    """Means of the slices less the mean of all, `[sources, tops]`; NaN where there is no slice."""
+    """Return the means of the slices less the mean of all, `[sources, tops]`.
+
+    NaN where there is no slice.
+    """
     table = np.full((len(sources), len(tops)), math.nan)
     for cell, runs in zip(analysis.cells, analysis.scores[name].run_means, strict=False):  # controls follow the slices
         place = sources.index(cell.source), list(tops).index(cell.top)
@@ -306,7 +315,10 @@ def _spreads(analysis: Analysis, name: str, sources: Sequence[str], tops: Sequen
 
 
 def matrix_figure(analysis: Analysis, name: str) -> go.Figure:
-    """Probability that the slice of a row is better than that of a column; a star marks what is claimed."""
+    """Draw the probability that the slice of a row is better than that of a column.
+
+    A star marks what is claimed.
+    """
     order = analysis.ranking(name)
     labels = [html.escape(analysis.cells[cell].name) for cell in order]
     values = [

@@ -65,7 +65,10 @@ class HeldOutDocuments:
         return np.stack([self._windows[window]["tokens"] for window in range(start, stop)])
 
     def sum_by_document(self, start: int, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Sums over the tokens of each document; `values` is `[windows, seq_length]` from window `start` on."""
+        """Return the sums over the tokens of each document.
+
+        `values` is `[windows, seq_length]` from window `start` on.
+        """
         documents = self._document[start : start + len(values)]
         return np.bincount(documents.ravel(), weights=values.ravel(), minlength=self.num_documents)
 

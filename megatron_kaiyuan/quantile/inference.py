@@ -177,7 +177,10 @@ def _trend(design: Design, source: str) -> NDArray[np.float64] | None:
 
 
 def _bend(design: Design, source: str) -> NDArray[np.float64] | None:
-    """Coefficients for the middle of a source above its ends; 0 for every straight line over the order of places."""
+    """Return the coefficients for the middle of a source above its ends.
+
+    They give 0 for every straight line over the order of places.
+    """
     inside, along = _along(design, source)
     if len(design.cells_of(source)) < 3:
         return None

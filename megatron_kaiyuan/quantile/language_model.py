@@ -35,7 +35,7 @@ class MegatronLanguageModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the end-of-text token; what a text without context is conditioned on."""
+        """Return the id of the end-of-text token, on which a text without context is conditioned."""
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -67,7 +67,10 @@ class MegatronLanguageModel(TemplateLM):
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One pass; causal attention lets the padding stand behind."""
+        """Score all pairs in one pass.
+
+        Causal attention lets the padding stand behind.
+        """
         inputs, sizes = [], []
         for context, continuation in pairs:
             whole = ((context or [self.eot_token_id]) + continuation)[-(self._positions + 1) :]
@@ -95,7 +98,10 @@ class MegatronLanguageModel(TemplateLM):
         return results
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Context and continuation of each window; the last one keeps as much context as fits."""
+        """Yield context and continuation of each window.
+
+        The last one keeps as much context as fits.
+        """
         whole = [self.eot_token_id, *ids]
         for first in range(1, len(whole), self._positions):
             last = min(first + self._positions, len(whole))

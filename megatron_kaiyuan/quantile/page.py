@@ -41,7 +41,10 @@ def write_page(
     told: Sequence[str],
     path: Path,
 ) -> None:
-    """Write the page atomically; it loads nothing from elsewhere."""
+    """Write the page atomically.
+
+    It loads nothing from elsewhere.
+    """
     further = [metric for metric in analysis.metrics if not metric.decides]
     several_seeds = max(analysis.seeds) > 1
     page = render_page(

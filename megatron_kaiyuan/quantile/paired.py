@@ -23,8 +23,8 @@ def without_trunks(cells: Sequence[NDArray[np.float64]], trunks: Sequence[Sequen
         trunks: Of each branch, the trunk of each run.
 
     Returns:
-        In the same shape. Trunks that share no branch with another one cannot be told from their branches; those
-        values stay as they are.
+        In the same shape. Trunks that share no branch with another one cannot be separated from their branches.
+        Those values stay as they are.
     """
     numbers, trunk = np.unique(np.concatenate([np.asarray(own) for own in trunks]), return_inverse=True)
     counts = [len(cell) for cell in cells]

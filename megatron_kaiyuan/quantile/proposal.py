@@ -67,7 +67,7 @@ class Proposal:
 
 
 def propose(study: Study, analysis: Analysis) -> Proposal:
-    """Turn claims into a plan; where nothing is claimed, everything is kept."""
+    """Turn claims into a plan that keeps everything where nothing is claimed."""
     if max(analysis.seeds) < 2:
         return Proposal((), None, "No plan is proposed: with one seed a slice no difference can be told from chance.")
     if study.slices.documents == "shared":
@@ -103,7 +103,10 @@ def propose(study: Study, analysis: Analysis) -> Proposal:
 
 
 def _mix(analysis: Analysis, score: str) -> CapabilityMix:
-    """Equal shares of the sources that may be the best at a capability; the claims tell no more than that."""
+    """Return equal shares of the sources that may be the best at a capability.
+
+    The claims say no more than that.
+    """
     leader = analysis.ranking(score)[0]
     sources = dict.fromkeys(cell.source for cell in analysis.cells)
     wanted = [source for source in sources if _undefeated(analysis, score, _cells_of(analysis, source))]
@@ -275,7 +278,7 @@ def _loss(analysis: Analysis, cell: int, against: int) -> str:
 
 
 def _edge(analysis: Analysis, cells: Sequence[int], last: int) -> Fraction:
-    """The middle between the end of a slice and the start of the next one measured; 1 after the last."""
+    """Return the middle between the end of a slice and the start of the next one measured, 1 after the last."""
     place = list(cells).index(last)
     if place + 1 == len(cells):
         return Fraction(1)

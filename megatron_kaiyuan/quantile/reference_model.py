@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 
 class ReferenceModel(BaseModel):
-    """Shape of the reference model; fields carry Megatron's names."""
+    """Shape of the reference model, in fields that carry Megatron's names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

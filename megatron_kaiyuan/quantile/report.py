@@ -67,7 +67,7 @@ def _write_plan(study: Study, proposal: Proposal) -> Path | None:
 
 
 def conclusions(study: Study, analysis: Analysis) -> list[str]:
-    """The findings in words, the strongest first; refusals before all."""
+    """Return the conclusions in words, the strongest first, with refusals before all."""
     lines = list(analysis.refusals)
     for source in study.sources:
         trend = analysis.trend(source, OVERALL)
@@ -152,7 +152,10 @@ def report_data(
     proposal: Proposal,
     told: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Everything the page shows, as plain data; a number that does not exist is None."""
+    """Return everything the page shows, as plain data.
+
+    A number that does not exist is None.
+    """
     content = {
         "format": _FORMAT,
         "level": study.level,

@@ -47,28 +47,34 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutResult:
-    """Losses on a held-out set, document by document; the documents are the same in every run."""
+    """Losses on a held-out set, document by document.
+
+    The documents are the same in every run.
+    """
 
     nats: tuple[float, ...]
     """Sum of the cross-entropy over the predicted tokens of each document."""
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
-    """Of the predicted tokens; all 0 when the tokenizer does not tell."""
+    """Of the predicted tokens. All 0 when the tokenizer does not say."""
     groups: tuple[int, ...] = ()
     """Documents with one number come from one place, such as a package or a host; empty: each is by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """Scores of a task, item by item; the items are the same in every run."""
+    """Scores of a task, item by item.
+
+    The items are the same in every run.
+    """
 
     items: str
     """Digest of the items in their order."""
     answer_bits_per_byte: tuple[float, ...]
     """Minus the log likelihood of the right answer, per byte of it: lower is better."""
     metrics: Mapping[str, tuple[float, ...]]
-    """Other scores by name, higher is better: `accuracy`, `accuracy_norm`, `margin`, ... Results before 2026-12 have
-    `accuracy_per_byte` instead, per byte of the answer with the space before it."""
+    """Other scores, keyed with their names, higher is better: `accuracy`, `accuracy_norm`, `margin`, ... Results before
+    2026-12 have `accuracy_per_byte` instead, per byte of the answer with the space before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,7 @@ def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_results(study: Study, sliced: SlicedStudy, *, partial: bool) -> dict[str, RunResult]:
-    """Results of all runs by name, in the order of the study.
+    """Return the results of all runs, keyed with their names, in the order of the study.
 
     Raises:
         StudyError: results are missing (and `partial` is not set), or do not compare.
@@ -197,7 +203,10 @@ def _check_items(first: str, reference: RunResult, name: str, result: RunResult)
 
 
 def bits_per_byte(result: HeldOutResult) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Values and weights of documents, `[n]` each; their weighted mean is bits per byte (per token without bytes)."""
+    """Return values and weights of documents, `[n]` each, whose weighted mean is bits per byte.
+
+    It is bits per token without bytes.
+    """
     weights = np.array(result.bytes if sum(result.bytes) else result.tokens, dtype=np.float64)
     some = weights > 0
     nats = np.array(result.nats, dtype=np.float64)[some]
@@ -205,7 +214,10 @@ def bits_per_byte(result: HeldOutResult) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def groups_of(result: HeldOutResult) -> NDArray[np.int64] | None:
-    """Numbers of the groups of the documents that `bits_per_byte` returns, `[n]`; None where each is by itself."""
+    """Return the numbers of the groups of the documents that `bits_per_byte` returns, `[n]`.
+
+    None where each document is a group of its own.
+    """
     if not result.groups:
         return None
     sizes = np.array(result.bytes if sum(result.bytes) else result.tokens)

@@ -95,7 +95,7 @@ class SlicedStudy:
     cost: Mapping[str, Any]
     runs: tuple[Run, ...]
     unmanifested: tuple[str, ...] = ()
-    """Shards that do not tell their tokenizer."""
+    """Shards that do not record their tokenizer."""
     trunks: tuple[Run, ...] = ()
     """One a seed, where the runs branch from trunks."""
     trunk_passes: float = 0.0
@@ -125,7 +125,7 @@ class SlicedStudy:
 
 
 def write_slices(study: Study) -> tuple[SlicedStudy, CostEstimate]:
-    """Cut the slices and write a plan for each run; no data is copied.
+    """Cut the slices and write a plan for each run, without copying data.
 
     Raises:
         StudyError, ShardError, ScoreError, RankIndexError: see `choose_slices`, `open_sources` and `HeldOutDocuments`.
@@ -208,7 +208,10 @@ def my_share(runs: Sequence[Run], task: int, tasks: int) -> list[Run]:
 
 
 def training_command(study: Study, run: Run, python: str = sys.executable) -> list[str]:
-    """The command line of a run; a second start continues from its last checkpoint."""
+    """Return the command line of a run.
+
+    A second start continues from its last checkpoint.
+    """
     training = study.training
     launcher = ["-m", "megatron_kaiyuan.host.torchrun", "--standalone", "--nproc-per-node", str(training.processes)]
     folder = run_folder(study, run)
@@ -335,10 +338,10 @@ def _write_run(study: Study, content: Mapping[str, Any], head: str, *, name: str
 
 
 def _tokenizer_of(shards: Sequence[str], flags: Sequence[str]) -> tuple[str, int]:
-    """Fingerprint of the tokenizer of all shards that have a manifest, and its vocabulary.
+    """Return the fingerprint of the tokenizer of all shards that have a manifest, and its vocabulary.
 
     Raises:
-        StudyError: two shards have different tokenizers, or nothing tells the size of the vocabulary.
+        StudyError: two shards have different tokenizers, or nothing records the size of the vocabulary.
     """
     records = [(shard, load_manifest(shard).tokenizer) for shard in shards]
     if message := different_tokenizers(records):

@@ -198,7 +198,7 @@ def stratum_centres(study: Study, top: Fraction) -> list[tuple[Fraction, int]]:
 
 
 def _cut_top(study: Study, runs: DocumentRuns, top: Fraction, tokens: int) -> list[tuple[int, int]] | None:
-    """First and last document of each slice of a quantile; None when they do not fit."""
+    """Return first and last document of each slice of a quantile, None when they do not fit."""
     found: list[tuple[int, int]] = []
     for centre, parts in stratum_centres(study, top):
         edges = cut_band(runs, round((1 - centre) * runs.num_documents), parts, tokens + 1)
@@ -272,7 +272,10 @@ def _remedy(study: Study, largest: int) -> str:
 
 
 def _largest_tokens(study: Study, source: OpenedSource) -> int:
-    """The largest slices that fit between the study's quantiles, in whole windows; 0 when none does."""
+    """Return the largest slices that fit between the study's quantiles, in whole windows.
+
+    0 when none does.
+    """
     runs = source.trainable(ranked=True)
 
     def fits(windows: int) -> bool:

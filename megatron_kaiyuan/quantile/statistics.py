@@ -1,4 +1,4 @@
-"""Differences between slices with two sources of error, runs and held-out items; moderated variances; Holm.
+"""Differences between slices with two sources of error, runs and held-out items, and Holm's correction.
 
 A measurement is `x[c, r, i]`: cell c (a slice), run r (a seed of it), item i (a held-out document or a task's
 question). Runs are drawn anew in each cell, items are the same in all. For a contrast `D = sum_r k_r mean_i x[r, i]` of
@@ -8,9 +8,9 @@ the runs, which is one of the cells where the runs of a cell share its coefficie
 
 The first part is the runs'. `v_c` is the cell's own variance drawn towards that of all cells, as in empirical Bayes
 (Smyth, Stat. Appl. Genet. Mol. Biol. 3, 2004): `(d0 v0 + d_c s_c^2) / (d0 + d_c)` with `d0 + d_c` degrees of freedom.
-Smyth estimates d0 from thousands of genes. A study has ten slices with two degrees of freedom each, which cannot tell
-it, and an estimate that is too large makes false claims (docs/quantile-benchmark.md has the simulation). So d0 is
-d_c, and never more than 2.
+Smyth estimates d0 from thousands of genes. A study has ten slices with two degrees of freedom each, which cannot
+determine it, and an estimate that is too large makes false claims (docs/quantile-benchmark.md has the simulation). So
+d0 is d_c, and never more than 2.
 
 The second part is the items'. `d_g` are sums over a group of items of the paired differences, with their shares. The
 noise between a run and an item is in `d` and also in the variance of the runs, so it is estimated (`e`: what is left of
@@ -81,21 +81,21 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided; 1 when there are no degrees of freedom."""
+        """Return the two-sided p-value, 1 when there are no degrees of freedom."""
         if self.freedom <= 0:
             return 1.0
         positive = self.probability_positive
         return 2.0 * min(positive, 1.0 - positive)
 
     def half_width(self, confidence: float) -> float:
-        """Half the width of the confidence interval; NaN without degrees of freedom."""
+        """Return half the width of the confidence interval, NaN without degrees of freedom."""
         if self.freedom <= 0:
             return math.nan
         return self.error * student_t_quantile(0.5 + confidence / 2, self.freedom)
 
 
 class Score(Protocol):
-    """Something that cells are compared by; higher is better."""
+    """A quantity that cells are compared by, higher being better."""
 
     @property
     def run_means(self) -> list[NDArray[np.float64]]:
@@ -133,7 +133,10 @@ class Measure:
 
     @property
     def steady(self) -> bool:
-        """Whether some runs of one cell differ by more than rounding; if none do, there is no spread to measure by."""
+        """Return whether some runs of one cell differ by more than rounding.
+
+        If none do, there is no spread to measure by.
+        """
         size = max(float(np.abs(cell).max()) for cell in self.run_means)
         return any(len(cell) > 1 and float(np.ptp(cell)) > _ROUNDING * size for cell in self.run_means)
 
@@ -160,7 +163,10 @@ class Measure:
 
     @cached_property
     def _item_covariance(self) -> NDArray[np.float64]:
-        """Covariance of the runs' weighted means over the choice of items, `[runs, runs]`; one for all contrasts."""
+        """Return the covariance of the runs' weighted means over the choice of items, `[runs, runs]`.
+
+        There is one for all contrasts.
+        """
         runs = np.concatenate(list(self.values))
         sums = (runs - (runs @ self._share)[:, None]) @ self._membership
         return np.asarray(sums @ sums.T / self._correction, dtype=np.float64)
@@ -178,7 +184,10 @@ class Measure:
         return float((sums**2).sum()) / self._correction / (len(cell) - 1)
 
     def item_variances(self, coefficients: NDArray[np.float64]) -> list[tuple[float, float]]:
-        """Of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977); none for a single group."""
+        """Return variances of the weighted mean of the per-item contrasts (ratio estimator, Cochran 1977).
+
+        None of them for a single group.
+        """
         share = self._membership.sum(axis=0)
         if len(share) < 2:
             return []
@@ -311,7 +320,10 @@ def _freedom(parts: Sequence[tuple[float, float]]) -> float:
 
 
 def mean_estimate(score: Score, cell: int) -> Estimate:
-    """Return a cell's mean with the error that other seeds would make; the items are taken as they are."""
+    """Return a cell's mean with the error that other seeds would make.
+
+    The items are taken as they are.
+    """
     cells = score.run_means
     variances, freedoms = score.variances
     several = any(len(one) > 1 for one in cells)
@@ -320,7 +332,10 @@ def mean_estimate(score: Score, cell: int) -> Estimate:
 
 
 def variance_ratio(score: Score) -> float:
-    """Largest over smallest variance between the runs of a cell; NaN when a cell has one run or no variance."""
+    """Return the largest over the smallest variance between the runs of a cell.
+
+    NaN when a cell has one run or no variance.
+    """
     variances = [float(cell.var(ddof=1)) for cell in score.run_means if len(cell) > 1]
     return max(variances) / min(variances) if variances and min(variances) > 0 else math.nan
 

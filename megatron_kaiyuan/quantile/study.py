@@ -91,7 +91,7 @@ class SliceSpec(StrictModel):
 
 
 class TrainingSpec(StrictModel):
-    """How every run is trained; all runs alike."""
+    """How every run is trained, all runs alike."""
 
     tokens: Tokens | None = None
     """Budget of each run; None: the slice once."""
@@ -145,7 +145,7 @@ class TrunkSpec(StrictModel):
 
 
 class MainRunSpec(StrictModel):
-    """The run that the study is for; the report says what share of it the study costs."""
+    """The run that the study is for, whose cost the report compares with the study's."""
 
     parameters: Tokens = 2_030_000_000
     tokens: Tokens = 2_200_000_000_000

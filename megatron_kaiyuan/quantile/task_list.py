@@ -100,7 +100,10 @@ def load_tasks(spec: TaskListSpec, tokenizer: str, end: int | None) -> TaskSuite
 
 
 def measured_tasks(suite: TaskSuite, model: Any, positions: int) -> dict[str, Any]:
-    """Return the scores of a model on a suite, JSON-ready: `tasks` by name, and `not_evaluated` with the reasons."""
+    """Return the scores of a model on a suite, ready for JSON.
+
+    `tasks` has them keyed with the tasks' names, and `not_evaluated` has the reasons.
+    """
     results, failed = suite.evaluate(model, positions)
     few = {task.name: task.num_fewshot for task in suite.spec.all_tasks()}
     tasks = {}

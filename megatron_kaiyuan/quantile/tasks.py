@@ -36,7 +36,7 @@ class TaskSuite:
 
     @classmethod
     def load(cls, spec: TaskListSpec, tokenizer: str | None) -> "TaskSuite":
-        """Load all tasks; one that fails is remembered with its reason.
+        """Load all tasks, and remember a task that fails with its reason.
 
         Args:
             spec: Names the tasks.
@@ -74,7 +74,7 @@ class TaskSuite:
             positions: Longest context of the model, tokens.
 
         Returns:
-            Results by name in the list, and the reasons of the tasks that gave none.
+            Results keyed with the names in the list, and the reasons of the tasks that gave none.
         """
         results: dict[str, TaskResult] = {}
         failed = dict(self.failed)
@@ -93,7 +93,9 @@ class TaskSuite:
 
 
 def check_tasks(study: Study) -> None:
-    """Whether a study has what its tasks need; whether the harness is installed is the evaluating machine's to know.
+    """Check that a study has what its tasks need.
+
+    Only the evaluating machine can know whether the harness is installed.
 
     Raises:
         StudyError: tasks without a tokenizer or their folder.
@@ -123,7 +125,10 @@ def _check_tokenizer(spec: TaskListSpec, tokenizer: str | None) -> None:
 
 
 def error_summary(error: BaseException) -> str:
-    """The first lines of an error that say something; some, like the one of HumanEval, begin with empty ones."""
+    """Return the first lines of an error that say something.
+
+    Some errors, like the one of HumanEval, begin with empty lines.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
@@ -228,7 +233,10 @@ def choice_scores(
 
 
 def _answer_items(language_model: Any, name: str, task: Any, spec: TaskListSpec) -> list[tuple[str, dict[str, float]]]:
-    """Likelihood of the reference answer of tasks that ask for a text; the generated text's own score on demand."""
+    """Return the likelihood of the reference answer of tasks that ask for a text.
+
+    The score of a generated text comes on demand.
+    """
     from lm_eval.api.instance import Instance
 
     task.build_all_requests(limit=spec.limit, rank=0, world_size=1)
@@ -250,7 +258,10 @@ def _answer_items(language_model: Any, name: str, task: Any, spec: TaskListSpec)
 
 
 def _answer(task: Any, document: Any) -> str:
-    """The reference answer; HumanEval's target is its tests, the solution stands beside it."""
+    """Return the reference answer.
+
+    HumanEval's target is its tests, and the solution stands beside it.
+    """
     if "canonical_solution" in document:
         return str(document["canonical_solution"])
     target = task.doc_to_target(document)

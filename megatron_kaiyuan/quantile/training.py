@@ -1,4 +1,4 @@
-"""Train the runs of a study: several at a time, each resumable, none twice, the failed ones told with their last words.
+"""Training of a study's runs: several at a time, each resumable, none twice, failures reported with their last lines.
 
 A run is finished when `run.json` in its folder says so for the same digest. Whoever trains a run holds a lock on its
 folder, which its process inherits, so two tasks never write one checkpoint and an orphaned process keeps its lock.
@@ -112,13 +112,15 @@ def check_trunks(study: Study, trunks: Sequence[Run]) -> None:
 def train_runs(
     study: Study, runs: Sequence[Run], *, concurrent: int = 1, progress: TrainingProgress = lambda _: None
 ) -> list[RunOutcome]:
-    """Train what is not finished yet, in order; a failure does not stop the others.
+    """Train what is not finished yet, in order.
+
+    A failure does not stop the others.
 
     Args:
         study: The study.
         runs: Which of its runs.
         concurrent: How many at a time. They share the visible GPUs in turn, one for each process of a run.
-        progress: Told about finished steps.
+        progress: Notified of finished steps.
 
     Raises:
         StudyError: a folder holds a run of another study.
@@ -221,7 +223,10 @@ def _claim_folder(study: Study, run: Run) -> None:
 
 
 def _environment(study: Study, slot: int, concurrent: int) -> dict[str, str]:
-    """GPUs of its own for each concurrent run, as far as they reach; CPU threads shared out where nobody has."""
+    """Return the environment that gives each concurrent run GPUs of its own, as far as they reach.
+
+    CPU threads are shared out where nobody has set them.
+    """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     threads = max(1, (os.cpu_count() or 1) // (concurrent * study.training.processes))
     environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -235,7 +240,10 @@ def _environment(study: Study, slot: int, concurrent: int) -> dict[str, str]:
 
 
 def _visible_devices(told: str | None) -> list[str]:
-    """Names of the GPUs that a process may use, as CUDA reads `CUDA_VISIBLE_DEVICES`; without it, all there are."""
+    """Return the names of the GPUs that a process may use, as CUDA reads `CUDA_VISIBLE_DEVICES`.
+
+    Without the variable these are all GPUs.
+    """
     if told is None:
         return [str(number) for number in range(_device_count())]
     names = [name.strip() for name in told.split(",")]
@@ -244,7 +252,10 @@ def _visible_devices(told: str | None) -> list[str]:
 
 @functools.cache
 def _device_count() -> int:
-    """GPUs of this machine; torch asks the driver's library, which makes no context here."""
+    """Return the number of GPUs of this machine.
+
+    torch asks the driver's library, which makes no context here.
+    """
     import torch  # takes seconds, and nothing else here needs it
 
     return torch.cuda.device_count()
@@ -265,7 +276,10 @@ def _follow(one: _Active, progress: TrainingProgress) -> None:
 
 
 def _finish(study: Study, one: _Active) -> RunOutcome:
-    """Record what became of a run; its lock is kept until then, or another task would start it once more."""
+    """Record what became of a run.
+
+    Its lock is kept until then, or another task would start it once more.
+    """
     with one.lock:
         return _outcome(study, one)
 
@@ -306,7 +320,10 @@ def _remove_earlier_checkpoints(checkpoints: Path, last: int) -> None:
 
 
 def _stop(active: Sequence[_Active]) -> None:
-    """End what still runs; torchrun ends its own workers."""
+    """End what still runs.
+
+    torchrun ends its own workers.
+    """
     for one in active:
         one.process.send_signal(signal.SIGTERM)
     for one in active:

@@ -65,7 +65,10 @@ def check_average_arguments(args: argparse.Namespace, *, planned: bool, held_out
 
 @dataclass(slots=True)
 class AverageEvaluation:
-    """One for each process; all call the same methods at the same steps."""
+    """The evaluation of averages on one process.
+
+    All processes call the same methods at the same steps.
+    """
 
     save: str
     """What `--save` names."""
@@ -76,7 +79,7 @@ class AverageEvaluation:
     batches: Callable[[], Any]
     """Batches for one evaluation; see `PlanDatasetsProvider.evaluation_batches`."""
     tell: Callable[[Sequence[int]], None]
-    """Tells what has been evaluated, with the iterations that were averaged."""
+    """Reports what has been evaluated, with the iterations that were averaged."""
     forget: Callable[[], object]
     """Drops what an evaluation has counted that was cut short."""
     say: Callable[[str], None]
@@ -98,7 +101,10 @@ class AverageEvaluation:
         self._evaluate(evaluation.evaluator, evaluation.iteration, name, self.planned)
 
     def start(self, loop: Loop, iteration: int, *, told: bool) -> None:
-        """The loop starts at `iteration`; `told`, on the last rank, says whether its average has been evaluated."""
+        """Start the loop at `iteration`.
+
+        `told`, on the last rank, says whether the average of that step has been evaluated.
+        """
         self._loop = loop
         if iteration in self.planned and not _agree("told" if told else "", src=-1):
             self.when_saved(iteration)
@@ -125,7 +131,7 @@ class AverageEvaluation:
             self.forget()
 
     def _complete(self) -> str:
-        """On rank 0: make the average, unless it is there; why it could not be made, or nothing."""
+        """Make the average on rank 0, unless it is there, and return why it could not be made, or nothing."""
         if _rank() != 0:
             return ""
         try:
@@ -148,7 +154,9 @@ class AverageEvaluation:
 
 @contextmanager
 def averaged_weights(model: Sequence[Any], checkpoints: Sequence[Checkpoint], kind: str) -> Iterator[None]:
-    """The model, or one rank's part of it, with the average of checkpoints; its own weights return at the end.
+    """Give the model, or one rank's part of it, the average of checkpoints within a block.
+
+    Its own weights return at the end.
 
     Args:
         model: Chunks of this rank's model, wrapped or not.
@@ -187,7 +195,10 @@ def _rank() -> int:
 
 
 def _agree(said: str, src: int = 0) -> str:
-    """What rank `src` says, on all ranks (-1 is the last); nobody goes on before it has."""
+    """Return on all ranks what rank `src` says (-1 is the last).
+
+    Nobody goes on before it has.
+    """
     told: list[Any] = [said]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(told, src=src % torch.distributed.get_world_size())

@@ -2,7 +2,7 @@
 
 Megatron decides by parity, and by whether a word looks like a number, whether it reads weights or prefixes: it takes
 `0.3 a b c` for four prefixes, and `30 a 70` for three. Here a blend is either all prefixes or all pairs of a weight and
-a prefix; every prefix is opened, which also finds a truncated `.bin` that Megatron would read as garbage.
+a prefix; every prefix is opened, which also detects a truncated `.bin` that Megatron would read as garbage.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def check_data_arguments(args: argparse.Namespace) -> None:
 
 
 def check_blend(words: Sequence[str], flag: str) -> None:
-    """Check one blend; `flag` names it in errors."""
+    """Check one blend, named `flag` in errors."""
     if not words:
         raise ConfigError(f"{flag} is empty; give prefixes, or pairs of a weight and a prefix")
     weighted = [_is_weight(word) and not _is_shard(word) for word in words]
@@ -69,7 +69,10 @@ def _is_weight(word: str) -> bool:
 
 
 def _is_shard(word: str) -> bool:
-    """A shard may be called `2024`; it is one when it is there."""
+    """Return whether a word is a shard, which it is where the shard's files exist.
+
+    A shard may be called `2024`.
+    """
     return Path(f"{word}.idx").is_file()
 
 

@@ -47,7 +47,7 @@ def average_folder(save: str) -> Path:
 
 
 def averaged_iterations(last: int, every: int, final: int) -> tuple[int, ...]:
-    """The last `last` iterations, `every` apart, of a run that ends at `final`; ascending.
+    """Return the last `last` iterations, `every` apart, of a run that ends at `final`, ascending.
 
     Raises:
         ConfigError: the run is too short for them.
@@ -62,7 +62,9 @@ def averaged_iterations(last: int, every: int, final: int) -> tuple[int, ...]:
 
 
 def plan_averaging(args: argparse.Namespace, plan: Plan | None, final: int) -> dict[str, Any] | None:
-    """What the plan wants averaged, as plain data: `iterations` and `weights`; None if it wants nothing.
+    """Return what the plan wants averaged, as plain data: `iterations` and `weights`.
+
+    None if it wants nothing.
 
     Args:
         args: Megatron's validated arguments.
@@ -84,7 +86,7 @@ def plan_averaging(args: argparse.Namespace, plan: Plan | None, final: int) -> d
 
 
 class CheckpointKeeper:
-    """Told of every checkpoint of a run.
+    """Keeper of the checkpoints of a run, notified of each.
 
     Args:
         directory: What `--save` names.
@@ -109,7 +111,10 @@ class CheckpointKeeper:
         self._listeners.append(listener)
 
     def lacks(self, iteration: int) -> bool:
-        """Whether it must be saved now; the end of the run is saved by Megatron itself."""
+        """Return whether a checkpoint must be saved now.
+
+        Megatron itself saves the end of the run.
+        """
         return iteration in self._averaged and iteration not in (self._last_saved, self._final)
 
     def protects(self, iteration: int) -> bool:
@@ -117,10 +122,10 @@ class CheckpointKeeper:
         return iteration in self._averaged
 
     def before_save(self, iteration: int) -> None:
-        """An older folder of that iteration loses its metadata first; called on all ranks.
+        """Remove the metadata of an older folder of that iteration.
 
-        Were it to stay while the files under it are replaced, a run killed meanwhile would leave a mixture of two runs
-        that looks intact.
+        Called on all ranks. Were it to stay while the files under it are replaced, a run killed meanwhile would leave a
+        mixture of two runs that looks intact.
 
         Raises:
             SaveError: on all ranks: another run has taken the folder.
@@ -146,7 +151,10 @@ class CheckpointKeeper:
                 threading.Thread(target=_remove, args=(gone,), name="delete checkpoints").start()
 
     def not_saved(self, iteration: int, error: BaseException) -> SaveError:
-        """Say why a checkpoint could not be written, and where the run goes on; remove what there is of it."""
+        """Return the error that says why a checkpoint could not be written, and where the run goes on.
+
+        What there is of the checkpoint is removed.
+        """
         folder = iteration_folder(self._directory, iteration)
         if isinstance(error, CheckpointException):
             reasons = [f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in sorted(error.failures.items())]
@@ -163,7 +171,7 @@ class CheckpointKeeper:
         )
 
     def goes_on(self, iteration: int) -> None:
-        """Tell who listens."""
+        """Notify the listeners that the run goes on."""
         for listener in self._listeners if iteration in self._averaged else []:
             listener(iteration)
 
@@ -194,7 +202,10 @@ class CheckpointKeeper:
             )
 
     def _superfluous(self, iteration: int, keep: int) -> list[int]:
-        """Older than the newest `keep` complete ones; iterations after the present one are of another attempt."""
+        """Return the complete checkpoints older than the newest `keep`.
+
+        Iterations after the present one are of another attempt.
+        """
         loaded = read_tracker(self._directory).iteration
         past = [number for number in saved_iterations(self._directory) if number <= iteration]
         complete = [n for n in past if (iteration_folder(self._directory, n) / DESCRIPTION_NAME).is_file()]
@@ -223,7 +234,9 @@ def _remove(folders: list[Path]) -> None:
 
 
 def keep_checkpoints(args: argparse.Namespace) -> CheckpointKeeper | None:
-    """Let the loop save, protect and delete as the arguments and the plan say; None where nothing is saved.
+    """Make the loop save, protect and delete as the arguments and the plan say.
+
+    None where nothing is saved.
 
     Raises:
         ConfigError: a count below 1, nothing to keep, or two rules of deletion at once.
@@ -303,7 +316,10 @@ def say_how_to_average(args: argparse.Namespace) -> None:
 
 
 def _lost(save: Path, iterations: Sequence[int]) -> list[int]:
-    """Those that a finished run never saved, or that somebody deleted; none where it is not finished."""
+    """Return the iterations that a finished run never saved, or that somebody deleted.
+
+    None of them where the run is not finished.
+    """
     saved = saved_iterations(save)
     return [number for number in iterations if number not in saved] if iterations[-1] in saved else []
 

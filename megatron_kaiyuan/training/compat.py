@@ -1,7 +1,7 @@
-"""The changes made to Megatron 0.19 from outside, all of them, each with its reason; everything else uses its hooks.
+"""All changes made to Megatron 0.19 from outside, each with its reason.
 
-But for those of `loop_observers.py`, which change nothing and listen, and those to the files of checkpoints, in
-`checkpoints/megatron_files.py`.
+Everything else uses its hooks. But for those of `loop_observers.py`, which change nothing and listen, and those to the
+files of checkpoints, in `checkpoints/megatron_files.py`.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def keep_shipped_dataset_helpers() -> None:
 def fuse_weight_gradients_without_apex() -> None:
     """Give `--gradient-accumulation-fusion` its two functions where apex's extension is absent.
 
-    Megatron looks for the extension by name at import and refuses the flag without it; torch can do the same.
+    Megatron looks for the extension at import and refuses the flag without it; torch can do the same.
     """
     if not parallel_layers._grad_accum_fusion_available:
         parallel_layers.fused_weight_gradient_mlp_cuda = weight_gradient
@@ -134,7 +134,7 @@ def log_each_step_once() -> None:
 def rename_rates_of_groups(changes: Mapping[str, Mapping[float, float]]) -> None:
     """Let an optimizer be loaded whose groups have new rates.
 
-    Megatron finds a saved group by its rates, and then takes the saved ones. Here the groups of a checkpoint get the
+    Megatron matches a saved group by its rates, and then takes the saved ones. Here the groups of a checkpoint get the
     new rates before it looks for them.
 
     Args:
@@ -176,7 +176,7 @@ def end_at(iteration: int) -> None:
 
 
 class Keeper(Protocol):
-    """What `keep_checkpoints` tells and asks; see `megatron_kaiyuan.training.checkpoint_keeping`."""
+    """What `keep_checkpoints` asks and notifies (see `megatron_kaiyuan.training.checkpoint_keeping`)."""
 
     def lacks(self, iteration: int) -> bool:
         """Whether this iteration must be saved beside those of the interval."""
@@ -188,17 +188,17 @@ class Keeper(Protocol):
         """Called on all ranks."""
 
     def after_save(self, iteration: int) -> None:
-        """Called on all ranks; an asynchronous save may still be writing."""
+        """React to a save on all ranks, while an asynchronous save may still be writing."""
 
     def not_saved(self, iteration: int, error: BaseException) -> Exception:
-        """Return what to raise in place of the error of a save; called on the ranks that have one."""
+        """Return what to raise in place of the error of a save, on the ranks that have one."""
 
     def goes_on(self, iteration: int) -> None:
         """Called on all ranks when the step has been saved, if it is to be, and another one follows."""
 
 
 def keep_checkpoints(keeper: Keeper) -> None:
-    """Save when `keeper` lacks a checkpoint, never delete what it protects, and tell it of every save.
+    """Save when `keeper` lacks a checkpoint, never delete what it protects, and notify it of every save.
 
     The loop saves at multiples of one interval, `--save-retain-interval` deletes all but multiples of another, and
     there are no hooks around a save. A later call replaces the keeper.
@@ -270,9 +270,9 @@ def write_checkpoints(*, asynchronous: bool) -> None:
 
 
 def report_stop_signals(requests: StopRequests) -> None:
-    """Let the loop save and end at a signal that `requests` notes, and name it; Megatron listens to one signal.
+    """Let the loop save and end at a signal that `requests` notes, and name the signal.
 
-    All ranks learn of a signal that one of them received, and each learns its number.
+    Megatron listens to one signal. All ranks learn of a signal that one of them received, and each learns its number.
     """
     handler = get_signal_handler()
     requests.number = requests.number or handler.sig * handler._signal_received

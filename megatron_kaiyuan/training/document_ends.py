@@ -1,4 +1,4 @@
-"""Whether options that look for ends of documents can find them in the shards of a plan."""
+"""Refusal of options that look for ends of documents in shards that have none."""
 
 import numpy as np
 
@@ -46,7 +46,10 @@ def check_document_ends(plan: Plan, options: SampleOptions) -> None:
 
 
 def last_tokens(opened: OpenedSource) -> set[int]:
-    """The last tokens of some documents, spread evenly over the source; empty ones have none."""
+    """Return the last tokens of some documents, spread evenly over the source.
+
+    Empty documents have none.
+    """
     source = opened.source
     documents = np.unique(np.linspace(0, source.num_documents - 1, _PROBED).astype(np.int64))
     lengths, starts = source.lengths(documents), source.token_starts(documents)

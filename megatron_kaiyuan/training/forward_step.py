@@ -44,7 +44,7 @@ class ForwardStep:
     """What Megatron calls for each micro-batch."""
 
     monitor: RunMonitor | None = None
-    """Told of every training micro-batch; None: nobody is."""
+    """Receives every training micro-batch. None: nobody does."""
     held_out: HeldOutLosses | None = None
     """Counts the losses of every validation micro-batch; None: nobody does."""
     _explained: bool = False
@@ -53,7 +53,10 @@ class ForwardStep:
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        """Run one micro-batch; the second result turns the output of the last stage into the loss."""
+        """Run one micro-batch, and return its output with the function that makes the loss of it.
+
+        The output is that of the last stage.
+        """
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         args = get_args()
@@ -136,7 +139,10 @@ def _counted_loss(
 
 
 def _fused_loss(model: Any) -> dict[str, Any]:
-    """The output processor of a stage that has one; middle stages and unfused heads have none."""
+    """Return the output processor of a stage that has one.
+
+    Middle stages and unfused heads have none.
+    """
     while hasattr(model, "module"):
         model = model.module
     fused = getattr(model, "fused_loss", None)
@@ -146,7 +152,10 @@ def _fused_loss(model: Any) -> dict[str, Any]:
 def _batch_on_this_rank(
     data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, micro_batch_size: int
 ) -> dict[str, Tensor | None]:
-    """Tensors [b, s] that this rank's stage uses; None for the others, and for all of them on a middle stage."""
+    """Return the tensors [b, s] that this rank's stage uses.
+
+    None for the others, and for all of them on a middle stage.
+    """
     args = get_args()
     if not sees_data(args, vp_stage):
         return dict.fromkeys(_MODEL_KEYS)
@@ -177,7 +186,10 @@ def _batch_on_this_rank(
 
 
 def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """What losses and tokens are counted by; the tokens of a sample by the first of the ranks that share it."""
+    """Return what losses and tokens are counted by.
+
+    The first of the ranks that share a sample counts its tokens.
+    """
     bands, token_bands = loaded.get("band_tokens"), loaded.get("token_bands")
     if bands is not None:
         first = parallel_state.get_context_parallel_rank() == 0
@@ -198,7 +210,7 @@ def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, 
 def language_model_loss(
     loss_mask: Tensor | None, losses: Tensor, why_not_finite: Callable[[], str | None] = lambda: None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses that count, how many these are, and both again for the log.
+    """Return the sum of the token losses that count, how many these are, and both again for the log.
 
     Megatron divides the sum by the number, over all micro-batches and ranks together, so every token weighs the same.
 
@@ -206,7 +218,7 @@ def language_model_loss(
         loss_mask: 1 for tokens that count, else 0; float [b, s]. None on the stages before the last, which compute no
             loss.
         losses: Loss of each token; [b, s].
-        why_not_finite: Finds out where a loss that is not finite comes from, if it can.
+        why_not_finite: Says where a loss that is not finite comes from, if it can.
 
     Returns:
         Loss (scalar, FP32), number of tokens (scalar, int32), and `{"lm loss": [sum, number]}`.
@@ -228,7 +240,10 @@ def fused_language_model_loss(
 
 
 def _check_finite(loss: Tensor, why_not_finite: Callable[[], str | None]) -> None:
-    """Stop at a NaN or infinite loss before it is averaged over the ranks; off under dynamic loss scaling."""
+    """Stop at a NaN or infinite loss before it is averaged over the ranks.
+
+    Off under dynamic loss scaling.
+    """
     if not get_args().check_for_nan_in_loss_and_grad:
         return
     if not torch.isfinite(loss) and (why := why_not_finite()) is not None:

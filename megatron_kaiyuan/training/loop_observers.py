@@ -1,4 +1,4 @@
-"""Who is told of what Megatron's training loop does: of its start, of each step, of each evaluation.
+"""Observers of Megatron's training loop: of its start, of each step, of each evaluation.
 
 The loop has no hooks for them. Each function here puts itself around one function of `megatron.training.training`, of
 which it changes nothing.
@@ -44,7 +44,9 @@ class Evaluator:
     """Megatron's process groups and communicator."""
 
     def __call__(self, batches: Any, iteration: int, name: str) -> bool:
-        """Evaluate; all ranks together. What the loop counts and reads from goes on as if this had not been.
+        """Evaluate on all ranks together.
+
+        What the loop counts and reads from goes on as if this had not been.
 
         Args:
             batches: Iterator over this rank's micro-batches of one evaluation; None on a rank that reads none; a list

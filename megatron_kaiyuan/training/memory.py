@@ -39,7 +39,7 @@ def check_memory(args: argparse.Namespace) -> None:
 
 
 def least_bytes(args: argparse.Namespace, parameters: int) -> float:
-    """Bytes that the average rank keeps of a model of so many parameters; 0 where this is not known."""
+    """Return the bytes that the average rank keeps of a model of so many parameters, 0 if not known."""
     if any(getattr(args, name, None) for name in _ELSEWHERE):
         return 0.0
     half = args.fp16 or args.bf16

@@ -52,7 +52,7 @@ def keep_events() -> None:
 
 
 def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
-    """A monitor that is told of every step of the loop that follows.
+    """Return a monitor of every step of the loop that follows.
 
     Args:
         args: Megatron's validated arguments.
@@ -87,7 +87,7 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
 def build_held_out(
     args: argparse.Namespace, plan: Plan, batches: Callable[[], Any], keeper: CheckpointKeeper | None
 ) -> HeldOutLosses | None:
-    """Counts the held-out losses of the loop that follows, and tells them after each evaluation.
+    """Return the counter of held-out losses, which reports them after each evaluation.
 
     None where the plan holds no documents out.
 
@@ -95,7 +95,7 @@ def build_held_out(
         args: Megatron's validated arguments.
         plan: The plan of the run.
         batches: See `PlanDatasetsProvider.evaluation_batches`.
-        keeper: Tells when a checkpoint is saved that the plan averages.
+        keeper: Notifies when a checkpoint is saved that the plan averages.
     """
     if not plan.validation:
         return None

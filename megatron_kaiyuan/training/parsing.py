@@ -101,7 +101,9 @@ def check_flags(args: argparse.Namespace, defaults: Mapping[str, object], rules:
 def validate(
     defaults: Mapping[str, object], open_values: Mapping[str, object], other_words: Mapping[str, object]
 ) -> argparse.Namespace:
-    """Return the arguments as Megatron's validation leaves them; it also builds the tokenizer and the writers.
+    """Return the arguments as Megatron's validation leaves them.
+
+    It also builds the tokenizer and the writers.
 
     Args:
         defaults: As in `parse`.

@@ -42,10 +42,13 @@ class GPTDataset(gpt_dataset.GPTDataset):
 
 
 class PlainDatasetsProvider:
-    """Called by Megatron on every rank; the builder itself knows which ranks hold the data."""
+    """Provider of datasets without a plan, called by Megatron on every rank.
+
+    Megatron's builder itself knows which ranks hold the data.
+    """
 
     is_distributed = True
-    """Tells Megatron to call this on all ranks."""
+    """Makes Megatron call this on all ranks."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Raise ConfigError where the flags of the datasets cannot work together, or a file cannot be read."""

@@ -36,7 +36,10 @@ class _Blend:
     """First and last place in each prefix, of its documents."""
 
     def sizes(self) -> Mapping[str, tuple[int, int, int]]:
-        """Documents of this part, documents in all, and tokens of this part, by prefix; as Megatron rounds."""
+        """Return documents of this part, documents in all, and tokens of this part, by prefix.
+
+        Rounded as Megatron does.
+        """
         found = {}
         for prefix in self.prefixes:
             shard = open_shard(prefix)

@@ -26,17 +26,17 @@ def plan_parser_defaults() -> dict[str, object]:
 def plan_argument_defaults(
     args: argparse.Namespace, plan: Plan, saved: argparse.Namespace | None, record: TokenizerRecord | None
 ) -> dict[str, Any]:
-    """Values for the arguments that the command line leaves open.
+    """Return values for the arguments that the command line leaves open.
 
     Args:
         args: Parsed, not yet validated.
         plan: The plan of the run.
         saved: Arguments of the run to continue, if there is one.
-        record: The tokenizer of the plan's shards, if they tell.
+        record: The tokenizer of the plan's shards, if they name one.
 
     Raises:
-        ConfigError: no tokenizer is given and the shards do not tell the size of their vocabulary, or `--seq-length` is
-            not the plan's.
+        ConfigError: no tokenizer is given and the shards do not record the size of their vocabulary, or `--seq-length`
+            is not the plan's.
     """
     if args.seq_length is not None:
         _check_seq_length(args, plan)
@@ -76,11 +76,11 @@ def check_tokenizer_of_shards(args: argparse.Namespace, record: TokenizerRecord 
     """Refuse a tokenizer that the command line names and that did not make the tokens of the plan.
 
     A `NullTokenizer` stands for any: only `--null-tokenizer-eod-id`, where it is given, is compared. Shards without a
-    manifest tell nothing.
+    manifest cannot be compared.
 
     Args:
         args: Validated arguments.
-        record: The tokenizer of the plan's shards, if they tell.
+        record: The tokenizer of the plan's shards, if they name one.
         eod_id: End-of-document id of the tokenizer that Megatron built from the arguments.
 
     Raises:

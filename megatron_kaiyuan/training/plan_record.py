@@ -28,7 +28,7 @@ def plan_as_begun(plan: Plan | None, saved: argparse.Namespace | None) -> Plan |
 
 
 def _say_version(plan: Plan) -> None:
-    """Tell what a new run would order otherwise, where this one goes on under an earlier version."""
+    """Report what a new run would order otherwise, where this one goes on under an earlier version."""
     if plan.spec.order_version < NEWEST_VERSION:
         print_rank_0(
             f"> the run began under version {plan.spec.order_version} of the plan language and goes on with its order; "

@@ -162,10 +162,13 @@ def spread_evenly(lengths: Sequence[int]) -> NDArray[np.int64]:
 
 
 class PlanDatasetsProvider:
-    """Called by Megatron on every rank; builds on those that feed a model stage, returns None on the others."""
+    """Provider of a plan's datasets, called by Megatron on every rank.
+
+    Builds on those that feed a model stage, and returns None on the others.
+    """
 
     is_distributed = True
-    """Tells Megatron to call this on all ranks."""
+    """Makes Megatron call this on all ranks."""
 
     def __init__(
         self, plan: Plan, args: argparse.Namespace, eod_token: int | None, vocabulary: int | None = None
@@ -186,7 +189,10 @@ class PlanDatasetsProvider:
     def __call__(
         self, num_samples: tuple[int, int, int], vp_stage: int | None = None
     ) -> tuple[PlanSamples | None, HeldOutSamples | None, None]:
-        """Train, validation and test datasets; a plan has no test documents."""
+        """Return train, validation and test datasets.
+
+        A plan has no test documents.
+        """
         if not self._feeds(vp_stage):
             return None, None, None
         return PlanSamples(CurriculumDataset(self.plan), self.options), self._validation(num_samples[1]), None

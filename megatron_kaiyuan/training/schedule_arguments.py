@@ -42,7 +42,7 @@ _OF_THE_SCHEDULE = (
     "use_checkpoint_opt_param_scheduler",
 )
 _OF_GROUPS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
-"""What Megatron tells the groups of the optimizer apart by."""
+"""What Megatron distinguishes the groups of the optimizer by."""
 _NOT_IN_THE_STATE = ("lr_warmup_init", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
 """What a checkpoint's schedule depends on and does not hold."""
 _OF_THE_OPTIMIZER = (
@@ -176,7 +176,10 @@ def continue_schedule(
 
 
 def _differences(args: argparse.Namespace, saved: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
-    """What differs between the two schedules, and between the rates of the groups; before and now."""
+    """Return what differs between the two schedules, and between the rates of the groups.
+
+    Each has its value before and now.
+    """
     before, now = (_constants(build_schedule(run)) for run in (saved, args))
     for name in ("decoupled_lr", "decoupled_min_lr"):
         before[f"--{name.replace('_', '-')}"] = getattr(saved, name)

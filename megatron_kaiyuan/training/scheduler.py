@@ -19,12 +19,18 @@ __all__ = ["PlannedScheduler", "learning_rate_at", "plan_has_learning_rate"]
 
 
 def plan_has_learning_rate(plan: Plan) -> bool:
-    """Whether the plan gives the learning rate; a plan gives it in all phases or in none."""
+    """Return whether the plan gives the learning rate.
+
+    A plan gives it in all phases or in none.
+    """
     return plan.phases[0].lr is not None
 
 
 def learning_rate_at(plan: Plan, sample: int) -> float:
-    """Rate of the step whose first sample is `sample`; after the plan's end, the rate at its end."""
+    """Return the rate of the step whose first sample is `sample`.
+
+    After the plan's end it is the rate at its end.
+    """
     phase = plan.phase_of(sample) if sample < plan.num_samples else plan.phases[-1]
     assert phase.lr is not None
     progress = min(1.0, (sample - phase.first_sample) / phase.num_samples)
@@ -63,11 +69,17 @@ class PlannedScheduler(OptimizerParamScheduler):
 
 
 def _torch_optimizers(optimizer: Any) -> list[Any]:
-    """The torch optimizers inside Megatron's wrappers; a rank without parameters of its own has none."""
+    """Return the torch optimizers inside Megatron's wrappers.
+
+    A rank without parameters of its own has none.
+    """
     wrapped = getattr(optimizer, "chained_optimizers", [optimizer])
     return [inner.optimizer for inner in wrapped if inner.optimizer is not None]
 
 
 def _refresh(scheduler: PlannedScheduler, _optimizer: object, _args: object, _kwargs: object) -> None:
-    """Set the rate of the step about to be taken; the loop itself sets it only after a step that succeeded."""
+    """Set the rate of the step about to be taken.
+
+    The loop itself sets it only after a step that succeeded.
+    """
     scheduler.step(0)
