@@ -39,7 +39,7 @@ def require_shards(plan: Path) -> None:
 
 
 def plan_digest(plan: Path | None) -> str:
-    """Says whether two runs had the same plan, as far as its file tells."""
+    """Return a digest that is equal for two runs whose plan files agree."""
     return hashlib.sha256(plan.read_bytes()).hexdigest()[:16] if plan is not None and plan.is_file() else "none"
 
 
@@ -58,10 +58,10 @@ def smoke_plan(folder: Path, tokens: int, repeat: int, rate: dict[str, Any] | No
 
 
 def large_plan(folder: Path, seq_length: int, vocabulary: int, gigabytes: float, samples: int) -> Path:
-    """A shuffled plan over a shard so large that its windows are spread over gigabytes; a shard that is there is used.
+    """Make a shuffled plan over a shard so large that its windows are spread over gigabytes.
 
-    What the tokens say does not matter to the time that it takes to read them: one block of them is repeated, each time
-    shifted.
+    A shard that is there is used. What the tokens say does not matter to the time that it takes to read them: one block
+    of them is repeated, each time shifted.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def save_in_turn(rank: int, gigabytes: float, folder: Path, rounds: int) -> dict
     for number in range(2 * rounds + 2):
         kind = "without" if number % 2 else "with"
         setattr(TorchDistSaveShardedStrategy, name, summed if kind == "with" else plain)
-        filesystem_async.open = open  # as the plain writer finds it
+        filesystem_async.open = open  # the layout in which the plain writer gets it
         target = folder / f"iter_{number:07d}"
         if rank == 0:
             target.mkdir(parents=True)

@@ -91,7 +91,10 @@ def write_shard(prefix: Path, documents: int, *, sparse: bool) -> None:
 def in_rounds(
     repeats: int, jobs: Sequence[tuple[dict[str, Any], Callable[..., dict[str, float]], tuple[Any, ...]]]
 ) -> list[dict[str, Any]]:
-    """Run the jobs in turn, several times over; of each its label, the median of every figure, the fewest seconds."""
+    """Run the jobs in turn, several times over.
+
+    Of each it returns its label, the median of every figure, and the fewest seconds.
+    """
     context = multiprocessing.get_context("spawn")
     results: list[list[dict[str, float]]] = [[] for _ in jobs]
     for _ in range(repeats):
@@ -219,7 +222,10 @@ def read_megatron(prefix: str) -> dict[str, float]:
 
 
 def read_rates(open_samples: Callable[[], Any]) -> dict[str, float]:
-    """Seconds to open and to the first sample; samples a second in order and at random, after a warm-up over them."""
+    """Return seconds to open and to the first sample, and samples a second in order and at random.
+
+    A warm-up over the same samples comes first.
+    """
     started = time.perf_counter()
     dataset = open_samples()
     opened = time.perf_counter()

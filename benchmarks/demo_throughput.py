@@ -36,7 +36,7 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One line of the table; speeds in tokens per second of all processes together."""
+    """One line of the table, with speeds in tokens per second of all processes together."""
 
     dtype: str
     processes: int
@@ -119,7 +119,10 @@ def cpu_seconds() -> float:
 
 
 def run(command: list[str]) -> tuple[str, float]:
-    """Output of a command and its CPU seconds; the end of its output is raised if it fails."""
+    """Return the output of a command and its CPU seconds.
+
+    If it fails, the end of its output is raised.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = cpu_seconds()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

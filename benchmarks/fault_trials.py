@@ -1,7 +1,7 @@
 """A run of two processes that goes from one fault to the next, and must come out as if nothing had happened.
 
 Each trial starts the run where the one before has left it, waits for two saves and a random moment, and does something
-to it. What a fault has cost is seen at the next start: its first step tells how many steps are done again.
+to it. What a fault has cost is seen at the next start: its first step shows how many steps are done again.
 """
 
 import json

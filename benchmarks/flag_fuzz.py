@@ -1,4 +1,6 @@
-"""Random command lines: each trains, or is refused in one sentence; none ends in a traceback or never.
+"""Try random command lines: each trains, or is refused in one sentence.
+
+None ends in a traceback or never.
 
     .venv/bin/python -m benchmarks.flag_fuzz --trials 300 --seed 1
     .venv/bin/python -m benchmarks.flag_fuzz --each            # every flag alone, with a value that is not its default
@@ -130,7 +132,10 @@ def judge(code: int | None, output: str) -> str:
 
 
 class Trials:
-    """Runs command lines in forks of this process; build one before any thread is started."""
+    """Runner of command lines in forks of this process.
+
+    Build one before any thread is started.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Import everything, and write the data of the trials below `folder`."""
@@ -204,7 +209,7 @@ def _wait(child: int, deadline: float) -> int | None:
 
 
 def actions() -> dict[str, argparse.Action]:
-    """The flags that may be tried, by name."""
+    """Return the flags that may be tried, keyed with their names."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_kaiyuan.arguments import arguments_provider
@@ -258,7 +263,7 @@ def each_flag() -> Iterator[tuple[list[str], str]]:
 
 
 def main() -> int:
-    """Run the trials, tell the bad ones, and count.
+    """Run the trials, report the bad ones, and count.
 
     Returns:
         1 if a trial trained nothing and gave no reason.

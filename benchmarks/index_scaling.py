@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""What it costs to start, and to find a sample, as documents and sources grow; Megatron-Core beside it.
+"""Measure what it costs to start, and to look up a sample, as documents and sources grow.
+
+Megatron-Core is measured beside it.
 
     python -m benchmarks.index_scaling --json index_scaling.json --plot docs/images/index_scaling.png
 
@@ -8,7 +10,7 @@ ascending quality; 1 000 documents held out). Up to `--most-documents` with real
 the document, sample and shuffle index that Megatron's GPTDataset builds; above that with simulated sizes, for which
 there is no file to open. Opening ends when the first and the last sample of each phase are known; no token is read.
 
-Sources: 1 000 documents each to open; large simulated ones to find samples in, one after the other and at random,
+Sources: 1 000 documents each to open; large simulated ones to look samples up in, one after the other and at random,
 beside Megatron's blending index, which is filled sample by sample before training.
 
 Every number is the fastest of several fresh processes, without the time to import either package.
@@ -87,7 +89,7 @@ def measure_documents(documents: int, repeats: int, *, real: bool) -> dict[str, 
 
 
 def measure_sources(count: int, repeats: int) -> dict[str, Any]:
-    """Seconds to open, and microseconds a sample to find samples, with so many sources."""
+    """Return seconds to open, and microseconds to look up a sample, with so many sources."""
     row: dict[str, Any] = {"sources": count}
     with tempfile.TemporaryDirectory() as folder:
         prefixes = [str(Path(folder) / f"source{number}") for number in range(count)]
@@ -103,7 +105,10 @@ def measure_sources(count: int, repeats: int) -> dict[str, Any]:
 
 
 def two_phases(held_out: int) -> list[dict[str, Any]]:
-    """Phases without their sources; the first one says how many documents are held out of each source."""
+    """Return phases without their sources.
+
+    The first one says how many documents are held out of each source.
+    """
     return [
         {"name": "broad", "order": "shuffled", "part": {"keep": "random 50%"}, "held_out": held_out},
         {"name": "best", "order": "curriculum", "part": {"keep": "top 30%", "repeat": 2.5}},
@@ -162,7 +167,10 @@ def open_plan(spec: dict[str, Any], *, simulate: bool) -> dict[str, float]:
 
 
 def look_up(count: int, order: str) -> dict[str, float]:
-    """Microseconds a sample to find its source and window: in blocks, as a loader does, and one at random."""
+    """Return the microseconds to look up a sample's source and window.
+
+    In blocks, as a loader does, and one at random.
+    """
     from megatron_kaiyuan.data import Plan
 
     sources = {

@@ -35,7 +35,7 @@ EPS = 1e-6
 
 
 def main() -> int:
-    """Measure everything and print the table; 1 where there is no GPU."""
+    """Measure everything and print the table, and return 1 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
@@ -59,7 +59,10 @@ PRINTED: list[Row] = []
 
 
 def all_rows(path: Path | None) -> list[Row]:
-    """Every part's rows, written to `path` part by part; a part that fails is a row."""
+    """Return every part's rows, written to `path` part by part.
+
+    A part that fails is a row.
+    """
     parts = {"norms": norms, "rotary": rotary, "gates": gates, "weight gradients": weight_gradients,
              "attention": attention, "heads": heads, "documents": documents}  # fmt: skip
     PRINTED.clear()
@@ -108,7 +111,7 @@ def measured(what: str, how: str, call: Callable[[], object], error: float | Non
 
 
 def differentiate(outputs: object, grads: list[Tensor], inputs: list[Tensor]) -> None:
-    """Backward from several outputs at once; nothing is accumulated."""
+    """Run backward from several outputs at once, without accumulation."""
     torch.autograd.grad(list(outputs) if isinstance(outputs, tuple) else [outputs], inputs, grads)
 
 

@@ -22,7 +22,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "rank_data.py"
 
 
 def main() -> int:
-    """Kill builds and count what they leave; 1 if anything but nothing or the whole index is found."""
+    """Kill builds, count what they leave, and return 1 if anything but nothing or the whole index is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=20_000_000, help="documents to rank (default 20 million)")
     parser.add_argument("--kills", type=int, default=50, help="builds to kill (default 50)")
@@ -57,7 +57,10 @@ def start(shard: Path) -> "subprocess.Popen[bytes]":
 
 
 def kill_after(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    """SIGKILL, which a process cannot catch; it may have ended before."""
+    """Send SIGKILL, which a process cannot catch.
+
+    It may have ended before.
+    """
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -28,7 +28,7 @@ __all__ = ["Job", "PlainGpt", "Shape", "Trainer", "main"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The size of a model; no unit but counts."""
+    """The size of a model, all counts."""
 
     layers: int
     hidden: int
@@ -143,7 +143,10 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Trainer:
-    """Steps on random tokens; weights and gradient sums in the run's precision, the optimizer's weights in FP32."""
+    """Training steps on random tokens.
+
+    Weights and gradient sums are in the run's precision, the optimizer's weights in FP32.
+    """
 
     def __init__(self, shape: Shape, job: Job) -> None:
         torch.manual_seed(1234)
@@ -159,7 +162,7 @@ class Trainer:
         self.tokens = tokens.to(job.device)
 
     def step(self) -> bool:
-        """One optimizer step; False if the gradients overflowed and it was left out."""
+        """Take one optimizer step, and return False if it was left out because the gradients overflowed."""
         self.sum.zero_()
         for window in self.tokens:
             loss = self.model(window[:, :-1], window[:, 1:])

@@ -119,7 +119,10 @@ def write_shard(prefix: Path, documents: int, chance: np.random.Generator) -> No
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the kernel to forget the content of all files; it keeps what is not yet written."""
+    """Ask the kernel to forget the content of all files.
+
+    It keeps what is not yet written.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:

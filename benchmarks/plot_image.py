@@ -13,7 +13,10 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def require_browser() -> str:
-    """Path of a browser that can take screenshots; ends the program with a message if there is none."""
+    """Return the path of a browser that can take screenshots.
+
+    Ends the program with a message if there is none.
+    """
     for name in _BROWSERS:
         found = shutil.which(name)
         if found:
@@ -22,7 +25,7 @@ def require_browser() -> str:
 
 
 def write_png(figure: go.Figure, path: Path, width: int, height: int) -> None:
-    """Draw a figure; raises RuntimeError if the browser wrote nothing."""
+    """Draw a figure, or raise RuntimeError if the browser wrote nothing."""
     figure.update_layout(width=width, height=height, template="simple_white", font_size=13)
     figure.update_layout(modebar_remove=["toImage"], paper_bgcolor="white")
     with tempfile.TemporaryDirectory() as folder:

@@ -92,7 +92,10 @@ def write_corpus(path: Path, texts: list[str], size: int) -> None:
 
 
 def corpus_lines(texts: list[str]) -> Iterator[bytes]:
-    """Rows without end; from the second copy of the texts on one word in fifty is another one."""
+    """Yield rows without end.
+
+    From the second copy of the texts on one word in fifty is another one.
+    """
     generator = random.Random(3)
     for number in itertools.count():
         text = texts[number % len(texts)]
@@ -185,7 +188,10 @@ def run_gigatoken(corpus: Path, model: Path) -> dict[str, float]:
 
 
 def run_ours(corpus: Path, model: Path, workers: int, out: Path, shard_size: str) -> dict[str, float]:
-    """The tool as a user runs it, start-up included; the largest sum of memory of all its processes."""
+    """Run the tool as a user does, start-up included.
+
+    Returns also the largest sum of memory of all its processes.
+    """
     command = [sys.executable, "tools/preprocess_data.py", "--input", str(corpus), "--output-dir", str(out)]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model), "--append-eod"]
     command += ["--score-key", "score", "--id-key", "id", "--workers", str(workers), "--shard-size", shard_size]
@@ -223,7 +229,7 @@ def _memory_and_cpu(pid: int) -> tuple[float, float]:
 
 
 def compare(folder: Path, args: argparse.Namespace, texts: list[str]) -> None:
-    """All sizes; the peers beside the first one."""
+    """Compare all sizes, with the peers beside the first one."""
     model = folder / "tokenizer"
     train_tokenizer(texts, model)
     for number, megabytes in enumerate(args.megabytes):

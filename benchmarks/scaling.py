@@ -190,7 +190,10 @@ def device_name() -> str:
 
 
 def timed(args: argparse.Namespace, row: Row, plan: Path, micro: int) -> dict[str, Any]:
-    """One row; a failure is its error, so that the others are timed all the same."""
+    """Return one row.
+
+    A failure is its error, so that the others are timed all the same.
+    """
     shape = SMOKE if args.smoke else FULL
     profiled = args.steps - PROFILED
     profile = f"--profile --use-pytorch-profiler --profile-step-start {profiled} --profile-step-end {args.steps}"
@@ -223,7 +226,10 @@ def asdict_communication(communication: Any) -> dict[str, float]:
 
 
 def print_rows(known: dict[str, Any]) -> None:
-    """What docs/scaling.md shows; ratios are to one GPU with as many samples a GPU, or in all."""
+    """Print what docs/scaling.md shows.
+
+    Ratios are to one GPU with as many samples a GPU, or in all.
+    """
     setting, rows = known["setting"], known["rows"]
     on_cpu = setting["device"] == "CPU"
     title = f"{setting['shape']}, {setting['device']}, micro-batch {setting['micro_batch']}"
@@ -250,7 +256,10 @@ def print_rows(known: dict[str, Any]) -> None:
 
 
 def measured_from(known: dict[str, Any], processes: int) -> Measured | None:
-    """What a projection needs, from the rows; None where one of them is missing or it was a CPU."""
+    """Return what a projection needs, from the rows.
+
+    None where one of them is missing or it was a CPU.
+    """
     rows = known["rows"]
     needed = ("weak1", "strong1", f"weak{processes}", "exposed")
     if known["setting"]["device"] == "CPU" or any("milliseconds" not in rows.get(key, {}) for key in needed):
@@ -305,7 +314,10 @@ def known_proofs(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, A
 
 
 def elastic(args: argparse.Namespace) -> list[str]:
-    """The resume on other ranks; a proof that holds is not repeated."""
+    """Resume on other ranks, and return the problems.
+
+    A proof that holds is not repeated.
+    """
     path, known = known_proofs(args, "elastic")
     problems = []
     for layout in resume_layouts(args.processes):
@@ -330,7 +342,10 @@ def elastic(args: argparse.Namespace) -> list[str]:
 
 
 def lost(args: argparse.Namespace) -> list[str]:
-    """The loss of a rank; a proof that holds is not repeated."""
+    """Lose a rank, and return the problems.
+
+    A proof that holds is not repeated.
+    """
     path, known = known_proofs(args, "lost")
     if not known["proofs"].get("lost", {}).get("holds"):
         whole = proof_run(args)

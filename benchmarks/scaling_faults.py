@@ -97,7 +97,10 @@ def loss_tolerance(precision: str, steps: int, parameters: int, gradient_norm: f
 
 
 def resume_layouts(processes: int) -> list[Layout]:
-    """On half the ranks with a tensor-parallel size of 2, and on a quarter; where there are two, on both and on one."""
+    """Return the layouts to resume on: half the ranks with a tensor-parallel size of 2, and a quarter.
+
+    Where there are two ranks: both and one.
+    """
     half, quarter = (2, 1) if processes == 2 else (processes // 2, max(1, processes // 4))
     return [Layout(half, tensor=2), Layout(quarter)]
 
@@ -137,7 +140,9 @@ def undisturbed(
     global_batch: int,
     budget: Budget,
 ) -> Job:
-    """`2 x steps` steps on all ranks with a checkpoint midway; run once, and used as it is after that.
+    """Run `2 x steps` steps on all ranks with a checkpoint midway.
+
+    It is run once, and used as it is after that.
 
     Raises:
         StudyError: the job failed or did not end.

@@ -153,7 +153,7 @@ class Job:
 
 
 def write_data(shape: Shape, folder: Path, samples: int) -> Path:
-    """A shard of invented tokens, small ids more often, and a plan over it; returns the plan.
+    """Write a shard of invented tokens, small ids more often, and a plan over it, and return the plan.
 
     Speed, memory and the order of samples do not depend on what the tokens say.
     """
@@ -197,7 +197,9 @@ class Budget:
         return self.deadline - time.monotonic()
 
     def require(self, jobs: int, what: str) -> None:
-        """Refuse to start what cannot end in time; a job needs a third of its limit at least.
+        """Refuse to start what cannot end in time.
+
+        A job needs a third of its limit at least.
 
         Raises:
             StudyError: too little time is left.
@@ -212,7 +214,7 @@ class Budget:
 
 
 def launch(job: Job) -> subprocess.Popen[bytes]:
-    """Start a job; its output goes to `log.txt`, after what is there."""
+    """Start a job, with its output appended to `log.txt`."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "log.txt").open("ab") as log:
         log.write(("$ " + " ".join(job.command()) + "\n").encode())
@@ -228,7 +230,7 @@ def launch(job: Job) -> subprocess.Popen[bytes]:
 
 
 def run_job(job: Job, limit: float) -> float:
-    """Run a job to its end; returns seconds.
+    """Run a job to its end and return its seconds.
 
     Raises:
         StudyError: it failed, or was stopped after `limit` seconds.
@@ -247,7 +249,10 @@ def run_job(job: Job, limit: float) -> float:
 
 
 def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The processes under a job's first one, and it; torchrun gives each rank a session of its own."""
+    """Return a job's first process and all below it.
+
+    torchrun gives each rank a session of its own.
+    """
     try:
         first = psutil.Process(process.pid)
         return [*first.children(recursive=True), first]
@@ -260,7 +265,7 @@ def end_family(process: subprocess.Popen[bytes], known: Sequence[psutil.Process]
 
     Args:
         process: Its first process.
-        known: Others of it: once torchrun is gone, nobody finds its ranks any more.
+        known: Others of it: once torchrun is gone, nothing links to its ranks any more.
     """
     family = list({*known, *family_of(process)})
     for member in family:
@@ -374,5 +379,5 @@ def default_micro_batch() -> int:
 
 
 def default_processes() -> int:
-    """All GPUs; two processes without any."""
+    """Return the number of all GPUs, or two processes without any."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 2

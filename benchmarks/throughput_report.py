@@ -50,7 +50,7 @@ def read_row(log: Path, metrics: Path, size: Size) -> dict[str, Any]:
         "first_loss": float(found[0][2]),
         "last_loss": float(found[-1][2]),
         "last_loss_scale": float(found[-1][3]),
-        # Megatron's log tells a skip at the first step twice.
+        # Megatron's log reports a skip at the first step twice.
         "skipped": sum(entry["skipped_steps"] for entry in read_metrics(metrics)),
         "steps": len(found),
     }
@@ -63,12 +63,18 @@ def _reason(log: Path, text: str) -> str:
 
 
 def is_unfinished(result: Mapping[str, Any]) -> bool:
-    """Whether a row is worth another try; that it does not fit the memory is a result."""
+    """Return whether a row is worth another try.
+
+    That it does not fit the memory is a result.
+    """
     return "error" in result and result["error"] != OUT_OF_MEMORY
 
 
 def print_table(results: Sequence[Mapping[str, Any]], size: Size, device: str) -> None:
-    """The table that docs/benchmarks.md shows; ratios are to the first row."""
+    """Print the table that docs/benchmarks.md shows.
+
+    Ratios are to the first row.
+    """
     title = f"{size.parameters:,} parameters, {device}, {size.sequences} x {size.seq_length} tokens a step"
     table = Table(title=title, title_justify="left")
     left = ("run", "optimizer")

@@ -64,7 +64,7 @@ with quiet_megatron_import():
 told["optimizer"] = f"{Adam.__module__}.{Adam.__qualname__}"
 print(json.dumps(told))
 """
-"""What Megatron finds on the path of a row: its imports are the ones that the training makes."""
+"""What Megatron can import on the path of a row: its imports are the ones that the training makes."""
 
 
 def main() -> None:
@@ -120,7 +120,10 @@ def chosen_rows(names: str) -> list[Row]:
 
 
 def search_path(row: Row, te_site: Path | None, inherited: str) -> str:
-    """`PYTHONPATH` of a row: Transformer Engine on it, or not; an installed one cannot be taken away."""
+    """Return the `PYTHONPATH` of a row, with Transformer Engine on it or not.
+
+    An installed one cannot be removed.
+    """
     folders = [folder for folder in inherited.split(os.pathsep) if folder]
     if not row.engine:
         folders = [folder for folder in folders if not (Path(folder) / "transformer_engine").is_dir()]
@@ -181,12 +184,17 @@ class Session:
             self.free.put(gpu)
 
     def measure_all(self, rows: Sequence[Row]) -> None:
-        """So many side by side as were asked for; errors as `measure`."""
+        """Measure so many side by side as were asked for.
+
+        Errors as `measure`.
+        """
         with ThreadPoolExecutor(self.args.at_once) as pool:
             list(pool.map(self.measure, rows))
 
     def measure(self, row: Row) -> None:
-        """A row that is not finished; what it gave is on disk afterwards.
+        """Measure a row that is not finished.
+
+        What it gave is on disk afterwards.
 
         Raises:
             StudyError: it was measured in another way before.
@@ -305,7 +313,10 @@ class Session:
             pack(self.args.tar, self.args.logs, found)
 
     def profile(self, row: Row) -> None:
-        """Two steps of a row under torch's profiler; its own result stays."""
+        """Profile two steps of a row with torch's profiler.
+
+        Its own result stays.
+        """
         row = replace(row, key=f"{row.key}_profile")
         told = self.run(row, 0, self.args.row_seconds, PROFILE.split())
         trace = self.args.logs / row.key / "torch_profile" / "rank-0.json.gz"

@@ -18,7 +18,10 @@ __all__ = [
 
 
 def add_kaiyuan_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group `kaiyuan`; every model option is off, so that Megatron's own command lines keep their meaning."""
+    """Add the group `kaiyuan`, whose model options are all off.
+
+    Megatron's own command lines so keep their meaning.
+    """
     group = parser.add_argument_group("kaiyuan", "data plan and model options of megatron_kaiyuan")
     group.add_argument(
         "--plan",
@@ -167,7 +170,10 @@ def arguments_provider(
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
-    """Megatron 0.19 has a bare `%` in the help of a flag, on which `--help` fails; `%(default)s` and `%%` stay."""
+    """Escape a bare `%` in the help of a flag of Megatron 0.19, on which `--help` fails.
+
+    `%(default)s` and `%%` stay.
+    """
     for action in parser._actions:
         if action.help and action.help is not argparse.SUPPRESS:
             action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
@@ -218,7 +224,7 @@ def check_required_arguments(args: argparse.Namespace, open_values: Mapping[str,
 
 
 def check_save_arguments(args: argparse.Namespace) -> None:
-    """Refuse a run that is told where to save but not when, or to report to wandb but not where.
+    """Refuse a run that has a place to save but no interval, or is to report to wandb but lacks its settings.
 
     Megatron stops at the first with a bare assertion, at the second with a TypeError of the last rank alone.
 

@@ -52,7 +52,10 @@ class ConvertError(KaiyuanError):
 
 
 class DeviceError(KaiyuanError):
-    """The GPU of one rank, which other processes have filled; that rank alone knows of it."""
+    """Error of one rank whose GPU other processes have filled.
+
+    That rank alone knows of it.
+    """
 
 
 class PlanError(KaiyuanError):

@@ -48,7 +48,10 @@ def _train_and_report() -> int:
 
 
 def _start() -> Callable[[], None]:
-    """Choose the device, and return what trains; the first line of the log says which device it is."""
+    """Choose the device, and return what trains.
+
+    The first line of the log says which device it is.
+    """
     from megatron_kaiyuan.host import cpu_platform
     from megatron_kaiyuan.host.devices import start_device
     from megatron_kaiyuan.host.quiet import quiet_megatron_import

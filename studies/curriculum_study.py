@@ -8,8 +8,8 @@
 Four arms on the same real text, with the same budget, batch, first weights and seeds: (a) uniform order and WSD with a
 strong decay, (b) ascending quality and the same WSD, (c) ascending, a constant rate and the average of the last
 checkpoints, (d) ascending, a decay to a third of the peak over the last fifth, and the average. `--arms all` adds the
-two averages in uniform order, which tell what the order gives from what the average gives. The design, and what may be
-concluded, is in docs/curriculum-study.md. Finished runs are never repeated: the same command goes on where it was.
+two averages in uniform order, which separate what the order gives from what the average gives. The design, and what may
+be concluded, is in docs/curriculum-study.md. Finished runs are never repeated: the same command goes on where it was.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def chosen_runs(args: argparse.Namespace) -> list[Run]:
 
 
 def train(args: argparse.Namespace, clock: Clock) -> list[str]:
-    """Every chosen run without a result; returns what went wrong, a line a run."""
+    """Train every chosen run without a result, and return what went wrong, a line a run."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     began = time.monotonic()
     runs = chosen_runs(args)

@@ -158,7 +158,9 @@ def _tokenizer_text(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 
 def build(carried: Path, folder: Path, workers: int) -> StudyData:
-    """Damage, score, tokenize and rank; what is there already is used.
+    """Damage, score, tokenize and rank.
+
+    What is there already is used.
 
     Args:
         carried: What `collect` wrote.
@@ -208,7 +210,7 @@ def _digest(carried: Path) -> str:
 
 
 def _write_text(carried: Path, folder: Path, workers: int) -> float:
-    """One JSONL file a kind; returns the rank correlation of quality and score."""
+    """Write one JSONL file a kind, and return the rank correlation of quality and score."""
     folder.mkdir(parents=True, exist_ok=True)
     with lzma.open(carried / _CORPUS, "rt", encoding="utf-8") as stream:
         rows = [(number, *json.loads(line)) for number, line in enumerate(stream)]

@@ -65,7 +65,10 @@ class Gain:
 
 
 def final_value(result: Mapping[str, Any], arm: Arm, domain: str, metric: str) -> float:
-    """Of the weights that this arm ends with; the mean of all domains for `all`."""
+    """Return the value of the weights that this arm ends with.
+
+    For `all` it is the mean of all domains.
+    """
     return _value(result, "average" if arm.averaged else "last", domain, metric)
 
 
@@ -132,7 +135,10 @@ def gains(results: Results, domain: str, metric: str) -> list[Gain]:
 
 
 def _paired_t(own: NDArray[np.float64]) -> tuple[float, float]:
-    """Half of the confidence interval and the two-sided p-value of the mean gain; NaN and 1 for one seed."""
+    """Return half of the confidence interval and the two-sided p-value of the mean gain.
+
+    NaN and 1 for one seed.
+    """
     if len(own) < 2:
         return math.nan, 1.0
     if np.ptp(own) == 0:
@@ -157,7 +163,7 @@ def rank_statement(results: Results, metric: str = "loss") -> tuple[bool, float]
 
 
 def print_report(results: Results, told: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
-    """The two tables; returns their numbers as plain data."""
+    """Print the two tables, and return their numbers as plain data."""
     console = console or Console(width=150)
     described = f"{told['size']}, {told['tokens']:,} tokens a run, {told['steps']:,} steps, {told['precision']}"
     found = summaries(results)

@@ -1,4 +1,7 @@
-"""The runs of the curriculum study: plans that differ in one word; training, averaging, evaluation by our tools."""
+"""The runs of the curriculum study: plans that differ in one word.
+
+Our tools train, average and evaluate.
+"""
 
 import hashlib
 import json
@@ -91,7 +94,7 @@ ARMS = (
     Arm(
         "ascending_moderate", "(d) ascending, moderate decay, average", ascending=True, end=MODERATE_END, averaged=True
     ),
-    # Not in the claim: without them nobody can tell what the order gives from what the average gives.
+    # Not in the claim: without them nobody can separate what the order gives from what the average gives.
     Arm("uniform_constant", "(e) uniform, constant, average", ascending=False, end=1.0, averaged=True),
     Arm("uniform_moderate", "(f) uniform, moderate decay, average", ascending=False, end=MODERATE_END, averaged=True),
 )
@@ -150,12 +153,15 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds; infinity without a limit."""
+        """Return the seconds left, infinity without a limit."""
         return self._end - time.monotonic()
 
 
 def phases_of(study: Study, arm: Arm) -> list[dict[str, Any]]:
-    """Warm-up, the stable part and the end; the documents of each are those between two quantiles of the order."""
+    """Return warm-up, the stable part and the end.
+
+    The documents of each are those between two quantiles of the order.
+    """
     warm, decay = max(1, round(study.steps * WARM_UP)), max(1, round(study.steps * DECAY))
     steps = {"warm-up": warm, "stable": study.steps - warm - decay, "end": decay}
     edges = [0.0, WARM_UP, 1.0 - DECAY, 1.0]
@@ -204,7 +210,10 @@ def _documents(prefix: str) -> int:
 
 
 def training_command(study: Study, run: Run, plan: Path, folder: Path, *more: str) -> list[str]:
-    """Pretraining from the first sample; only the averaged checkpoints and the last one are written, weights alone."""
+    """Return the command that pretrains from the first sample.
+
+    Only the averaged checkpoints and the last one are written, weights alone.
+    """
     shape = study.shape
     optimizer = "--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0"
     return [
@@ -217,7 +226,7 @@ def training_command(study: Study, run: Run, plan: Path, folder: Path, *more: st
 
 
 def finished(study: Study, run: Run, results: Path) -> dict[str, Any] | None:
-    """The result of a run; None if there is none.
+    """Return the result of a run, None if there is none.
 
     Raises:
         StudyError: it is of a study with other settings.
@@ -235,7 +244,9 @@ def finished(study: Study, run: Run, results: Path) -> dict[str, Any] | None:
 
 
 def conduct(study: Study, run: Run, data: StudyData, folder: Path, clock: Clock) -> dict[str, Any]:
-    """Train, average, evaluate; the result goes to `folder/results`, checkpoints are deleted.
+    """Train, average and evaluate.
+
+    The result goes to `folder/results`, and checkpoints are deleted.
 
     Raises:
         StudyError: a command failed or the time ran out; the run's log says how far it came.

@@ -118,7 +118,10 @@ class Shape:
     stock_kernels: tuple[str, ...] = STOCK_KERNELS
 
     def flags_of(self, variant: Variant) -> list[str]:
-        """Of a variant; the order is part of what finished runs are known by."""
+        """Return the flags of a variant.
+
+        The order is part of what finished runs are known by.
+        """
         return [*self.flags, *variant.flags, *(self.stock_kernels if variant.key == "stock" else ())]
 
 
@@ -155,7 +158,7 @@ class Run:
         return self.place / "finished.json"
 
     def setting(self, args: argparse.Namespace) -> list[str]:
-        """What tells it from other runs: its flags, and the plan by what it says."""
+        """Return what distinguishes this run from others: its flags, and the plan by what it says."""
         return [*self.flags(args), "--plan", plan_digest(args.plan)]
 
     def flags(self, args: argparse.Namespace) -> list[str]:
@@ -184,7 +187,7 @@ class Run:
 
 
 def main() -> None:
-    """Train what is missing; print the table, write the numbers, draw the plots.
+    """Train what is missing, print the table, write the numbers, and draw the plots.
 
     Raises:
         StudyError: runs are missing.
@@ -285,7 +288,10 @@ class Batch:
     """Seconds of a run that ended by itself."""
 
     def train(self, runs: list[Run]) -> None:
-        """All runs that are not finished, so many at a time; those that end with an error leave it in their log."""
+        """Train all runs that are not finished, so many at a time.
+
+        Those that end with an error leave it in their log.
+        """
         waiting = [run for run in runs if not run.finished(self.args)]
         print(f"{len(runs)} runs, {len(waiting)} to train", flush=True)
         places = self.args.together * max(1, torch.cuda.device_count())
@@ -340,7 +346,10 @@ class Batch:
             self.save()
 
     def _write_down(self, one: Running, code: int | None, seconds: float) -> None:
-        """Mark a run that reached its end, or whose loss scale has; one that broke is tried again."""
+        """Mark a run that reached its end, or whose loss scale has.
+
+        One that broke is tried again.
+        """
         over = code == 0 or (code is not None and OVERFLOWED.search(one.run.log.read_bytes()) is not None)
         state = "ended" if over else "stopped by the clock" if code is None else f"failed with exit code {code}"
         print(f"{one.run.place.name}: {state}, {seconds:.0f} s", flush=True)

@@ -84,7 +84,10 @@ def print_over_seeds(records: Sequence[RunRecord]) -> None:
 
 
 def _mean_with_interval(values: Sequence[float | None]) -> str:
-    """Mean over the seeds and half of its 95 % interval (Student's t); nothing where a seed has no value."""
+    """Return the mean over the seeds and half of its 95 % interval (Student's t).
+
+    Nothing where a seed has no value.
+    """
     known = [value for value in values if value is not None]
     if len(known) < len(values) or len(known) < 2 or not any(known):
         return "-"
@@ -102,7 +105,10 @@ def _range(values: Sequence[float | None], form: str) -> str:
 
 
 def summary(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
-    """A run in numbers; None where a number would not be finite, or where there is nothing to compare with."""
+    """Return a run in numbers.
+
+    None where a number would not be finite, or where there is nothing to compare with.
+    """
     peak, where = worst_activation(record.entries)
     return {
         "key": record.key,
@@ -122,7 +128,7 @@ def summary(record: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def last_loss(entries: Sequence[dict[str, Any]]) -> float | None:
-    """Mean of the last five lines; None if one of them has no finite loss."""
+    """Return the mean of the last five lines, None if one of them has no finite loss."""
     losses = [entry["loss"] for entry in entries[-5:]]
     return None if None in losses or not losses else mean(losses)
 
@@ -138,7 +144,10 @@ def _to_bf16(record: RunRecord, records: Sequence[RunRecord]) -> float | None:
 
 
 def worst_activation(entries: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
-    """The largest peak of all readings and its place; of an overflow None and the first place, as computed."""
+    """Return the largest peak of all readings and its place.
+
+    Of an overflow None and the first place, as computed.
+    """
     largest = (0.0, "-")
     for entry in entries:
         for name, value in entry.get("activations", {}).items():

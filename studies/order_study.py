@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def all_cases() -> list[Case]:
-    """Web's correlation by strength and spread of lengths; then several sources at once."""
+    """Return web's correlation by strength and spread of lengths, then several sources at once."""
     cases = [
         Case(spread=spread, correlation={"web": correlation})
         for spread in (0.5, 0.9, 1.3)
@@ -138,7 +138,10 @@ def measure(case: Case, documents: int) -> Drift:
 def invent(
     documents: int, spread: float, correlation: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Scores and lengths of documents; the lengths' mean is `MEAN_LENGTH`."""
+    """Return invented scores and lengths of documents.
+
+    The lengths' mean is `MEAN_LENGTH`.
+    """
     score = rng.standard_normal(documents)
     noise = rng.standard_normal(documents)
     logarithm = correlation * score + np.sqrt(1 - correlation**2) * noise
@@ -166,7 +169,10 @@ def our_counts(
 
 
 def worst(tokens: NDArray[np.float64], nominal: NDArray[np.float64]) -> float:
-    """Largest distance of a share from its nominal value, in percentage points; tokens are `[windows, sources]`."""
+    """Return the largest distance of a share from its nominal value, in percentage points.
+
+    Tokens are `[windows, sources]`.
+    """
     return float(100 * np.abs(tokens / tokens.sum(axis=1, keepdims=True) - nominal).max())
 
 

@@ -86,7 +86,7 @@ def main() -> None:
         try:
             told = (["tools/quantile_benchmark.py", stage, str(study), *more] for more in commands)
             together(*told, seconds=deadline - kept - began)
-        except StudyError as error:  # what is finished can be evaluated and told all the same
+        except StudyError as error:  # what is finished can be evaluated and reported all the same
             problems.append(str(error))
         print(f"[{stage}: {time.monotonic() - began:.0f} s]", flush=True)
         if args.tar:
@@ -126,7 +126,9 @@ def forget_unfinished(study: Path, output: Path) -> None:
 
 
 def runs_without_results(study: Path) -> list[str]:
-    """Names, in the order of the study; all where nothing was cut.
+    """Return the names of runs without results, in the order of the study.
+
+    All names where nothing was cut.
 
     Raises:
         StudyError: the slices are missing.

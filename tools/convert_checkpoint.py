@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Convert a checkpoint to Hugging Face's layout, or back; on the CPU, in one process, one layer at a time."""
+"""Convert a checkpoint to Hugging Face's layout, or back.
+
+It works on the CPU, in one process, one layer at a time.
+"""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What shards hold and whether they are whole; or what a sample of a plan is, decoded. Changes nothing."""
+"""What shards hold and whether they are whole, or what a sample of a plan is, decoded. Changes nothing."""
 
 import sys
 

@@ -15,7 +15,10 @@ from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
-    """Windows as the samples that Megatron's forward step for GPT takes; each tensor is `[seq_length]`."""
+    """Windows as the samples that Megatron's forward step for GPT takes.
+
+    Each tensor is `[seq_length]`.
+    """
 
     def __init__(self, windows: CurriculumDataset | HeldOutDataset, split: Split, length: int) -> None:
         self.windows, self.split, self.length = windows, split, length
@@ -30,13 +33,19 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 
 
 class PlanProvider:
-    """Called by Megatron with the samples it wants; opening a plan builds no index, so no rank waits for another."""
+    """Provider of a plan's samples, called by Megatron with the number of samples it wants.
+
+    Opening a plan builds no index, so no rank waits for another.
+    """
 
     def __init__(self, plan: str, held_out: str) -> None:
         self.plan, self.held_out = plan, held_out
 
     def __call__(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Samples, Samples, None]:
-        """Train, validation and no test samples; validation repeats its windows as often as the loop asks."""
+        """Return train, validation and no test samples.
+
+        Validation repeats its windows as often as the loop asks.
+        """
         order = CurriculumDataset(self.plan)
         held_out = HeldOutDataset(order.plan, self.held_out)
         return Samples(order, Split.train, len(order)), Samples(held_out, Split.valid, num_samples[1]), None

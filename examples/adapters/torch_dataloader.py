@@ -15,7 +15,10 @@ from megatron_kaiyuan.data import CurriculumDataset
 
 
 def batches(plan: str, consumed_samples: int = 0, batch_size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, int64 `[batch, seq_length]`, from any sample on; the order needs no state but its number."""
+    """Yield inputs and targets, int64 `[batch, seq_length]`, from any sample on.
+
+    The order needs no state but the sample's number.
+    """
     order = CurriculumDataset(plan)
     rest = Subset(order, range(consumed_samples, len(order)))
     for batch in DataLoader(rest, batch_size=batch_size, num_workers=2):  # no shuffle=True: the order is the point

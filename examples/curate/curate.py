@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Deduplicate with MinHash, score with a classifier, build shards with scores; README.md here explains."""
+"""Deduplicate with MinHash, score with a classifier, build shards with scores.
+
+README.md here explains it.
+"""
 
 import shlex
 import sys
@@ -15,7 +18,7 @@ __all__ = ["Stage", "stages"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One datatrove pipeline; each stage waits for the one before it."""
+    """One datatrove pipeline, which waits for the one before it."""
 
     name: str
     steps: Sequence[Any]
@@ -60,7 +63,10 @@ def stages(settings: CurationSettings) -> list[Stage]:
 
 
 def executors(settings: CurationSettings) -> list[Any]:
-    """One executor a stage, chained; running the last one runs all. A second run skips the tasks that are done."""
+    """Return one executor a stage, chained, so that running the last one runs all.
+
+    A second run skips the tasks that are done.
+    """
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
     chain: list[Any] = []
@@ -83,7 +89,10 @@ def executors(settings: CurationSettings) -> list[Any]:
 
 
 def job_environment() -> str:
-    """Shell line that lets a job find datatrove's programs and the steps of this folder, which it loads by name."""
+    """Return the shell line that makes datatrove's programs and the steps of this folder importable in a job.
+
+    A job loads them by their import names.
+    """
     programs, here = Path(sys.executable).parent, Path(__file__).resolve().parent
     return f'export PATH={shlex.quote(str(programs))}:"$PATH" PYTHONPATH={shlex.quote(str(here))}:"${{PYTHONPATH:-}}"'
 

@@ -1,4 +1,7 @@
-"""What a curation run is asked to do; needs nothing but Python, so it can be checked anywhere."""
+"""The settings of a curation run.
+
+They need nothing but Python, so they can be checked anywhere.
+"""
 
 import argparse
 import subprocess
@@ -51,11 +54,11 @@ class CurationSettings:
 
     @property
     def threshold(self) -> float:
-        """Jaccard similarity near which pairs begin to be found, (1 / bands) ^ (1 / rows)."""
+        """Return the Jaccard similarity near which pairs begin to be detected, (1 / bands) ^ (1 / rows)."""
         return float((1 / self.bands) ** (1 / self.rows_per_band))
 
     def probability(self, similarity: float) -> float:
-        """How likely a pair of this Jaccard similarity is found."""
+        """Return how likely a pair of this Jaccard similarity is detected."""
         return float(1 - (1 - similarity**self.rows_per_band) ** self.bands)
 
     def folder(self, stage: str) -> str:

@@ -94,7 +94,7 @@ class BuildShards(PipelineStep):
         self.python = python
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Run the tool; its own exit code says whether the task is done."""
+        """Run the tool, whose exit code says whether the task is done."""
         tool = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
         command = [self.python, str(tool), "--input", self.documents, "--output-dir", self.shards]
         command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer, "--append-eod"]

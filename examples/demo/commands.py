@@ -17,7 +17,7 @@ _TAIL = 25
 
 
 class CommandFailed(RuntimeError):
-    """A command of the demo ended with an error; the message says where its log is."""
+    """Error of a command of the demo, with the place of its log."""
 
 
 def python_tool(repository: Path, name: str, *arguments: object) -> list[str]:
@@ -28,7 +28,10 @@ def python_tool(repository: Path, name: str, *arguments: object) -> list[str]:
 def training_command(
     settings: DemoSettings, *, plan: Path, checkpoints: Path, tensorboard: Path, save_interval: int
 ) -> list[str]:
-    """`torchrun` on this machine: FP16, dynamic loss scale, distributed optimizer; goes on from its last checkpoint."""
+    """Return the `torchrun` command on this machine: FP16, dynamic loss scale, distributed optimizer.
+
+    It goes on from its last checkpoint.
+    """
     training = (
         f"--micro-batch-size {settings.micro_batch} --global-batch-size {settings.global_batch} --seed 1234 "
         "--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02 "

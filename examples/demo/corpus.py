@@ -65,7 +65,7 @@ class _Domain:
         return self.size >= self.budget
 
     def accepts(self, document: Document) -> bool:
-        """Whether a document is long enough and new; a refusal is counted by reason."""
+        """Return whether a document is long enough and new, and count a refusal by reason."""
         digest = hashlib.sha256(document.text.encode()).digest()
         if len(document.text) < self.shortest:
             self.left_out["too short"] += 1

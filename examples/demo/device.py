@@ -13,7 +13,7 @@ __all__ = ["DeviceRefused", "placed"]
 
 
 class DeviceRefused(RuntimeError):
-    """The device that was asked for, or the one that is there, cannot be used; the message says why."""
+    """Refusal of the device that was asked for, or of the one that is there, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)

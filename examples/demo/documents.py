@@ -1,4 +1,4 @@
-"""Documents of the demo: what Python and its installed packages say about themselves, found without a download."""
+"""Documents of the demo: what Python and its installed packages say about themselves, without a download."""
 
 import ast
 import hashlib
@@ -31,7 +31,7 @@ class SourceFile:
 
     path: Path
     relative: str
-    """Path below the root it was found in, with forward slashes: the same on every machine."""
+    """Path below its root, with forward slashes: the same on every machine."""
     kind: str
     """`python`, `package` (descriptions, licences, readmes) or `prose` (other documentation)."""
 
@@ -133,7 +133,10 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name
 
 
 def text_pieces(file: SourceFile, text: str) -> Iterator[Document]:
-    """A text file as documents of at most about 6000 characters, cut at empty lines; headers of METADATA left out."""
+    """Yield a text file as documents of at most about 6000 characters, cut at empty lines.
+
+    Headers of METADATA are left out.
+    """
     if file.path.name.upper() == "METADATA":
         text = text.partition("\n\n")[2]
     piece: list[str] = []

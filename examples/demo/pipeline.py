@@ -250,7 +250,7 @@ def _environment() -> Sequence[str]:
 
 
 def remove_output(folder: Path) -> None:
-    """Remove everything an earlier demo wrote to a folder; refuses a folder that no demo wrote."""
+    """Remove everything an earlier demo wrote to a folder, and refuse a folder that no demo wrote."""
     if not folder.exists():
         return
     if not (folder / "stamps").is_dir():

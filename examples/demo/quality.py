@@ -82,7 +82,7 @@ def prose_score(text: str) -> float:
 
 
 def shingles(text: str) -> set[int]:
-    """Hashes of all runs of 8 consecutive words; one of the whole text when it is shorter."""
+    """Return the hashes of all runs of 8 consecutive words, or one of the whole text when it is shorter."""
     words = [word.lower() for word in _WORD.findall(text)]
     runs = max(1, len(words) - SHINGLE_WORDS + 1)
     # tuples of str hash differently in every process: only equality within one run is used
@@ -112,7 +112,10 @@ def _annotated_share(nodes: Sequence[ast.AST]) -> float:
 
 
 def _annotation_slots(node: ast.AST) -> Iterable[bool]:
-    """For each parameter and the result of a function, whether it is annotated; `self` and `cls` need none."""
+    """Yield for each parameter and the result of a function whether it is annotated.
+
+    `self` and `cls` need no annotation.
+    """
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return
     for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:

@@ -11,7 +11,10 @@ __all__ = ["FULL", "QUICK", "DemoSettings", "ModelShape", "planned_text"]
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The model; everything else of it is as in Kaiyuan-2B: RoPE, RMSNorm, SwiGLU, QK-norm, sandwich norm, soft-cap."""
+    """The size of the model.
+
+    Everything else of it is as in Kaiyuan-2B: RoPE, RMSNorm, SwiGLU, QK-norm, sandwich norm, soft-cap.
+    """
 
     layers: int = 4
     hidden: int = 128
@@ -42,7 +45,7 @@ class DemoSettings:
     micro_batch: int
     global_batch: int
     initial_loss_scale: int
-    """High on purpose: the first steps overflow, and the scaler is seen to find its level."""
+    """High on purpose: the first steps overflow, and the log shows the scaler settling at its level."""
     loss_scale_window: int
     """Steps without overflow after which the scale doubles."""
     token_divisor: int
@@ -103,7 +106,9 @@ QUICK = DemoSettings(
 
 
 def planned_text(plan: Path, settings: DemoSettings, folder: Path) -> str:
-    """The plan file with its paths moved to `folder` and its budgets divided; unchanged if there is nothing to change.
+    """Return the plan file with its paths moved to `folder` and its budgets divided.
+
+    It is unchanged if there is nothing to change.
 
     Args:
         plan: The committed plan, whose paths begin with `runs/demo/`.

@@ -103,7 +103,7 @@ def without_prose(text: str) -> str:
 
 
 def pieces(text: str) -> list[str]:
-    """A file in runs of lines of about `PIECE` characters; short rests are left out."""
+    """Return a file in runs of lines of about `PIECE` characters, without short rests."""
     found, lines = [], []
     for line in text.splitlines(keepends=True):
         lines.append(line)
@@ -178,7 +178,7 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 
 def tool(name: str, *arguments: object) -> None:
-    """Run one of the tools; its output is shown when it fails."""
+    """Run one of the tools, and show its output when it fails."""
     command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:

@@ -1,4 +1,7 @@
-"""Convert a checkpoint to Hugging Face's layout, or back; on the CPU, in one process, one layer at a time."""
+"""Convert a checkpoint to Hugging Face's layout, or back.
+
+It works on the CPU, in one process, one layer at a time.
+"""
 
 import argparse
 import re

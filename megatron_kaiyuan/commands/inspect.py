@@ -1,4 +1,4 @@
-"""What shards hold and whether they are whole; or what a sample of a plan is, decoded. Changes nothing."""
+"""What shards hold and whether they are whole, or what a sample of a plan is, decoded. Changes nothing."""
 
 import argparse
 import json

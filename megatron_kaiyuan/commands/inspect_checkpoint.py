@@ -51,7 +51,10 @@ def main() -> None:
 
 
 def as_text(told: dict[str, Any], *, looked: bool) -> str:
-    """Return what `describe` told as lines; `looked`: whether the files were compared with their checksums."""
+    """Return what `describe` returned as lines.
+
+    `looked`: whether the files were compared with their checksums.
+    """
     tensors, files = told["tensors"], told["files"]
     lines = [
         f"{told['folder']}: iteration {told['iteration']:,}, {_number(told['samples'])} samples, "

@@ -23,7 +23,10 @@ _MOST_SHARDS_LISTED = 8
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Flags of the tool; those that Megatron's tool has mean the same here."""
+    """Return the parser of the tool's flags.
+
+    Those that Megatron's tool has mean the same here.
+    """
     parser = CommandParser(description=__doc__, epilog="docs/shards.md describes files and policies.")
     _add_data_flags(parser.add_argument_group("input and output"))
     _add_tokenizer_flags(parser.add_argument_group("tokenizer"))
@@ -214,7 +217,7 @@ def print_summary(summary: RunSummary, seconds: float) -> None:
 
 
 def print_special_tokens(records: Iterable[SpecialTokenRecord | None]) -> None:
-    """What special tokens stood inside texts; nothing where none did."""
+    """Print which special tokens stood inside texts, nothing where none did."""
     record = merged_special_tokens(records)
     if record is not None and (told := special_token_facts(record)):
         kept = "; kept as ids, as Megatron does: --split-special-tokens encodes them as text"

@@ -1,4 +1,4 @@
-"""A smaller plan that tells about a large one: every source thinned evenly, every amount divided."""
+"""Make a smaller plan that predicts a large one: every source thinned evenly, every amount divided."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -73,7 +73,10 @@ def _part(part: object, share: Fraction) -> object:
 
 
 def _selection(value: object, share: Fraction) -> object:
-    """A selection with its amounts divided; shares and scores stay."""
+    """Return a selection with its amounts divided.
+
+    Shares and scores stay.
+    """
     if isinstance(value, list):
         return [_selection(one, share) for one in value]
     keep = parse_keep(value)

@@ -1,4 +1,7 @@
-"""Train by a plan: the flags are those of Megatron and of docs/training.md; those of the launcher are listed below."""
+"""Train by a plan, with the flags of Megatron and of docs/training.md.
+
+Those of the launcher are listed below.
+"""
 
 import argparse
 import os

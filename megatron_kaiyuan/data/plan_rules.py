@@ -20,7 +20,7 @@ _SECOND = {
 
 
 def named_draws(phases: Sequence[PhaseSpec]) -> dict[tuple[str, str], Keep]:
-    """Return what each named draw keeps, keyed with source and name.
+    """Return what each named draw keeps, keyed with source and draw.
 
     It is the largest where the draw stands in several places.
     """

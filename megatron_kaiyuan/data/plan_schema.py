@@ -178,7 +178,7 @@ class PlanSpec(Strict):
 
     @property
     def draws(self) -> dict[tuple[str, str], Keep]:
-        """Return what each named draw keeps, keyed with source and name.
+        """Return what each named draw keeps, keyed with source and draw.
 
         It is the largest where the draw stands in several places.
         """

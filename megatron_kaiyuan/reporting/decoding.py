@@ -71,7 +71,10 @@ def _reference(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
 
 
 def _tiktoken(config: TokenizerConfig) -> Callable[[Sequence[int]], str]:
-    """Megatron's layout: reserved ids first, the vocabulary's ranks after them; the bytes are joined."""
+    """Return a decoder for Megatron's layout of TikToken ranks: reserved ids first, the ranks after them.
+
+    The bytes of the tokens are joined.
+    """
     try:
         entries = json.loads(model_file(config).read_bytes())
         if not isinstance(entries, list) or not entries:

@@ -24,9 +24,10 @@ def source_table(results: Sequence["CheckpointLoss"], plan: Plan) -> Table:
 
 
 def band_tables(results: Sequence["CheckpointLoss"], plan: Plan) -> list[Table]:
-    """One table a checkpoint: nats a token by quantile band, lowest scores first; none where no source has scores.
+    """Return one table for each checkpoint: nats a token by quantile band, lowest scores first.
 
-    Ten losses and the name of a source fill 80 columns; that of the weights stands above them.
+    No table where no source has scores. Ten losses and the name of a source fill 80 columns; that of the weights stands
+    above them.
     """
     scored = [name for name in plan.validation if plan.sources[name].score is not None]
     bands = [band_name(number).replace("%", "") for number in range(NUM_BANDS)]

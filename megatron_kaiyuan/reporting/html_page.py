@@ -15,7 +15,10 @@ Card = tuple[str, str] | tuple[str, str, str] | tuple[str, str, str, float | Non
 
 
 def figure_block(figure: Any) -> Markup:
-    """Return a plotly figure in a block of its own; the frame brings the library, 5 MB, once a page."""
+    """Return a plotly figure in a block of its own.
+
+    The frame brings the library, 5 MB, once a page.
+    """
     text = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
     return Markup(f"<div>{text}</div>")  # plotly escapes nothing in hover texts: who writes one escapes the names
 

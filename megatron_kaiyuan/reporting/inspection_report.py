@@ -34,7 +34,7 @@ __all__ = ["InspectionOptions", "inspect_samples", "inspect_sources"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectionOptions:
-    """What to look at and how to tell it."""
+    """What to look at and how to report it."""
 
     scores: Sequence[str] | None = None
     """Score sidecars to describe; None: all there are."""
@@ -49,7 +49,7 @@ class InspectionOptions:
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
     quiet: bool = False
-    """Return what is found without printing it."""
+    """Return the result without printing it."""
     page: Path | None = None
     """HTML file to write."""
 
@@ -170,7 +170,7 @@ def _draw_documents(told: dict[str, Any], one: _Target, options: InspectionOptio
         return
     try:
         source = open_source(one.name, one.shards)
-    except ShardError:  # told among the findings
+    except ShardError:  # reported among the findings
         return
     decoder = _decoder(options, one.tokenizer, _recorded(source.shards[0].prefix))
     told["decoder"] = decoder.note
@@ -191,7 +191,7 @@ def _recorded(prefix: str) -> TokenizerRecord | None:
         return None
     try:
         return load_manifest(prefix).tokenizer
-    except ShardError:  # told among the findings
+    except ShardError:  # reported among the findings
         return None
 
 

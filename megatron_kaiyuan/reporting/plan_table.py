@@ -156,7 +156,10 @@ def padding_notes(description: dict[str, Any]) -> list[str]:
 
 
 def times_shown(row: dict[str, Any]) -> str:
-    """How much of a selection a phase shows how often: `70.0% once, 30.0% twice`; shares below 0.05 % are left out."""
+    """Return how much of a selection a phase shows how often, such as `70.0% once, 30.0% twice`.
+
+    Shares below 0.05 % are left out.
+    """
     if row["shown"] is None:
         return "all passes thinned alike: see version 2"
     total = sum(count["tokens"] for count in row["shown"])

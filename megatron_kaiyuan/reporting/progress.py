@@ -15,7 +15,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ConsoleMeter:
-    """Shows one stretch of work after another; safe to use from many threads."""
+    """Progress of one stretch of work after another, safe to use from many threads."""
 
     def __init__(self) -> None:
         self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
@@ -25,7 +25,7 @@ class ConsoleMeter:
         self._began = self._last = time.monotonic()
 
     def start(self, what: str, total: int) -> None:
-        """Begin a stretch; `total` in the unit of `advance`."""
+        """Begin a stretch, with `total` in the unit of `advance`."""
         self._what, self._total, self._done = what, total, 0
         self._began = self._last = time.monotonic()
         if self._console.is_terminal:

@@ -27,7 +27,10 @@ Peak = tuple[float | None, str]
 
 
 def layer_of(tensor: str) -> str:
-    """`layer 3` for all tensors of `decoder.layers.3`, and so for `mtp.layers.0`; others keep their name."""
+    """Return `layer 3` for all tensors of `decoder.layers.3`, and so for `mtp.layers.0`.
+
+    Other tensors keep their name.
+    """
     for start, shown in (("decoder.layers.", "layer"), ("mtp.layers.", "MTP layer")):
         if tensor.startswith(start):
             return f"{shown} {tensor.split('.')[2]}"
@@ -35,7 +38,10 @@ def layer_of(tensor: str) -> str:
 
 
 def layer_peaks(activations: Mapping[str, float | None]) -> dict[str, Peak]:
-    """The largest peak of each layer, in the order of computation; a tensor that is not finite outdoes all others."""
+    """Return the largest peak of each layer, in the order of computation.
+
+    A tensor that is not finite outdoes all others.
+    """
     peaks: dict[str, Peak] = {}
     for tensor, peak in activations.items():
         layer = layer_of(tensor)
@@ -46,7 +52,10 @@ def layer_peaks(activations: Mapping[str, float | None]) -> dict[str, Peak]:
 
 
 def metered_lines(run: Run) -> list[Line]:
-    """Lines with activations; of very many, the one with the least headroom in each of `_MOST_COLUMNS` parts."""
+    """Return the lines with activations.
+
+    Of very many, the one with the least headroom in each of `_MOST_COLUMNS` parts.
+    """
     lines = [line for line in run.lines if line.activations]
     if len(lines) <= _MOST_COLUMNS:
         return lines
@@ -56,7 +65,10 @@ def metered_lines(run: Run) -> list[Line]:
 
 
 def activation_figure(run: Run, marks: Sequence[PhaseMark]) -> go.Figure:
-    """A heat map, layers upwards, on a log scale that ends at 65 504; under it the headroom of the whole model."""
+    """Draw a heat map, layers upwards, on a log scale that ends at 65 504.
+
+    Under it is the headroom of the whole model.
+    """
     lines = metered_lines(run)
     peaks = [layer_peaks(line.activations) for line in lines]
     layers = list(dict.fromkeys(layer for column in peaks for layer in column))

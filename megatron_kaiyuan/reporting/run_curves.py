@@ -37,7 +37,7 @@ _COLOURS = (
 _TOTAL, _BAD, _GRID, _QUIET = "#1f2933", "#c53030", "#e4e7eb", "#52606d"
 _MOST_POINTS = 1600
 _MOST_RAW = 4
-"""Sources whose raw losses can be told apart."""
+"""Sources whose raw losses a reader can distinguish."""
 _HEIGHTS = (400, 120, 150, 150, 130)
 _GAP = 34
 
@@ -56,19 +56,28 @@ class _Curve:
 
 
 def colour_of(number: int) -> str:
-    """Well-chosen colours first; beyond them hues a golden angle apart in three shades, so that neighbours differ."""
+    """Return a colour for a curve.
+
+    Well-chosen colours come first. Beyond them come hues a golden angle apart in three shades, so that neighbours
+    differ.
+    """
     if number < len(_COLOURS):
         return _COLOURS[number]
     return f"hsl({number * 137.508 % 360:.0f},{(52, 42, 60)[number % 3]}%,{(50, 66, 38)[number % 3]}%)"
 
 
 def half_life(lines: int) -> float:
-    """Of the smoothing of all losses, in log lines; two where there are few, so that lines of one step still read."""
+    """Return the half-life of the smoothing of all losses, in log lines.
+
+    It is two where there are few, so that lines of one step still read.
+    """
     return max(2.0, lines / 200)
 
 
 def smoothed(values: Values, half_life: float) -> list[float | None]:
-    """Exponential moving average without a bias at the start; gaps stay gaps and weigh nothing.
+    """Return an exponential moving average without a bias at the start.
+
+    Gaps stay gaps and weigh nothing.
 
     Args:
         values: One a log line; None where there is none.
@@ -104,7 +113,10 @@ def thinned(xs: Sequence[int], ys: Values, most: int = _MOST_POINTS) -> tuple[li
 
 
 def curves_figure(runs: Sequence[Run], marks: Sequence[PhaseMark]) -> go.Figure:
-    """All curves; the loss by source too where there is one run. Zooming in one zooms in all."""
+    """Draw all curves, with the loss by source where there is one run.
+
+    Zooming in one zooms in all.
+    """
     figure = make_subplots(
         rows=len(_HEIGHTS),
         cols=1,
@@ -149,7 +161,10 @@ def source_loss_figure(runs: Sequence[Run], source: str, marks: Sequence[PhaseMa
 
 
 def mark_phases(figure: go.Figure, marks: Sequence[PhaseMark], end: int, *, names: bool = True) -> None:
-    """A dotted line where each phase begins, through all rows, and its name on top; the axis from 0 to `end`."""
+    """Draw a dotted line where each phase begins, through all rows, with its name on top.
+
+    The axis goes from 0 to `end`.
+    """
     figure.update_xaxes(range=[0, end])
     for mark in marks:
         if mark.start >= end:
@@ -180,7 +195,7 @@ def mark_phases(figure: go.Figure, marks: Sequence[PhaseMark], end: int, *, name
 
 
 def format_count(value: float) -> str:
-    """Powers of two as such, as loss scales are; other numbers in four digits."""
+    """Return powers of two as such, as loss scales are, and other numbers in four digits."""
     power = math.log2(value) if value > 0 else 0.5
     return f"2^{power:.0f}" if power == int(power) and abs(power) >= 4 else f"{value:.4g}"
 
@@ -302,7 +317,7 @@ def _add_marks(figure: go.Figure, xs: list[int], ys: Values, texts: list[str], l
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten; with their double and fivefold where there is room."""
+    """Return powers of ten, with their double and fivefold where there is room."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) < 4 else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]

@@ -35,7 +35,7 @@ def cumulative_tokens(run: Run, source: str) -> list[int]:
 
 
 def cumulative_bands(run: Run, source: str) -> list[list[int]]:
-    """The same by quantile band; `[NUM_BANDS][lines]`."""
+    """Return the cumulative tokens of a source by quantile band, `[NUM_BANDS][lines]`."""
     return [
         list(accumulate(line.sources[source].bands[band] if source in line.sources else 0 for line in run.lines))
         for band in range(NUM_BANDS)
@@ -43,7 +43,10 @@ def cumulative_bands(run: Run, source: str) -> list[list[int]]:
 
 
 def sources_figure(run: Run, description: Mapping[str, Any] | None, marks: Sequence[PhaseMark]) -> go.Figure:
-    """Cumulative tokens by source, stacked; dashed, where the plan puts the edges between them."""
+    """Draw the cumulative tokens by source, stacked.
+
+    Dashed lines show where the plan puts the edges between them.
+    """
     places = _sampled(len(run.lines))
     xs = [run.tokens_at(run.lines[place]) for place in places]
     figure = go.Figure()
@@ -65,7 +68,7 @@ def sources_figure(run: Run, description: Mapping[str, Any] | None, marks: Seque
 
 
 def bands_figure(run: Run, source: str, description: Mapping[str, Any] | None, marks: Sequence[PhaseMark]) -> go.Figure:
-    """Cumulative tokens of a source by quantile band, stacked; the plan's beside it."""
+    """Draw the cumulative tokens of a source by quantile band, stacked, with the plan's beside it."""
     places = _sampled(len(run.lines), _MOST_BAND_PLACES)
     xs = [run.tokens_at(run.lines[place]) for place in places]
     measured = [[row[place] for place in places] for row in cumulative_bands(run, source)]

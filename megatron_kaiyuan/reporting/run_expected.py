@@ -62,7 +62,7 @@ def check_plan(run: Run, description: Mapping[str, Any]) -> None:
 
 
 def phase_marks(description: Mapping[str, Any] | None) -> list[PhaseMark]:
-    """The phases over the tokens of the run; none without a plan."""
+    """Return the phases over the tokens of the run, none without a plan."""
     if description is None:
         return []
     length = description["seq_length"]
@@ -78,7 +78,10 @@ def phase_marks(description: Mapping[str, Any] | None) -> list[PhaseMark]:
 
 
 def expected_tokens(description: Mapping[str, Any], source: str, consumed: int) -> float:
-    """Tokens of a source in the first `consumed` samples; the interleave keeps this to about a sample."""
+    """Return the tokens of a source in the first `consumed` samples.
+
+    The interleave keeps this to about a sample.
+    """
     tokens: float = sum(
         phase["sources"][source]["tokens"] * _progress(phase, consumed)
         for phase in description["phases"]
@@ -88,7 +91,7 @@ def expected_tokens(description: Mapping[str, Any], source: str, consumed: int) 
 
 
 def expected_band_tokens(description: Mapping[str, Any], source: str, consumed: int) -> list[float]:
-    """The same by quantile band, lowest scores first; `[NUM_BANDS]`.
+    """Return the same by quantile band, `[NUM_BANDS]`, lowest scores first.
 
     A stream in ascending quality fills its bands from below, pass by pass; one in random order fills all alike.
     """
@@ -113,7 +116,10 @@ def _progress(phase: Mapping[str, Any], consumed: int) -> float:
 
 
 def _ascending(seen: Sequence[float], repeat: float, progress: float) -> list[float]:
-    """Whole passes, then the pass under way, filled from the lowest band; the last, fractional pass is as wide."""
+    """Return whole passes, then the pass under way, filled from the lowest band.
+
+    The last, fractional pass is as wide.
+    """
     done = progress * repeat
     whole = int(done)
     one_pass = [tokens / repeat for tokens in seen]

@@ -22,12 +22,15 @@ _GRID, _MARK, _QUIET = "#e4e7eb", "#9aa5b1", "#52606d"
 
 
 def read_evaluations(run: Run) -> list[dict[str, Any]]:
-    """The run's evaluations in the order of its steps; none where the plan holds nothing out."""
+    """Return the run's evaluations in the order of its steps, none where the plan holds nothing out."""
     return read_metrics(held_out_path(run.path))
 
 
 def read_averages(run: Run) -> list[dict[str, Any]]:
-    """Evaluations of the average of the run's checkpoints in the order of its steps; none without one."""
+    """Return evaluations of the average of the run's checkpoints, in the order of its steps.
+
+    None without an average.
+    """
     return read_metrics(average_path(run.path))
 
 

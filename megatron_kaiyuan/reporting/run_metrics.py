@@ -30,7 +30,7 @@ class SourceLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One log line; numbers that were not finite, or were not measured, are None."""
+    """One log line, in which numbers that were not finite, or were not measured, are None."""
 
     iteration: int
     consumed_samples: int
@@ -59,7 +59,7 @@ class Line:
 
     @property
     def headroom(self) -> float | None:
-        """65 504 / the largest activation; 0 if one was not finite, None if none was metered."""
+        """Return 65 504 / the largest activation, 0 if one was not finite, None if none was metered."""
         if not self.activations:
             return None
         peaks = [math.inf if peak is None else peak for peak in self.activations.values()]
@@ -92,12 +92,15 @@ class Run:
         return [name for name in self.sources if name in scored]
 
     def tokens_at(self, line: Line) -> int:
-        """Tokens trained on up to a line, from the consumed samples; samples where no line counts tokens."""
+        """Return the tokens trained on up to a line, from the consumed samples.
+
+        These are samples where no line counts tokens.
+        """
         return line.consumed_samples * (self.seq_length or 1)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read runs and give each the shortest name that tells them apart.
+    """Read runs and give each the shortest name that distinguishes it.
 
     Args:
         paths: Folders with a `metrics.jsonl`, or such files.
@@ -154,7 +157,10 @@ def _metrics_file(path: Path) -> Path:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """The last parts of the folders, as many as tell the runs apart; the whole path where two share a folder."""
+    """Return the last parts of the folders, as many as make the names differ.
+
+    The whole path where two runs share a folder.
+    """
     for parts in range(1, max(len(file.parts) for file in files)):
         names = ["/".join(file.parent.parts[-parts:]) for file in files]
         if len(set(names)) == len(names):
@@ -223,7 +229,10 @@ def _number(value: float | None) -> float | None:
 
 
 def _interval_loss(sources: Mapping[str, SourceLine], last_step: float | None) -> float | None:
-    """Mean over all tokens since the line before; less noisy than the loss of the last step."""
+    """Return the mean over all tokens since the line before.
+
+    It is less noisy than the loss of the last step.
+    """
     tokens = sum(source.tokens for source in sources.values())
     if not tokens:
         return last_step
@@ -236,7 +245,10 @@ def _interval_loss(sources: Mapping[str, SourceLine], last_step: float | None) -
 
 
 def _seq_length(lines: Sequence[Line]) -> int | None:
-    """From tokens and consumed samples; the largest ratio: the first line after a resume may count fewer steps."""
+    """Return the sequence length from tokens and consumed samples.
+
+    It is the largest ratio: the first line after a resume may count fewer steps.
+    """
     before, ratios = 0, [0]
     for line in lines:
         if line.consumed_samples > before:

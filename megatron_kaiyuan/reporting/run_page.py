@@ -27,7 +27,9 @@ __all__ = ["write_run_page"]
 def write_run_page(
     runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], description: Mapping[str, Any] | None, path: Path
 ) -> None:
-    """Write the page atomically; it loads nothing from elsewhere.
+    """Write the page atomically.
+
+    It loads nothing from elsewhere.
 
     Args:
         runs: One, or several to be compared.

@@ -31,7 +31,10 @@ HELD_OUT_COLUMNS = {"held_out": "held-out loss", "held_out_average": "of the ave
 
 
 def summarize(run: Run, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything of `tools/report_run.py --json` for one run; JSON-ready, so null for what is not finite or unknown."""
+    """Return everything of `tools/report_run.py --json` for one run.
+
+    Ready for JSON, so null stands for what is not finite or unknown.
+    """
     last = run.lines[-1]
     rates = [rate for line in run.lines if (rate := line.tokens_per_second) is not None]
     rate = statistics.median(rates) if rates else None
@@ -208,7 +211,7 @@ def format_optional(value: Any, spell: Any) -> str:
 
 
 def format_times(ratio: float) -> str:
-    """`4,720 x`, `31.2 x`, `2.41 x`; `overflow` for 0."""
+    """Return a ratio for people: `4,720 x`, `31.2 x`, `2.41 x`, and `overflow` for 0."""
     if ratio <= 0:
         return "overflow"
     places = 2 - math.floor(math.log10(ratio))

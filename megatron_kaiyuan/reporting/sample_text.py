@@ -92,7 +92,7 @@ def _describe_segment(
 
 
 def _text(tokens: NDArray[np.int64], total: int, decoder: TextDecoder, characters: int) -> dict[str, Any]:
-    """Text of at most `characters`; whether tokens of it were left out."""
+    """Return text of at most `characters`, and whether tokens of it were left out."""
     text = decoder.decode(tokens.tolist())
     shown = text[:characters] if characters else text
     return {"text": shown, "cut": len(shown) < len(text) or len(tokens) < total}

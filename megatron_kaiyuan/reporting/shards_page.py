@@ -15,7 +15,9 @@ __all__ = ["write_shards_page"]
 
 
 def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the page atomically; it loads nothing from elsewhere.
+    """Write the page atomically.
+
+    It loads nothing from elsewhere.
 
     Args:
         sources: what `describe_source` returned of each, with `document_samples` and `unchecked` where there are any.

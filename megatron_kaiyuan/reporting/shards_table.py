@@ -21,7 +21,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def report_console() -> Console:
-    """Stdout; where it is not a terminal, wide enough for every table."""
+    """Return a console on stdout, wide enough for every table where it is not a terminal."""
     console = SafeConsole(highlight=False)
     return console if console.is_terminal else SafeConsole(width=140, highlight=False)
 
@@ -112,7 +112,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """Four significant digits; whole numbers with separators where there are more."""
+    """Return four significant digits, or whole numbers with separators where there are more."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 

@@ -38,7 +38,7 @@ THROUGHPUT_GIB = 60
 
 
 def main() -> int:
-    """Run the checks; 1 where one failed."""
+    """Run the checks, and return 1 where one failed."""
     args = parsed_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -78,7 +78,10 @@ def parsed_arguments() -> argparse.Namespace:
 
 
 def visible_gpus() -> tuple[list[dict[str, Any]], str]:
-    """The GPUs, or why there are none; asked in another process, so that this one starts no CUDA."""
+    """Return the GPUs, or why there are none.
+
+    Another process is asked, so that this one starts no CUDA.
+    """
     if not machine.has_gpu() or os.environ.get("KAIYUAN_DEVICE") == "cpu":
         return [], NO_GPU
     try:

@@ -23,7 +23,7 @@ TEST_RUNNERS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
 
 
 def main() -> int:
-    """Print the versions; 1 where something is lacking."""
+    """Print the versions, and return 1 where something is lacking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also look for what the tests need")
     args = parser.parse_args()
@@ -64,7 +64,7 @@ def version_of(package: str) -> str:
 
 
 def missing_requirements(*, tests: bool) -> dict[str, str]:
-    """Requirements of setup.py that this Python does not meet, with the version that was found."""
+    """Return the requirements of setup.py that this Python does not meet, with the installed version."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
