@@ -12,11 +12,11 @@ FP32 and rounded once: `cpu_products.py`.
 
 import contextlib
 import ctypes
-import importlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,11 +78,9 @@ def install() -> bool:
             "call megatron_kaiyuan.host.cpu_platform.install() before anything imports megatron"
         )
     hide_packages_of_gpus()
-    # Dynamo tabulates torch's functions when it is first imported, as Megatron does, and rejects one under two names.
-    importlib.import_module("torch._dynamo")
     for owner, substitutions in _substitutions():
         for name, replacement in substitutions.items():
-            setattr(owner, name, replacement)
+            setattr(owner, name, _under_one_name(replacement))
     contextlib.ExitStack().enter_context(_SendToCpu())
     multiply_half_in_float()
     # Megatron asks for this with tensor parallelism: it orders kernels on a GPU's queues.
@@ -171,6 +169,22 @@ class _EveryDevice:
 
     def __getitem__(self, _index: int) -> torch.Generator:
         return torch.default_generator
+
+
+def _under_one_name(replacement: object) -> object:
+    """Copy a function, so that no two of torch's names hold the same one.
+
+    torch's compiler tabulates torch's functions when something first imports it, as an optimizer's first step does, and
+    rejects a function under two names. Importing it ahead would cost each start 1.5 s.
+    """
+    if not isinstance(replacement, FunctionType):
+        return replacement
+    return functools.update_wrapper(
+        FunctionType(
+            replacement.__code__, replacement.__globals__, None, replacement.__defaults__, replacement.__closure__
+        ),
+        replacement,
+    )
 
 
 def _nothing(*_args: object, **_kwargs: object) -> None:
