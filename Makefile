@@ -25,10 +25,10 @@ test check-slow gpu-check: export KAIYUAN_TESTS := 1
 demo: env  ## the main job on real text in minutes, on two CPU cores or the GPUs that are there
 	@$(PYTHON_IN_VENV) examples/demo/run_demo.py $(ARGS)
 
-test: env  ## the tests, two files at a time, and those of a GPU where there is one; choose some with ARGS="-k name"
+test: env  ## the tests, two files at a time, the long ones first, and those of a GPU where there is one; choose some with ARGS="-k name"
 	@failed=0; \
 	$(if $(ARGS),,$(PYTHON_IN_VENV) tools/dev/gpu_check.py --where-there-is-one --without-throughput || failed=1;) \
-	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS) || failed=1; \
+	$(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || failed=1; \
 	exit $$failed
 
 gpu-check: env  ## what only a GPU shows, one line a check, and a row of throughput; ARGS="-k name"

@@ -1,6 +1,5 @@
 """Several processes in one test, `run_distributed(function, world_size, *args)`, and a disk that is full."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -12,15 +11,17 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tests.warm import fresh_processes, take_environment
+
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: object, timeout: float = 120.0) -> list[Any]:
     """Call `function(rank, *args)` in `world_size` fresh processes that form one group: gloo, or NCCL if GPUs are seen.
 
-    Each process has one thread and a GPU of its own, or the CPU platform, installed before Megatron is imported.
+    Each process has one thread and a GPU of its own, or the CPU platform with Megatron imported (`tests/warm.py`).
     `function` must be defined at the top level of a module, and its arguments and results must pickle.
 
     Args:
-        function: Called in every process with its rank first. Megatron is not imported before.
+        function: Called in every process with its rank first.
         world_size: Number of processes.
         *args: Handed on to `function`.
         timeout: Seconds for all processes together.
@@ -35,12 +36,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: object
 
     # Listens from here on, as torchrun's does: a port that is only looked up may be another's when rank 0 wants it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = fresh_processes()
     workers: list[tuple[BaseProcess, Connection]] = []
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_run_rank, args=(theirs, rank, world_size, store.port, function, args))
+            process = context.Process(
+                target=_run_rank, args=(theirs, dict(os.environ), rank, world_size, store.port, function, args)
+            )
             process.start()
             theirs.close()
             workers.append((process, ours))
@@ -83,6 +86,7 @@ def _receive(connection: Connection, rank: int, workers: list[tuple[BaseProcess,
 
 def _run_rank(
     connection: Connection,
+    environment: dict[str, str],
     rank: int,
     world_size: int,
     port: int,
@@ -94,6 +98,7 @@ def _run_rank(
     In this order: leaving first would make the waiting ranks fail before the rank with the reason has spoken.
     """
     try:
+        take_environment(environment)
         _prepare_environment(rank, world_size, port)
         _join_group()
         connection.send((True, function(rank, *args)))

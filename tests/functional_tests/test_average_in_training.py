@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,9 @@ from megatron_kaiyuan.checkpoints.averaging import average_checkpoints, choose_c
 from megatron_kaiyuan.checkpoints.reading import iteration_folder, open_checkpoint, saved_iterations
 from megatron_kaiyuan.monitoring.metrics_file import average_path, read_metrics
 from tests.functional_tests.training_run import BATCH, REPOSITORY, Finished, saved_tensors, train_well, write_corpus
+from tests.functional_tests.warm_start import run_warm
 
+AVERAGE, EVALUATE = (str(REPOSITORY / "tools" / name) for name in ("average_checkpoints.py", "evaluate.py"))
 MEMBERS = [3, 4, 5, 6]
 HALF = ("--fp16", "--initial-loss-scale", "4096")
 OVERLAPPED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
@@ -96,9 +96,9 @@ def test_the_losses_told_are_those_of_the_average_made_by_the_tool(
 
 
 def evaluated(folder: Path, plan: Path, windows: int) -> dict[str, Any]:
-    command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(folder / "average"), "--plan", str(plan)]
-    command += ["--windows", str(windows), "--json", str(folder / "evaluated.json")]
-    subprocess.run(command, check=True, capture_output=True)
+    arguments = [str(folder / "average"), "--plan", str(plan), "--windows", str(windows)]
+    code, output = run_warm(EVALUATE, [*arguments, "--json", str(folder / "evaluated.json")], folder)
+    assert code == 0, output
     result: dict[str, Any] = json.loads((folder / "evaluated.json").read_text())["results"][0]["sources"]
     return result
 
@@ -123,12 +123,11 @@ def test_members_of_an_attempt_that_was_given_up_are_not_averaged(
     finished = run(tmp_path, other, *ALWAYS, "--ckpt-step", "2", "--exit-interval", "4")
     assert finished.logged("lm loss").keys() >= {3, 4}
     assert saved_iterations(tmp_path / "saved") == [2, *MEMBERS]
-    average = [sys.executable, str(REPOSITORY / "tools" / "average_checkpoints.py"), "saved", "--output", "average"]
 
     def refused(*choice: str) -> str:
-        done = subprocess.run([*average, *choice], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1, done.stdout + done.stderr
-        return done.stderr
+        code, output = run_warm(AVERAGE, ["saved", "--output", "average", *choice], tmp_path)
+        assert code == 1, output
+        return output
 
     assert "of which 5, 6 are not there, the run being at 4" in refused("--planned")
     assert "of which those after 4 are of an attempt given up; ask for 1 to 3" in refused("--last", "5")

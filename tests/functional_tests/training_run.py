@@ -1,10 +1,5 @@
 """Run the real entry point in processes of its own, and read what it logged."""
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.functional_tests.warm_start import run_warm
 from tests.unit_tests.data.tiny import write_shard
 
 REPOSITORY = Path(__file__).parents[2]
@@ -94,7 +90,7 @@ class Finished:
 
 
 def train(folder: Path, *flags: str, processes: int = 1, training: Sequence[str] = TRAINING_FLAGS) -> Finished:
-    """Run `python -m megatron_kaiyuan.pretrain`, under torchrun when there are several processes.
+    """Run `python -m megatron_kaiyuan.pretrain`, with its imports done (`warm_start`).
 
     Args:
         folder: Receives the TensorBoard events.
@@ -102,27 +98,10 @@ def train(folder: Path, *flags: str, processes: int = 1, training: Sequence[str]
         processes: Number of ranks.
         training: Flags of its training.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     events = folder / "events"
-    command = [sys.executable, *launcher, "-m", "megatron_kaiyuan.pretrain", *MODEL_FLAGS, *training]
-    command += ["--tensorboard-dir", str(events), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # torchrun's children too, should it have been interrupted
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return Finished(process.returncode, output, events)
+    arguments = [*MODEL_FLAGS, *training, "--tensorboard-dir", str(events), *flags]
+    code, output = run_warm("megatron_kaiyuan.pretrain", arguments, folder, ranks=processes)
+    return Finished(code, output, events)
 
 
 def train_well(folder: Path, *flags: str, processes: int = 1, training: Sequence[str] = TRAINING_FLAGS) -> Finished:

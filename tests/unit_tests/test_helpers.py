@@ -10,13 +10,12 @@ import pytest
 from tests.helpers import run_distributed
 
 
-def _sum_of_ranks(rank: int, offset: int) -> tuple[int, float, bool]:
+def _sum_of_ranks(rank: int, offset: int) -> tuple[int, float, str]:
     import torch
 
-    megatron_absent = "megatron.core" not in sys.modules
     value = torch.tensor([float(rank + offset)], device="cuda")
     torch.distributed.all_reduce(value)
-    return rank, value.item(), megatron_absent
+    return rank, value.item(), os.environ["SAID_BY_THE_TEST"]
 
 
 def _fail_on_rank_one(rank: int) -> None:
@@ -36,8 +35,11 @@ def _sleep(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_every_rank_gets_the_arguments_and_returns_its_result() -> None:
-    assert run_distributed(_sum_of_ranks, 2, 10) == [(0, 21.0, True), (1, 21.0, True)]
+def test_every_rank_gets_the_arguments_and_environment_and_returns_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is that of the test, though the process was forked from one that is older."""
+    for said in ("one", "two"):
+        monkeypatch.setenv("SAID_BY_THE_TEST", said)
+        assert run_distributed(_sum_of_ranks, 2, 10) == [(0, 21.0, said), (1, 21.0, said)]
 
 
 @pytest.mark.distributed

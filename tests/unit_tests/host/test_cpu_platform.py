@@ -75,6 +75,9 @@ first, depth = snapshot(), len(_get_current_function_mode_stack())
 assert cpu_platform.install() is True
 assert snapshot() == first and len(_get_current_function_mode_stack()) == depth == 1
 assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+assert "torch._dynamo" not in sys.modules
+import torch._dynamo  # an optimizer's first step does; it looks through all of torch's functions
+torch._dynamo.trace_rules.get_torch_obj_rule_map()
 """
     )
 
