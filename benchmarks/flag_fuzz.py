@@ -99,6 +99,8 @@ class Outcome:
     """Exit code; None: it was killed after the limit."""
     output: str
     seconds: float
+    files: tuple[str, ...] = ()
+    """That it left in its folder, in order."""
 
     @property
     def verdict(self) -> str:
@@ -163,15 +165,16 @@ class Trials:
     def run(self, words: Sequence[str], data: str = "plan") -> Outcome:
         """Run one command line, in a folder of its own that is removed afterwards."""
         own = Path(tempfile.mkdtemp(dir=self.folder))
-        line = [*shlex.split(_MODEL), *shlex.split(_DATA[data].format(folder=self.folder)), *words]
+        line = _command(f"{_MODEL} {_DATA[data].format(folder=self.folder)}", words)
         began = time.perf_counter()
         child = os.fork()
         if not child:
             self._be_a_run(own, line)
         code = _wait(child, began + _LIMIT)
-        output = (own / "output").read_text(errors="replace")
+        output = (own / "output").read_text(errors="replace").replace(str(own), "OWN")
+        files = tuple(sorted(str(path.relative_to(own)) for path in own.rglob("*")))
         shutil.rmtree(own, ignore_errors=True)
-        return Outcome(tuple(words), code, output, time.perf_counter() - began)
+        return Outcome(tuple(words), code, output, time.perf_counter() - began, files)
 
     def _be_a_run(self, own: Path, line: Sequence[str]) -> None:
         """Never returns."""
@@ -193,6 +196,17 @@ class Trials:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _command(base: str, words: Sequence[str]) -> list[str]:
+    """Return a command line with more words; `minus:WORD` takes a word out of it."""
+    line = shlex.split(base)
+    for word in words:
+        if word.startswith("minus:"):
+            line.remove(word.removeprefix("minus:"))
+        else:
+            line.append(word)
+    return line
 
 
 def _wait(child: int, deadline: float) -> int | None:

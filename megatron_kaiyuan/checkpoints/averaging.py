@@ -36,6 +36,7 @@ from megatron_kaiyuan.data.learning_rate import averaging_weights
 from megatron_kaiyuan.data.resume import check_resume
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.cli import tool
 
 __all__ = [
     "MANIFEST_NAME",
@@ -194,8 +195,7 @@ def _instead(planned: Sequence[int], lost: Sequence[int], found: Sequence[int], 
     those = f"--iterations {' '.join(map(str, left))}" if len(left) > 1 else "--last N"
     amend = "" if iteration >= planned[-1] else ", or lower last or every of averaging in the plan and resume"
     return (
-        f"{', '.join(map(str, lost))} will not be saved any more; average others with "
-        f"tools/average_checkpoints.py {those}{amend}"
+        f"{', '.join(map(str, lost))} will not be saved any more; average others with {tool('average')} {those}{amend}"
     )
 
 

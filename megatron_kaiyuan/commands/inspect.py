@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError, ShardError
-from megatron_kaiyuan.host.cli import CommandParser, say
+from megatron_kaiyuan.host.cli import CommandParser, say, tool
 from megatron_kaiyuan.inspection.describe import NoSuchScoreError
 from megatron_kaiyuan.reporting.inspection_report import InspectionOptions, inspect_samples, inspect_sources
 from megatron_kaiyuan.reporting.sample_text import parse_sample_range
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer-type", choices=TOKENIZER_TYPES, help="to decode (default: the plan's or manifest's)"
     )
-    parser.add_argument("--tokenizer-model", metavar="PATH", help="to decode, as in tools/preprocess_data.py")
+    parser.add_argument("--tokenizer-model", metavar="PATH", help=f"to decode, as in {tool('preprocess')}")
     parser.add_argument(
         "--characters", type=int, default=400, metavar="N", help="of each text to show; 0 = all (default 400)"
     )

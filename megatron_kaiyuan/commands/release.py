@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_kaiyuan.errors import ReleaseError
 from megatron_kaiyuan.host import cpu_platform
-from megatron_kaiyuan.host.cli import CommandParser, say
+from megatron_kaiyuan.host.cli import CommandParser, say, tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,13 +26,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics", type=Path, metavar="FILE", help="metrics.jsonl of the run (default: the one in its folder)"
     )
-    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="what tools/evaluate.py --json wrote")
+    parser.add_argument("--evaluation", type=Path, metavar="FILE", help=f"what {tool('evaluate')} --json wrote")
     parser.add_argument("--name", help="name of the model (default: that of the output folder, or of the run)")
     parser.add_argument("--license", metavar="ID", help="licence of the weights by the Hub's name, such as apache-2.0")
     parser.add_argument("--license-file", type=Path, metavar="FILE", help="its text")
     parser.add_argument("--language", metavar="CODE,...", help="languages of the model, such as en,zh")
     parser.add_argument("--hardware", metavar="TEXT", help="what it was trained on, such as '8 x H200'")
-    parser.add_argument("--layout", default="auto", help="as in tools/convert_checkpoint.py export (default auto)")
+    parser.add_argument("--layout", default="auto", help=f"as in {tool('convert')} export (default auto)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (default: as stored)"
     )

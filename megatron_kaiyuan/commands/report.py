@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_kaiyuan.host.cli import CommandParser, say
+from megatron_kaiyuan.host.cli import CommandParser, say, tool
 from megatron_kaiyuan.reporting.run_report import report_runs
 from megatron_kaiyuan.reporting.run_summary import print_summaries
 
@@ -24,7 +24,7 @@ def main() -> None:
         type=Path,
         metavar="PLAN",
         help="the runs' plan: adds phase marks, expected tokens and the time left. Where its shards are not at hand: a "
-        ".json that tools/plan_data.py PLAN --json wrote",
+        f".json that {tool('plan')} PLAN --json wrote",
     )
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="the page (default: report.html beside the first run)"

@@ -20,6 +20,7 @@ from megatron_kaiyuan.documents.rank_index import RankIndex, content_digests, da
 from megatron_kaiyuan.documents.ranking import STRIDE
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count, trainable_runs
 from megatron_kaiyuan.errors import PlanError, ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import real_files
@@ -119,7 +120,7 @@ class OpenedSource:
             raise ShardError(
                 f"{where.shard}.idx: document {where.document:,} does not end where the next one begins (they are "
                 f"{int(next_starts[wrong[0]] - ends[wrong[0]]):,} tokens apart); the file is damaged, copy it again or "
-                "rebuild the shard (tools/inspect_data.py --verify says more)"
+                f"rebuild the shard ({tool('inspect')} --verify says more)"
             )
 
     @cached_property

@@ -21,6 +21,7 @@ from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.documents.shuffled import ShuffledOrder, digest_of
 from megatron_kaiyuan.documents.stored_sums import open_sums, sums_path, write_sums
 from megatron_kaiyuan.errors import RankIndexError
+from megatron_kaiyuan.host.cli import tool
 
 __all__ = ["PackedOrder", "Piece", "pack_group"]
 
@@ -241,7 +242,7 @@ class PackedOrder(GatheredOrder):
         what = f"source {self.source.name!r}: packing: whole of {self.runs.num_documents:,} documents"
         facts, sums = open_sums(self.path, self._digest, ("predicted",), what)
         if len(sums) != self._num_groups + 1:
-            raise RankIndexError(f"{self.path}: damaged; delete it and run tools/rank_data.py --plan PLAN")
+            raise RankIndexError(f"{self.path}: damaged; delete it and run {tool('rank')} --plan PLAN")
         return facts, sums
 
     def _packed(self) -> tuple[dict[str, int], NDArray[np.int64]]:
@@ -285,8 +286,8 @@ class PackedOrder(GatheredOrder):
             if len(found) != int(self.sums[number + 1] - self.sums[number]):
                 raise RankIndexError(
                     f"source {self.source.name!r}: its documents pack otherwise than when they were counted; its files "
-                    "were changed or damaged: check them with tools/inspect_data.py --verify, delete *.packing beside "
-                    "them and run tools/rank_data.py --plan PLAN"
+                    f"were changed or damaged: check them with {tool('inspect')} --verify, delete *.packing beside "
+                    f"them and run {tool('rank')} --plan PLAN"
                 )
             if len(self._kept) >= _KEPT_GROUPS:
                 self._kept.clear()

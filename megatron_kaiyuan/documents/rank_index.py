@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from megatron_kaiyuan.documents.ranking import STRIDE, Ranking, Take, prepare_ranking, stride_sums
 from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.atomic import atomic_file
-from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.cli import tool, tool_command
 from megatron_kaiyuan.host.files import is_read_only, open_regular
 from megatron_kaiyuan.host.maps import map_array
 from megatron_kaiyuan.host.terminal import shell_command
@@ -277,7 +277,7 @@ def damaged_index(index: RankIndex, source: Source, score: str, where: str = "")
 
 
 def _command(source: Source, score: str, path: Path | None) -> str:
-    command = f"{python_command()} tools/rank_data.py {shell_command(*source.named, '--score', score)}"
+    command = f"{tool_command('rank')} {shell_command(*source.named, '--score', score)}"
     if path is None or path == index_path(source, score):
         return command
     return f"{command} --output {shell_command(path)}"
@@ -287,7 +287,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         raw = stream.read(_HEADER_BYTES)
     if len(raw) < _HEADER_BYTES or not raw.startswith(_MAGIC):
-        raise RankIndexError(f"{path}: not a rank index, or a truncated one; delete it and run tools/rank_data.py")
+        raise RankIndexError(f"{path}: not a rank index, or a truncated one; delete it and run {tool('rank')}")
     length = int.from_bytes(raw[8:16], "little")
     try:
         header: dict[str, Any] = json.loads(raw[16 : 16 + length])
@@ -296,7 +296,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         if header["dtype"] not in ("uint32", "uint64") or header["stride"] != STRIDE or header["documents"] < 1:
             raise ValueError("a field has an impossible value")
     except (ValueError, KeyError, TypeError) as error:
-        raise RankIndexError(f"{path}: damaged header ({error}); delete it and run tools/rank_data.py") from error
+        raise RankIndexError(f"{path}: damaged header ({error}); delete it and run {tool('rank')}") from error
     return header
 
 
@@ -306,7 +306,7 @@ def _map_arrays(path: Path, header: dict[str, Any]) -> RankIndex:
     expected = _HEADER_BYTES + 8 * marks + dtype.itemsize * documents
     if path.stat().st_size != expected:
         raise RankIndexError(
-            f"{path}: {path.stat().st_size} bytes, expected {expected}; delete it and run tools/rank_data.py"
+            f"{path}: {path.stat().st_size} bytes, expected {expected}; delete it and run {tool('rank')}"
         )
     arrays = [
         map_array(path, np.dtype(kind), count, offset, random=True)
@@ -337,7 +337,7 @@ def verify_rank_index(path: Path, source: Source, score: str) -> None:
             raise RankIndexError(
                 f"{path}: {len(different):,} entries of {name} differ from a fresh ranking, the first at "
                 f"{different[0]:,}; "
-                "the file is damaged or the scores have changed: run tools/rank_data.py again without --verify"
+                f"the file is damaged or the scores have changed: run {tool('rank')} again without --verify"
             )
 
 

@@ -22,6 +22,7 @@ from megatron_kaiyuan.documents.ranking import STRIDE
 from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.documents.stored_sums import open_sums, sums_path, write_sums
 from megatron_kaiyuan.errors import RankIndexError
+from megatron_kaiyuan.host.cli import tool
 
 __all__ = ["ShuffledOrder", "as_shuffled", "digest_of", "stride_of"]
 
@@ -185,8 +186,8 @@ class ShuffledOrder(GatheredOrder):
         where = "" if self.is_small else f"{self.path}: "
         return RankIndexError(
             f"{where}source {self.source.name!r}: lengths of documents do not add up to what was summed up of them; "
-            "its files were changed or damaged: check them with tools/inspect_data.py --verify"
-            + ("" if self.is_small else ", delete this file and run tools/rank_data.py --plan PLAN")
+            f"its files were changed or damaged: check them with {tool('inspect')} --verify"
+            + ("" if self.is_small else f", delete this file and run {tool('rank')} --plan PLAN")
         )
 
 

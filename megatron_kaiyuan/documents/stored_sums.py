@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.atomic import atomic_file
-from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.maps import map_array
 from megatron_kaiyuan.shards.source import Source
 
@@ -51,7 +51,7 @@ def open_sums(path: Path, digest: str, names: tuple[str, ...], wanted_by: str) -
     Raises:
         RankIndexError: no such file, or a damaged one; says what makes it.
     """
-    remedy = f"run\n  {python_command()} tools/rank_data.py --plan PLAN"
+    remedy = f"run\n  {tool_command('rank')} --plan PLAN"
     if not path.is_file():
         raise RankIndexError(f"{wanted_by} needs the sums {path}; to make those of all sources of the plan, {remedy}")
     with path.open("rb") as stream:

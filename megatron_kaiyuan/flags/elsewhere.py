@@ -212,7 +212,7 @@ ELSEWHERE: tuple[Rule, ...] = (
     _refused(_RL, "reinforcement learning is another program of Megatron-LM's; leave it out"),
     _refused(_RETRIEVAL, "it is read by Megatron-LM's BERT, T5 and retrieval programs alone; leave it out"),
     _refused(_IMAGES, "it is read by Megatron-LM's image models alone; leave it out"),
-    _refused(_INFERENCE, "it is read by Megatron's inference alone; leave it out (tools/generate.py writes text)"),
+    _refused(_INFERENCE, "it is read by Megatron's inference alone; leave it out (the tool generate writes text)"),
     _refused(_DISTILLATION, "distillation is not supported by this entry point; leave it out"),
     _refused(
         _FINE_TUNING,

@@ -11,7 +11,24 @@ from typing import NoReturn, TextIO
 from megatron_kaiyuan.errors import KaiyuanError
 from megatron_kaiyuan.host.terminal import visible
 
-__all__ = ["CommandParser", "python_command", "run_tool", "say"]
+__all__ = ["TOOLS", "CommandParser", "python_command", "run_tool", "say", "tool", "tool_command"]
+
+TOOLS = {
+    "preprocess": "preprocess_data",
+    "inspect": "inspect_data",
+    "rank": "rank_data",
+    "plan": "plan_data",
+    "inspect-checkpoint": "inspect_checkpoint",
+    "average": "average_checkpoints",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "convert": "convert_checkpoint",
+    "release": "release",
+    "quantile": "quantile_benchmark",
+    "report": "report_run",
+}
+"""Of each verb that has a door in `tools/`: the door's name."""
+_DOORS = Path(__file__).resolve().parents[2] / "tools"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -24,10 +41,40 @@ class CommandParser(argparse.ArgumentParser):
 
 def python_command() -> str:
     """This Python as a user would type it, for commands in messages: below the working directory if it is there."""
-    executable = Path(sys.executable)
+    return shlex.quote(str(_from_here(Path(sys.executable))))
+
+
+def _from_here(path: Path) -> Path:
     with contextlib.suppress(ValueError):
-        executable = executable.relative_to(Path.cwd())
-    return shlex.quote(str(executable))
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def _door(verb: str) -> Path | None:
+    """Return a tool's file in this checkout.
+
+    None for users who started `kaiyuan`, or who have no checkout.
+    """
+    door = _DOORS / f"{TOOLS[verb]}.py"
+    return None if sys.argv[0].startswith("kaiyuan ") or not door.exists() else _from_here(door)
+
+
+def tool(verb: str) -> str:
+    """Return the name under which a user starts a tool, for messages: `tools/rank_data.py`, or `kaiyuan rank`.
+
+    Args:
+        verb: One of `TOOLS`.
+    """
+    return shlex.quote(str(door)) if (door := _door(verb)) else f"kaiyuan {verb}"
+
+
+def tool_command(verb: str) -> str:
+    """Return what a shell runs to start a tool, to be followed by its words.
+
+    Args:
+        verb: One of `TOOLS`.
+    """
+    return f"{python_command()} {tool(verb)}" if _door(verb) else tool(verb)
 
 
 def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:

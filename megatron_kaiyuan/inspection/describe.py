@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.inspection.distribution import Distribution
 from megatron_kaiyuan.inspection.shard_check import Finding, without_file
@@ -106,7 +107,7 @@ def _score_keys(files: Sequence[ShardFiles], scores: Sequence[str] | None) -> li
         if score not in present:
             raise NoSuchScoreError(
                 f"--score {score}: no shard has these scores (there: {', '.join(present) or 'none'}); build the shards "
-                f"with --score-key {score}, or give the scores with tools/rank_data.py --scores"
+                f"with --score-key {score}, or give the scores with {tool('rank')} --scores"
             )
     return present if scores is None else list(scores)
 

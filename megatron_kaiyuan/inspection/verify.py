@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index, verify_rank_index
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.inspection.shard_check import Finding, ShardCheck, without_file
 from megatron_kaiyuan.shards.build_check import BUILD_FILE, folder_state, mixed_keys, named_folders
 from megatron_kaiyuan.shards.manifest import Manifest, load_manifest
@@ -217,7 +218,7 @@ def _check_rank_indexes(
                 verify_rank_index(path, source, score)
             else:
                 open_rank_index(path, source, score)
-                unchecked.append(f"{path}: compared by probes; tools/rank_data.py --verify compares every document")
+                unchecked.append(f"{path}: compared by probes; {tool('rank')} --verify compares every document")
         except (RankIndexError, OSError) as error:
             yield Finding("rank index", str(path), without_file(str(error), path))
         except ScoreError:

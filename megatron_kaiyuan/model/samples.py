@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_kaiyuan.errors import ShardError
-from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.terminal import shell_command
 
 __all__ = ["SampleOptions", "first_outside", "make_sample", "outside_vocabulary"]
@@ -95,7 +95,7 @@ def outside_vocabulary(sample: str, shard: str, document: int, token: int, vocab
         token: The id.
         vocabulary: Ids have to be below it.
     """
-    command = f"{python_command()} tools/inspect_data.py {shell_command(shard)} --verify --vocab-size {vocabulary}"
+    command = f"{tool_command('inspect')} {shell_command(shard)} --verify --vocab-size {vocabulary}"
     return ShardError(
         f"{sample}: token id {token} in document {document} of {shard}.bin, but the vocabulary has {vocabulary} ids: "
         "the shard was built with another tokenizer, or has been damaged since the run began. Build it again, or copy "

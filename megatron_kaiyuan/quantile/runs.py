@@ -17,6 +17,7 @@ from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.selection import parse_keep
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.quantile.branches import BranchPlans, scratch_plan
 from megatron_kaiyuan.quantile.cost import CostEstimate, estimate_cost
 from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
@@ -120,7 +121,7 @@ class SlicedStudy:
         return [
             f"Shards without a manifest ({others}): {names}{f' and {more} more' if more > 0 else ''}. Whether all "
             "shards are of one tokenizer was not checked; models of different tokenizers do not compare. "
-            "tools/preprocess_data.py writes manifests."
+            f"{tool('preprocess')} writes manifests."
         ]
 
 
@@ -169,7 +170,7 @@ def read_slices(study: Study) -> SlicedStudy:
     """
     path = study.folder / "slices.json"
     if not path.is_file():
-        raise StudyError(f"{path}: no such file; run `tools/quantile_benchmark.py slice` with this study first")
+        raise StudyError(f"{path}: no such file; run `{tool('quantile')} slice` with this study first")
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.pop("format", None) != _FORMAT:
         raise StudyError(f"{path}: not written by this version; run `slice` again")
@@ -351,6 +352,6 @@ def _tokenizer_of(shards: Sequence[str], flags: Sequence[str]) -> tuple[str, int
     if "--vocab-size" not in flags:
         raise StudyError(
             "the size of the vocabulary is unknown: the shards have no manifest; build them with "
-            'tools/preprocess_data.py, or add "--vocab-size", "N" to training.flags'
+            f'{tool("preprocess")}, or add "--vocab-size", "N" to training.flags'
         )
     return _UNKNOWN, int(flags[list(flags).index("--vocab-size") + 1])

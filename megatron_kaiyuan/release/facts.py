@@ -19,6 +19,7 @@ from megatron_kaiyuan.checkpoints.lineage import CODE, COMMAND
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.data import NUM_BANDS, Plan
 from megatron_kaiyuan.errors import KaiyuanError, ReleaseError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.version import code_version
 from megatron_kaiyuan.release.data_facts import source_facts
 from megatron_kaiyuan.reporting.run_metrics import read_run
@@ -169,7 +170,7 @@ def _evaluation(path: Path | None, weights: list[Weights]) -> list[dict[str, Any
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [(row, Path(row["label"]).resolve()) for row in content["results"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReleaseError(f"--evaluation {path}: is not what tools/evaluate.py --json writes ({error!r})") from error
+        raise ReleaseError(f"--evaluation {path}: is not what {tool('evaluate')} --json writes ({error!r})") from error
     folders = {part.checkpoint.folder.resolve(): part.folder for part in weights}
     found = [
         {"tasks": {}, "not_evaluated": {}, **row, "folder": folders[place]} for row, place in rows if place in folders
@@ -178,7 +179,7 @@ def _evaluation(path: Path | None, weights: list[Weights]) -> list[dict[str, Any
         measured = ", ".join(str(row["label"]) for row, _ in rows)
         wanted = ", ".join(str(folder) for folder in folders)
         raise ReleaseError(
-            f"--evaluation {path}: measures {measured}, the release holds {wanted}; run tools/evaluate.py on these"
+            f"--evaluation {path}: measures {measured}, the release holds {wanted}; run {tool('evaluate')} on these"
         )
     return sorted(found, key=lambda row: row["folder"])
 
@@ -196,7 +197,7 @@ def _unsaid(request: ReleaseRequest, facts: Mapping[str, Any]) -> list[str]:
         "the licence of the weights: --license": request.licence is None,
         "the languages: --language": not request.languages,
         "the hardware: --hardware": request.hardware is None,
-        "evaluation results: --evaluation FILE of tools/evaluate.py": not facts["evaluation"],
+        f"evaluation results: --evaluation FILE of {tool('evaluate')}": not facts["evaluation"],
         "the tokenizer: --tokenizer DIR": request.tokenizer is None,
         "averaged weights: --averaged DIR": all(part["average"] is None for part in facts["weights"]),
         "the commit of the code that trained: the checkpoint does not record it": facts["code"] is None,

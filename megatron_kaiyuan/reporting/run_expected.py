@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_kaiyuan.data import NUM_BANDS, Plan
 from megatron_kaiyuan.errors import MetricsError, PlanError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.reporting.run_metrics import Run
 
 __all__ = ["PhaseMark", "check_plan", "expected_band_tokens", "expected_tokens", "load_description", "phase_marks"]
@@ -36,7 +37,7 @@ def load_description(path: Path) -> dict[str, Any]:
         bands = {len(source["bands"]) for source in told["sources"].values()} - {0}
         _ = told["seq_length"], told["samples"], [phase["first_sample"] for phase in told["phases"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{path} is not what tools/plan_data.py PLAN --json writes ({error!r})") from error
+        raise PlanError(f"{path} is not what {tool('plan')} PLAN --json writes ({error!r})") from error
     if bands - {NUM_BANDS}:
         raise PlanError(f"{path} has other bands than the {NUM_BANDS} that a run counts; write it without --bands")
     return told

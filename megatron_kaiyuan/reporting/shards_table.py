@@ -8,6 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.console import SafeConsole
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.plan_table import format_tokens
@@ -141,7 +142,7 @@ def _rank_index(told: Mapping[str, Any]) -> str:
     if told["state"] == "present":
         return f"present: {told['path']}"
     if told["state"] == "missing":
-        return "none; up to 1,048,576 documents are ranked when a plan is opened, more need tools/rank_data.py"
+        return f"none; up to 1,048,576 documents are ranked when a plan is opened, more need {tool('rank')}"
     return f"{told['state']}: {told['path']}"
 
 

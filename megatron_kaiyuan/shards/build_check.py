@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import read_regular
 from megatron_kaiyuan.host.threads import side_by_side
 
@@ -41,7 +42,7 @@ class FolderState:
     def remedy(self) -> str:
         """How to complete it."""
         if self.num_tasks == 1:
-            return "run the same tools/preprocess_data.py command again: it builds only what is missing"
+            return f"run the same {tool('preprocess')} command again: it builds only what is missing"
         tasks = ",".join(map(str, self.tasks))
         return f"run the same command again with --num-tasks {self.num_tasks} and --task-id {tasks} (one run each)"
 

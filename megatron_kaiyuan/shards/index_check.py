@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import INDEX_HEADER, Shard
@@ -56,7 +57,7 @@ def _check_index(shard: Shard) -> None:
             )
     if problem is not None:
         raise ShardError(
-            f"{path}: {problem}; the file is damaged: copy it again or rebuild the shard (tools/inspect_data.py "
+            f"{path}: {problem}; the file is damaged: copy it again or rebuild the shard ({tool('inspect')} "
             "--verify says more)"
         )
 

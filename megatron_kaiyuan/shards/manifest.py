@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import read_regular
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.version import code_version
@@ -195,7 +196,7 @@ def load_manifest(prefix: str) -> Manifest:
     except FileNotFoundError:
         raise ShardError(
             f"{path}: no such manifest (looked in {Path.cwd()}); a shard without one is incomplete or was made by "
-            "another tool: rebuild it with tools/preprocess_data.py"
+            f"another tool: rebuild it with {tool('preprocess')}"
         ) from None
     except ValidationError as error:
         first = error.errors()[0]

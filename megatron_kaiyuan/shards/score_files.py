@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ScoreError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import advise_random, map_array, open_maps
 from megatron_kaiyuan.host.terminal import shell_command
@@ -83,7 +84,7 @@ def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np
         raise ScoreError(
             f"{path}: {len(scores):,} scores, one for each document as the index counts them, but the documents hold "
             f"{shard.documents:,} sequences (an empty text has none, --split-sentences makes several), and each is "
-            f"ranked; give the scores again with tools/rank_data.py --scores {shell_command(path)}"
+            f"ranked; give the scores again with {tool('rank')} --scores {shell_command(path)}"
         )
     check_score_shape(scores, shard.documents, path)
     return scores
@@ -110,7 +111,7 @@ def _no_such_scores(prefix: str, score: str) -> ScoreError:
     names = sorted(other.name for other in path.parent.glob(f"{globbing.escape(start)}*.npy"))
     scores = [name.removeprefix(start).removesuffix(".npy") for name in names]
     near = [name for name in scores if name.endswith(f".{score}") or score.endswith(f".{name}")]
-    remedy = f"build the shard with --score-key {score}, or give the scores with tools/rank_data.py --scores"
+    remedy = f"build the shard with --score-key {score}, or give the scores with {tool('rank')} --scores"
     if near:
         remedy = f"name the score {near[0]}, which is there"
     return ScoreError(f"{path}: no such score sidecar (there: {', '.join(names) or 'none'}); {remedy}")

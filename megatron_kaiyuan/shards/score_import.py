@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ScoreError
 from megatron_kaiyuan.host.atomic import atomic_file
-from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.files import is_read_only, open_regular
 from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.shards.index_check import read_boundaries, require_sound_index
@@ -178,7 +178,7 @@ def _read_only(source: Source, prefix: str, origin: str, score: str, error: OSEr
         f"--scores {origin}: scores are stored beside the shards, and {folder} cannot be written ({error.strerror}). "
         "Link the shards into a folder of your own, rank them there, and name that folder in the plan:\n"
         f"  mkdir scored && ln -s {linked} scored/\n"
-        f"  {python_command()} tools/rank_data.py {ranked}"
+        f"  {tool_command('rank')} {ranked}"
     )
 
 

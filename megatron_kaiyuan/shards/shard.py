@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.cut_files import note_size
 from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import map_array, open_maps
@@ -166,7 +167,7 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ShardError(
             f"shard {prefix!r}: {error.filename} does not exist (looked in {Path.cwd()}); "
-            "give the path of the .bin/.idx pair without its suffix, or build it with tools/preprocess_data.py"
+            f"give the path of the .bin/.idx pair without its suffix, or build it with {tool('preprocess')}"
         ) from error
     if size != end:
         problem = "is truncated" if size < end else "is longer than its index says"
@@ -198,7 +199,7 @@ def _read_header(index: FileIO, path: str) -> tuple[int, int, np.dtype[np.generi
     if version != INDEX_VERSION:
         raise ShardError(
             f"{path}: index version {version}, only version {INDEX_VERSION} is known; "
-            "rebuild it with preprocess_data.py"
+            f"rebuild it with {tool('preprocess')}"
         )
     if code not in _TOKEN_CODES:
         raise ShardError(f"{path}: dtype code {code} does not hold token ids; expected one of {_TOKEN_CODES}")
@@ -233,7 +234,7 @@ def _end_of_last_document(
         raise ShardError(
             f"{path}: the first document begins at byte {first}, the last one of {length} tokens at byte {pointer}, "
             f"and documents are numbered {boundary} to {last_boundary} of {sequences}: the file is damaged, copy it "
-            "again or rebuild the shard (tools/inspect_data.py --verify says more)"
+            f"again or rebuild the shard ({tool('inspect')} --verify says more)"
         )
     return int(pointer + length * dtype.itemsize)
 

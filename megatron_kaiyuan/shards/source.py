@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import ShardError
-from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.maps import look_up, open_maps
 from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.host.threads import side_by_side
@@ -127,7 +127,7 @@ class Source:
                 return damage
         return ShardError(
             f"source {self.name!r}: cannot be read as it was opened ({error}): a file was changed or damaged; find "
-            f"it with\n  {python_command()} tools/inspect_data.py {shell_command(*self.named)} --verify"
+            f"it with\n  {tool_command('inspect')} {shell_command(*self.named)} --verify"
         )
 
     def probe_tokens(self, token: int, count: int) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from megatron_kaiyuan.checkpoints.reading import iteration_folder, read_tracker,
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, SaveError
 from megatron_kaiyuan.host.atomic import rename_durably
-from megatron_kaiyuan.host.cli import python_command
+from megatron_kaiyuan.host.cli import tool, tool_command
 from megatron_kaiyuan.host.stop_signals import may_be_killed_after
 from megatron_kaiyuan.host.terminal import shell_command
 from megatron_kaiyuan.monitoring.metrics_file import average_path, metrics_path, read_metrics
@@ -275,7 +275,7 @@ def say_what_cannot_be_averaged(args: argparse.Namespace, start: int) -> None:
             f"\nWARNING: the plan averages iterations {', '.join(map(str, iterations))}, but the run starts at {start} "
             f"and {', '.join(map(str, lost))} are not in --save {args.save}: this average cannot be made. Lower last "
             "or every of averaging in the plan and start again, or average others when the run is finished "
-            "(tools/average_checkpoints.py --iterations)\n",
+            f"({tool('average')} --iterations)\n",
             file=sys.stderr,
             flush=True,
         )
@@ -302,12 +302,11 @@ def say_how_to_average(args: argparse.Namespace) -> None:
     if len(left) < min(2, len(iterations)):
         print(f"{planned}: nothing is left to average", flush=True)
         return
-    python = python_command()
-    commands = [f"{python} tools/evaluate.py {shell_command(args.save, output, '--plan', args.plan)}"]
+    commands = [f"{tool_command('evaluate')} {shell_command(args.save, output, '--plan', args.plan)}"]
     if not is_average(output, left, weights, iteration_folder(Path(args.save), iterations[-1])):
         which = ["--iterations", *map(str, left), "--weights", weights] if lost else ["--planned"]
         words = shell_command(args.save, *which, "--output", output)
-        commands.insert(0, f"{python} tools/average_checkpoints.py {words}")
+        commands.insert(0, f"{tool_command('average')} {words}")
     elif _was_evaluated(args, iterations[-1]):
         return
     print(f"{planned}{'; without them' if lost else ''}:", flush=True)

@@ -1,7 +1,9 @@
 """`kaiyuan VERB` is each tool under its own name; `train` starts what the machine can run."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from megatron_kaiyuan.commands import doctor, train
 from megatron_kaiyuan.commands.kaiyuan import VERBS
 from megatron_kaiyuan.commands.train import launch_command
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host import cli
+from megatron_kaiyuan.host.cli import TOOLS, python_command, tool, tool_command
 from megatron_kaiyuan.host.examination import Finding
 from megatron_kaiyuan.host.version import code_commit
 from tests import REPOSITORY
@@ -34,6 +38,53 @@ def test_every_command_has_a_verb_and_every_tool_is_one() -> None:
     doors = {line.split(".")[-1].split(" ")[0] for line in lines if line.startswith("from megatron_kaiyuan.commands.")}
     assert {module for module, _ in VERBS.values()} == with_main
     assert doors == with_main - {"train", "doctor"}
+
+
+def test_messages_name_a_tool_as_its_user_started_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    assert (tool("rank"), tool_command("rank")) == ("tools/rank_data.py", f"{python_command()} tools/rank_data.py")
+    monkeypatch.chdir(tmp_path)
+    assert tool("rank") == f"{REPOSITORY}/tools/rank_data.py"
+    monkeypatch.setattr(sys, "argv", ["kaiyuan plan", "p.yaml"])
+    assert (tool("rank"), tool_command("rank")) == ("kaiyuan rank", "kaiyuan rank")
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    monkeypatch.setattr(cli, "_DOORS", tmp_path)  # a wheel has none
+    assert (tool("rank"), tool_command("rank")) == ("kaiyuan rank", "kaiyuan rank")
+
+
+def test_tools_that_messages_name_are_there() -> None:
+    modules = {verb: module for verb, (module, _) in VERBS.items() if verb not in ("train", "doctor")}
+    doors = {verb: (REPOSITORY / f"tools/{door}.py").read_text() for verb, door in TOOLS.items()}
+    assert doors.keys() == modules.keys()
+    assert [verb for verb in doors if f"from megatron_kaiyuan.commands.{modules[verb]} import" not in doors[verb]] == []
+
+
+def spelled_by_hand(source: str) -> list[str]:
+    """Return the texts of a module, its docstrings apart, that hold the file of a tool."""
+    tree = ast.parse(source)
+    documented = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented
+    ]
+    return [text for text in texts if re.search(rf"\b({'|'.join(TOOLS.values())})\.py\b", text)]
+
+
+def test_no_message_spells_a_tool_by_hand() -> None:
+    """A wheel has no folder of tools."""
+    package = REPOSITORY / "megatron_kaiyuan"
+    assert {
+        str(path): found
+        for path in package.rglob("*.py")
+        if (found := spelled_by_hand(path.read_text(encoding="utf-8")))
+    } == {}
+    assert spelled_by_hand('"""See tools/rank_data.py."""\nsay(f"run tools/rank_data.py {x}")\n') == [
+        "run tools/rank_data.py "
+    ]
 
 
 def test_help_version_and_an_unknown_verb() -> None:
