@@ -6,7 +6,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -50,8 +50,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: object
         return _collect(workers, time.monotonic() + timeout, timeout)
     finally:
         for process, connection in workers:
-            if process.is_alive():
-                process.kill()
+            assert process.pid is not None
+            process.kill()
+            with suppress(ProcessLookupError):  # what the rank has started and left, as Megatron's saves do
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
             process.close()
             connection.close()
@@ -97,6 +99,7 @@ def _run_rank(
 
     In this order: leaving first would make the waiting ranks fail before the rank with the reason has spoken.
     """
+    os.setsid()
     try:
         take_environment(environment)
         _prepare_environment(rank, world_size, port)
