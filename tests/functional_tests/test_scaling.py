@@ -26,6 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return undisturbed(SMOKE, plan, folder / "undisturbed", 2, "fp32", STEPS, 8, Budget(LIMIT))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_resume_on_one_rank_sees_the_same_samples(whole: Job, tmp_path: Path) -> None:
     proof = elastic_proof(whole, Layout(1), tmp_path / "elastic", Budget(LIMIT))
@@ -34,6 +35,7 @@ def test_a_resume_on_one_rank_sees_the_same_samples(whole: Job, tmp_path: Path) 
     assert proof.holds, proof
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_loss_of_a_rank_ends_the_job_names_it_and_is_survived(whole: Job, tmp_path: Path) -> None:
     proof = lost_rank_proof(whole, tmp_path / "lost", interval=3, timeout=60.0, budget=Budget(LIMIT))

@@ -1,6 +1,7 @@
 """Run modules and scripts of ours as `python` would, in processes that have done their imports (`tests/warm.py`)."""
 
 import atexit
+import multiprocessing
 import os
 import runpy
 import signal
@@ -73,6 +74,7 @@ def _wait(running: list[BaseProcess], deadline: float) -> int:
 def _become(argv: list[str], folder: str, environment: dict[str, str], output: str) -> None:
     """Run the program as the interpreter would, and leave as it would."""
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # the fork server's is inherited otherwise, by loaders too
     nothing, printed = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_APPEND)
     for ours, theirs in ((nothing, 0), (printed, 1), (printed, 2)):
         os.dup2(ours, theirs)
