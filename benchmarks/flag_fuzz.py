@@ -49,8 +49,7 @@ phases: [{{name: only, order: shuffled, tokens: 640, sources: {{text: all}}}}]
 validation: {{text: {{documents: 4}}}}
 """
 _GOOD = frozenset({"trained", "refused", "usage", "stopped"})
-_NEVER = {"help", "fake_process_group"}
-"""Not to be tried: the second trains without communication, which no other trial does."""
+_NEVER = {"help"}
 _WRONG = ("-1", "0", "3", "999999", "x", "nan", "0.5")
 _COMPANIONS = {
     "loss_scale": "--fp16",
@@ -100,7 +99,7 @@ class Outcome:
     output: str
     seconds: float
     files: tuple[str, ...] = ()
-    """That it left in its folder, in order."""
+    """That it left in its folder, in order, with what some of them hold."""
 
     @property
     def verdict(self) -> str:
@@ -172,7 +171,7 @@ class Trials:
             self._be_a_run(own, line)
         code = _wait(child, began + _LIMIT)
         output = (own / "output").read_text(errors="replace").replace(str(own), "OWN")
-        files = tuple(sorted(str(path.relative_to(own)) for path in own.rglob("*")))
+        files = tuple(sorted(name for path in own.rglob("*") for name in _described(path, own)))
         shutil.rmtree(own, ignore_errors=True)
         return Outcome(tuple(words), code, output, time.perf_counter() - began, files)
 
@@ -198,12 +197,25 @@ class Trials:
         os._exit(code)
 
 
+def _described(path: Path, folder: Path) -> Iterator[str]:
+    """Yield a file's name without times, and what a diagnostic file holds: lines, or TensorBoard's tags."""
+    name = re.sub(r"\d{6,}[\w.-]*", "N", str(path.relative_to(folder)))
+    yield name
+    if path.suffix in (".jsonl", ".txt"):
+        yield f"{name}: {len(path.read_bytes().splitlines())} lines"
+    elif "tfevents" in path.name:
+        tags = Counter(re.findall(rb"\n[\x01-\x7f]([\w][\w /-]+)[\x12\x15\x1a\x42\x4a]", path.read_bytes()))
+        yield from (f"{name}: {count} x {tag.decode()}" for tag, count in tags.items())
+
+
 def _command(base: str, words: Sequence[str]) -> list[str]:
-    """Return a command line with more words; `minus:WORD` takes a word out of it."""
+    """Return a command line with more words; `minus:FLAG` takes a flag and its value out of it."""
     line = shlex.split(base)
     for word in words:
         if word.startswith("minus:"):
-            line.remove(word.removeprefix("minus:"))
+            first = line.index(word.removeprefix("minus:"))
+            last = next((at for at in range(first + 1, len(line)) if line[at].startswith("--")), len(line))
+            del line[first:last]
         else:
             line.append(word)
     return line

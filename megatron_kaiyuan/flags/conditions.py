@@ -14,6 +14,7 @@ __all__ = [
     "LOCAL",
     "LOCAL_AND_DENSE",
     "LOCAL_WITHOUT_APEX",
+    "NOTHING_LOADED",
     "NO_SDPA",
     "QK_LAYERNORM",
     "RECOMPUTED_WITHOUT_TE",
@@ -78,6 +79,9 @@ SDPA = Condition(
     "with --transformer-impl local and SDPA", lambda args: _is_local(args) and args.kaiyuan_attention != "unfused"
 )
 NO_SDPA = Condition("without SDPA", lambda args: not SDPA.holds(args))
+NOTHING_LOADED = Condition(
+    "without --load and --pretrained-checkpoint", lambda args: args.load is None and args.pretrained_checkpoint is None
+)
 QK_LAYERNORM = Condition("with --qk-layernorm", lambda args: bool(args.qk_layernorm))
 SQUARED_RELU = Condition("with --squared-relu", lambda args: bool(args.squared_relu))
 FUSED_SWIGLU = Condition("with Megatron's fused SwiGLU", lambda args: bool(args.swiglu and args.bias_swiglu_fusion))

@@ -21,7 +21,7 @@ FUNCTION = tuple(
     glu_linear_offset rotary_base rotary_percent rotary_interleaved rotary_seq_len_interpolation_factor
     use_rope_scaling no_rope_freq yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
     yarn_correction_range_round_to_int rotary_scaling_factor mscale mscale_all_dim window_size window_attn_skip_freq
-    use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim
+    use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim
     mup_attn_scale_power moe_router_topk moe_router_num_groups moe_router_group_topk moe_router_pre_softmax
     moe_router_topk_scaling_factor moe_router_score_function moe_apply_probs_on_input moe_mlp_glu_interleave_size
     moe_shared_expert_glu_interleave_size spec kaiyuan_logit_softcap""".split()  # noqa: SIM905
@@ -39,7 +39,7 @@ RECIPE = tuple(
 
 COMPUTATION = tuple(
     """init_method_std embedding_init_method_std perform_initialization use_cpu_initialization data_parallel_random_init
-    kaiyuan_post_norm_gain_init kaiyuan_post_norm_depth_scaled make_vocab_size_divisible_by add_position_embedding
+    kaiyuan_post_norm_gain_init kaiyuan_post_norm_depth_scaled make_vocab_size_divisible_by
     use_rotary_position_embeddings rope_type apply_query_key_layer_scaling attention_softmax_in_fp32
     fp32_residual_connection fp16 bf16 transformer_impl attention_backend flash_attention_version use_flash_attn
     cross_entropy_loss_fusion cross_entropy_fusion_impl gradient_accumulation_fusion masked_softmax_fusion
@@ -51,14 +51,14 @@ COMPUTATION = tuple(
     hierarchical_context_parallel_sizes expert_model_parallel_size expert_tensor_parallel_size
     tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards account_for_embedding_in_pipeline_split
     account_for_loss_in_pipeline_split microbatch_group_size_per_vp_stage overlap_p2p_comm_warmup_flush
-    use_ring_exchange_p2p mtp_standalone tp_comm_bootstrap_backend defer_embedding_wgrad_compute wgrad_deferral_limit
+    use_ring_exchange_p2p tp_comm_bootstrap_backend defer_embedding_wgrad_compute wgrad_deferral_limit
     delay_wgrad_compute clone_scatter_output_in_embedding calculate_per_token_loss config_logger_dir
     deterministic_mode disable_bf16_reduced_precision_matmul recompute_granularity recompute_modules recompute_method
     recompute_num_layers distribute_saved_activations cpu_offloading_num_layers
     cpu_offloading_retain_pinned_cpu_buffers fine_grained_activation_offloading offload_modules
     min_offloaded_tensor_size delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
     activation_offload_fraction fine_grained_offloading_max_inflight_offloads mlp_chunks_for_training
-    enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_warmup_steps moe_enable_routing_replay
+    enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_warmup_steps
     moe_router_padding_for_quantization moe_router_padding_for_fp8 moe_router_dtype moe_router_force_load_balancing
     moe_router_force_biased moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend
     moe_permute_fusion_into_hybridep moe_hybridep_pad_uneven_dispatch_inputs moe_per_layer_logging moe_layer_recompute

@@ -115,11 +115,16 @@ _SAVING: tuple[Rule, ...] = (
         ("distrib_optim_fully_reshardable_mem_efficient",),
         _CHECKPOINTS,
     ),
-    *only_with(
-        "--ckpt-format fsdp_dtensor",
-        lambda args: args.ckpt_format == "fsdp_dtensor",
+    Rule(
+        Fate.REFUSED,
         ("strict_fsdp_dtensor_load",),
-        _CHECKPOINTS,
+        "what a checkpoint lacks would stay at its random start; leave it out, and give the flags of its model",
+    ),
+    Rule(
+        Fate.REFUSED,
+        ("ckpt_step",),
+        "once the run has saved, it would mean a step of --load; give --load that folder, with --finetune",
+        Condition("with --pretrained-checkpoint", lambda args: args.pretrained_checkpoint is not None),
     ),
     Rule(Fate.HONOURED, ("ckpt_convert_format", "ckpt_convert_save"), "done at a complete run too"),
     *only_with(
@@ -186,9 +191,13 @@ _PROCESSES: tuple[Rule, ...] = (
             "cp_comm_type",
             "num_distributed_optimizer_instances",
             "create_all_gather_group",
-            "fake_process_group",
         ),
         _LAYOUT,
+    ),
+    Rule(
+        Fate.REFUSED,
+        ("fake_process_group",),
+        "its processes send each other nothing and train apart, for Megatron's own measurements; leave it out",
     ),
     _passed_on(("disable_jit_fuser",), "Megatron's fused functions"),
     _passed_on(("use_sharp",), _LAYOUT),

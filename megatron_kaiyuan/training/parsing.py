@@ -23,9 +23,11 @@ from megatron_kaiyuan.arguments import arguments_provider
 from megatron_kaiyuan.errors import ConfigError, KaiyuanError
 from megatron_kaiyuan.flags.complaints import megatron_checks, sentence
 from megatron_kaiyuan.flags.ranges import check_ranges
+from megatron_kaiyuan.flags.replaced import refuse_replaced
 from megatron_kaiyuan.flags.rules import ALWAYS, Rule, refuse_flags
-from megatron_kaiyuan.flags.spelling import Spelling, spellings
+from megatron_kaiyuan.flags.spelling import Spelling, flags_among, spellings
 from megatron_kaiyuan.flags.table import TABLE
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.training.schedule_arguments import build_schedule
 
@@ -113,13 +115,16 @@ def validate(
     Raises:
         ConfigError: any of Megatron's checks fails.
     """
+    given: dict[str, Any] = {}
     with megatron_checks(known_flags()):
-        provider = _in_other_words(arguments_provider(defaults), other_words)
+        provider = _in_other_words(arguments_provider(defaults), other_words, given)
         args: argparse.Namespace = parse_and_validate_args(provider, args_defaults=dict(open_values))
-        kaiyuan_config_from_args(copy.copy(args))
+        config = kaiyuan_config_from_args(copy.copy(args))
         if not args.skip_train:
             build_schedule(args)
         configuration(args)
+    named = flags_among(sys.argv[1:], known_flags()) - other_words.keys()
+    refuse_replaced(named, given, (args, config), known_flags())
     _check_rows(args)
     return args
 
@@ -129,7 +134,8 @@ def _check_rows(args: argparse.Namespace) -> None:
     tokens = get_tokenizer().vocab_size
     if args.padded_vocab_size < tokens:
         raise ConfigError(
-            f"--padded-vocab-size {args.padded_vocab_size}: the tokenizer has {tokens} tokens; give at least as many "
+            f"--padded-vocab-size {args.padded_vocab_size}: the tokenizer has {counted(tokens, 'token')}; give at "
+            "least as many "
             "rows, or leave it out"
         )
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -152,8 +158,10 @@ def say_unused_rows(rows: int, tokens: int, multiple: int, hidden_size: int) -> 
     if unused < multiple or unused <= tokens // 10:
         return None
     return (
-        f"WARNING: --padded-vocab-size {rows:,} for {tokens:,} ids of the tokenizer: {unused:,} rows stand for no "
-        f"token, {unused * hidden_size:,} parameters in the embedding and as many in an output matrix of its own. "
+        f"WARNING: --padded-vocab-size {rows:,} for {counted(tokens, 'id')} of the tokenizer: "
+        f"{counted(unused, 'row')} stand for no "
+        f"token, {counted(unused * hidden_size, 'parameter')} in the embedding and as many in an output matrix of its "
+        "own. "
         "Leave it out to pad by no more than is needed"
     )
 
@@ -191,9 +199,14 @@ def configuration(args: argparse.Namespace) -> PretrainConfigContainer:
 
 
 def _in_other_words(
-    provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser], values: Mapping[str, object]
+    provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+    values: Mapping[str, object],
+    parsed: dict[str, Any],
 ) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Let the parser that Megatron gets answer with these values, whatever the command line says."""
+    """Let the parser that Megatron gets answer with these values, whatever the command line says.
+
+    What it answers is written into `parsed` too, before Megatron changes it.
+    """
 
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = provider(parser)
@@ -202,6 +215,7 @@ def _in_other_words(
         def parse_args(*words: Any) -> argparse.Namespace:
             args: argparse.Namespace = parse(*words)
             vars(args).update(values)
+            parsed.update(vars(args))
             return args
 
         parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
