@@ -37,6 +37,7 @@ from megatron_kaiyuan.data.resume import check_resume
 from megatron_kaiyuan.errors import ConfigError, ResumeError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.cli import tool
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = [
     "MANIFEST_NAME",
@@ -370,8 +371,8 @@ def _check_same_run(checkpoints: Sequence[Checkpoint]) -> None:
             )
         if before.consumed_train_samples >= after.consumed_train_samples:
             raise ConfigError(
-                f"{pair}: after {before.consumed_train_samples} and {after.consumed_train_samples} samples, which does "
-                "not grow with the iteration; average checkpoints of one run"
+                f"{pair}: after {before.consumed_train_samples} and "
+                f"{counted(after.consumed_train_samples, 'sample')}, which does not grow; average those of one run"
             )
         records = getattr(before, PLAN_RECORD, None), getattr(after, PLAN_RECORD, None)
         if records[0] is None and records[1] is None:

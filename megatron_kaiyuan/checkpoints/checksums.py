@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_kaiyuan.errors import CheckpointError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = [
     "CHECKSUMS_ARGUMENT",
@@ -151,7 +152,9 @@ def _wrong_size(path: Path, expected: FileSum) -> str | None:
         return f"has no {path.name}"
     except OSError as error:
         return f"has a {path.name} that cannot be read ({error.strerror})"
-    return None if size == expected.bytes else f"has {size:,} instead of {expected.bytes:,} bytes in {path.name}"
+    return (
+        None if size == expected.bytes else f"has {size:,} instead of {counted(expected.bytes, 'byte')} in {path.name}"
+    )
 
 
 def _wrong_content(path: Path, expected: FileSum, progress: Callable[[int], None]) -> str | None:

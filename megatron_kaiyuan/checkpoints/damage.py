@@ -30,6 +30,7 @@ from megatron_kaiyuan.checkpoints.checksums import (
 )
 from megatron_kaiyuan.checkpoints.safe_loading import load_object, load_stored, one_line, read_metadata
 from megatron_kaiyuan.errors import CheckpointError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = [
     "COMMON_STATE",
@@ -81,7 +82,7 @@ class Verified:
             return self.damage
         if not self.files:
             return f"not verified: it has no {CHECKSUMS_NAME}, as checkpoints of stock Megatron and earlier versions"
-        return f"verified: {self.files} files, {self.num_bytes / 1e9:,.2f} GB, as they were saved"
+        return f"verified: {counted(self.files, 'file')}, {self.num_bytes / 1e9:,.2f} GB, as they were saved"
 
 
 def damage(folder: Path) -> str | None:
@@ -208,7 +209,7 @@ def _check_size(folder: Path, name: str, size: int) -> None:
     if not path.is_file():
         raise CheckpointError(f"has no {name}")
     if path.stat().st_size < size:
-        raise CheckpointError(f"has only {path.stat().st_size:,} of {size:,} bytes in {name}")
+        raise CheckpointError(f"has only {path.stat().st_size:,} of {counted(size, 'byte')} in {name}")
 
 
 def _sizes_needed(metadata: Metadata) -> dict[str, int]:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoin
 from megatron_kaiyuan.checkpoints.reading import Checkpoint, single_process
 from megatron_kaiyuan.checkpoints.safe_loading import readable
 from megatron_kaiyuan.errors import ConvertError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["LazyTensor", "read_rows", "row_groups", "write_parts"]
 
@@ -70,7 +71,8 @@ def read_rows(checkpoint: Checkpoint, name: str, first: int, end: int) -> Tensor
         load_checkpoint({name: rows}, storage_reader=checkpoint.reader, planner=planner, no_dist=True)
     if planner.num_read != rows.numel():
         raise ConvertError(
-            f"{checkpoint.folder}: {name}: {planner.num_read:,} of {rows.numel():,} values are stored; the checkpoint "
+            f"{checkpoint.folder}: {name}: {planner.num_read:,} of {counted(rows.numel(), 'value')} are stored; the "
+            "checkpoint "
             "is incomplete, convert another one"
         )
     return rows

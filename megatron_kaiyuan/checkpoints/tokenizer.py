@@ -18,6 +18,7 @@ from megatron_kaiyuan.checkpoints.identity import (
 )
 from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.host.files import read_regular
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.tokenizer import (
     TextTokenizer,
     TokenizerConfig,
@@ -139,7 +140,7 @@ def _fitting(named: str, config: TokenizerConfig, saved: argparse.Namespace, *, 
     rows = saved.padded_vocab_size
     if tokenizer.vocab_size > rows:
         raise TokenizerError(
-            f"{named}: its ids go up to {tokenizer.vocab_size - 1}, the model has {rows} rows; give the "
+            f"{named}: its ids go up to {tokenizer.vocab_size - 1}, the model has {counted(rows, 'row')}; give the "
             "tokenizer that the model was trained with"
         )
     # A NullTokenizer that was given no such id makes one up.
@@ -148,7 +149,7 @@ def _fitting(named: str, config: TokenizerConfig, saved: argparse.Namespace, *, 
     end = tokenizer.eod_id if end is None else end
     if end is not None and end >= tokenizer.vocab_size:
         raise TokenizerError(
-            f"{named}: it has {tokenizer.vocab_size} ids, but the documents of the run ended with id {end}; "
+            f"{named}: it has {counted(tokenizer.vocab_size, 'id')}, but the documents of the run ended with id {end}; "
             "give the tokenizer that the model was trained with"
         )
     return CheckpointTokenizer(config, tokenizer, end, compared)

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_kaiyuan.errors import SaveError
 from megatron_kaiyuan.host.parent_death import become_helper
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["check_space", "results_queue", "write_buckets"]
 
@@ -86,7 +87,8 @@ def check_space(folder: Path, buckets: Sequence[Any]) -> None:
     torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
     if needed > free:
         raise SaveError(
-            f"{folder}: no space left for this checkpoint: it needs {needed.item():,} bytes, {free.item():,} are free"
+            f"{folder}: no space left for this checkpoint: it needs {counted(needed.item(), 'byte')}, {free.item():,} "
+            "are free"
         )
 
 
@@ -103,7 +105,7 @@ def _why_not_written(path: Path, size: int, error: Exception) -> str:
     free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else size
     if number in _FULL or free < size:
         reason = os.strerror(number or errno.ENOSPC)
-        return f"{path}: {reason}: the file needs {size:,} bytes, the disk has {free:,} free"
+        return f"{path}: {reason}: the file needs {counted(size, 'byte')}, the disk has {free:,} free"
     return f"{path}: {type(error).__name__}: {error}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.cli import CommandParser, say
+from megatron_kaiyuan.host.terminal import counted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,5 +52,8 @@ def main() -> None:
         meter.start("averaging", sum(checkpoint.num_bytes for checkpoint in checkpoints))
         manifest = average_checkpoints(checkpoints, arguments.weights or weights, arguments.output, meter.advance)
     for part in manifest.checkpoints:
-        say(f"{part.weight:8.4f} x iteration {part.iteration} ({part.consumed_samples:,} samples)")
-    say(f"{arguments.output}: average of {manifest.parameters:,} parameters in {manifest.tensors} tensors")
+        say(f"{part.weight:8.4f} x iteration {part.iteration} ({counted(part.consumed_samples, 'sample')})")
+    say(
+        f"{arguments.output}: average of {counted(manifest.parameters, 'parameter')} in "
+        f"{counted(manifest.tensors, 'tensor')}"
+    )

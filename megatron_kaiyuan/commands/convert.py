@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.cli import CommandParser, say
+from megatron_kaiyuan.host.terminal import counted
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LAYOUTS = ("auto", "kaiyuan", "llama", "qwen2", "qwen3", "gemma3")
@@ -120,6 +121,6 @@ def _import(options: argparse.Namespace) -> None:
 def _print_model(output: Path, model: Any) -> None:
     cap = f"soft-cap {model.logit_softcap:g}" if model.logit_softcap else "no soft-cap"
     say(
-        f"{output}: {model.num_layers} layers, hidden size {model.hidden_size}, {model.padded_vocab_size:,} "
+        f"{output}: {counted(model.num_layers, 'layer')}, hidden size {model.hidden_size}, {model.padded_vocab_size:,} "
         f"token ids, {cap}"
     )

@@ -13,6 +13,7 @@ from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.examination import GIB, Finding, examine_machine, examine_packages
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.version import code_version
 
 __all__ = ["main"]
@@ -70,7 +71,9 @@ def _interconnect(findings: Sequence[Finding]) -> list[Finding]:
         problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return [Finding("NCCL", "broken", problem, what_for, "NCCL_DEBUG=INFO says more; look at nvidia-smi topo -m")]
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    value = f"{told['bytes_a_second'] / 1e9:,.0f} GB/s bus bandwidth of an all-reduce over {told['ranks']} GPUs"
+    value = (
+        f"{told['bytes_a_second'] / 1e9:,.0f} GB/s bus bandwidth of an all-reduce over {counted(told['ranks'], 'GPU')}"
+    )
     return [Finding("NCCL", "ok", value, what_for)]
 
 
@@ -80,7 +83,8 @@ def _disk_for(plan: Path, parameters: float, work: Path) -> Finding:
     averaging = Plan.load(plan, simulate=True).spec.averaging
     count = _KEPT_BESIDE + (averaging.last if averaging else 0)
     needed, free = count * _CHECKPOINT_BYTES * parameters, shutil.disk_usage(work).free
-    value = f"{count} checkpoints of {_CHECKPOINT_BYTES * parameters / GIB:,.1f} GiB; {free / GIB:,.0f} GiB are free"
+    size = _CHECKPOINT_BYTES * parameters / GIB
+    value = f"{counted(count, 'checkpoint')} of {size:,.1f} GiB; {free / GIB:,.0f} GiB are free"
     remedy = "" if needed <= free else f"{needed / GIB:,.0f} GiB are needed: another --save or a smaller averaging.last"
     return Finding("disk for the plan", "ok" if needed <= free else "broken", value, str(plan), remedy)
 

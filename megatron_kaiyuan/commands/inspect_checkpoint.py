@@ -8,7 +8,7 @@ from typing import Any
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.cli import CommandParser, say
-from megatron_kaiyuan.host.terminal import visible_data
+from megatron_kaiyuan.host.terminal import counted, visible_data
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +60,8 @@ def as_text(told: dict[str, Any], *, looked: bool) -> str:
         f"{told['folder']}: iteration {told['iteration']:,}, {_number(told['samples'])} samples, "
         f"{_number(told['tokens'])} tokens",
         f"layout: {_pairs(told['layout'])}",
-        f"model: {_pairs(told['model'])}; {tensors['model_values']:,} values in {tensors['model_tensors']} tensors, "
+        f"model: {_pairs(told['model'])}; {counted(tensors['model_values'], 'value')} in "
+        f"{counted(tensors['model_tensors'], 'tensor')}, "
         f"{tensors['model_bytes'] / 1e9:,.3f} GB",
         f"options: {_pairs(told['options']) or 'none'}",
         f"identity: {_pairs(told['identity'])}",

@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.cli import CommandParser, say
 from megatron_kaiyuan.host.console import SafeConsole
+from megatron_kaiyuan.host.terminal import agreed, counted
 from megatron_kaiyuan.quantile.claimable import known_spread, planned_design, smallest_claimable
 from megatron_kaiyuan.quantile.runs import SlicedStudy, my_share, read_slices, write_slices
 from megatron_kaiyuan.quantile.study import Study, load_study
@@ -89,7 +90,7 @@ def _slice(study: Study, options: argparse.Namespace) -> None:
          f"{run.score_low:.4g} to {run.score_high:.4g}" if run.documents else "-"]
         for run in sliced.runs
     ]  # fmt: skip
-    _print_table(f"{len(sliced.runs)} runs, plans in {study.folder / 'plans'}", columns, rows)
+    _print_table(f"{counted(len(sliced.runs), 'run')}, plans in {study.folder / 'plans'}", columns, rows)
     sizes = smallest_claimable(planned_design(study), study.level)
     spread = None if options.expected_spread is None else known_spread(options.expected_spread)
     lines = sizes.lines([float(top) for top in study.slices.tops], spread)
@@ -116,7 +117,9 @@ def _train(study: Study, options: argparse.Namespace) -> None:
         say(f"\n{outcome.run.name} failed: {outcome.detail}\n(whole log: {outcome.log})", file=sys.stderr)
     if failed:
         names = ", ".join(outcome.run.name for outcome in failed)
-        raise StudyError(f"{len(failed)} of {len(runs)} runs failed: {names}; mend the cause and run `train` again")
+        raise StudyError(
+            f"{len(failed)} of {counted(len(runs), 'run')} failed: {names}; mend the cause and run `train` again"
+        )
 
 
 def _with_trunks(study: Study, options: argparse.Namespace) -> Study:
@@ -149,9 +152,9 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     sliced = read_slices(study)
     runs = my_share(sliced.runs, options.task_id, options.num_tasks)
     with ConsoleMeter() as meter:
-        meter.start(f"evaluating {len(runs)} runs", len(runs))
+        meter.start(f"evaluating {counted(len(runs), 'run')}", len(runs))
         outcome = evaluate_runs(study, sliced, runs, progress=lambda: meter.advance(1))
-    say(f"{outcome.evaluated} runs evaluated, {outcome.up_to_date} were up to date")
+    say(f"{counted(outcome.evaluated, 'run')} evaluated, {outcome.up_to_date} were up to date")
     for task, reason in outcome.not_evaluated.items():
         say(f"task {task} was not evaluated: {reason}", file=sys.stderr)
     for name, reason in outcome.failed.items():
@@ -159,12 +162,15 @@ def _evaluate(study: Study, options: argparse.Namespace) -> None:
     problems = []
     if outcome.failed:
         problems.append(
-            f"{len(outcome.failed)} runs could not be evaluated: {_names(list(outcome.failed))}; mend the cause, or "
+            f"{counted(len(outcome.failed), 'run')} could not be evaluated: {_names(list(outcome.failed))}; mend the "
+            "cause, or "
             f"remove their folders in {study.folder / 'runs'} and run `train`; then run `evaluate` again"
         )
     if outcome.unfinished:
         problems.append(
-            f"{len(outcome.unfinished)} runs are not trained yet: {_names(outcome.unfinished)}; run `train`, then "
+            f"{counted(len(outcome.unfinished), 'run')} {agreed(len(outcome.unfinished), 'is', 'are')} not trained "
+            f"yet: {_names(outcome.unfinished)}; run "
+            "`train`, then "
             "`evaluate` again"
         )
     if problems:

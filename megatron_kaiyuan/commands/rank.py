@@ -98,7 +98,9 @@ def rank_plan(args: argparse.Namespace) -> None:
     with ConsoleMeter() as meter:
         for ranked in rank_plan_sources(args.plan, args.seed, meter):
             state = "ranked" if ranked.built else "up to date"
-            say(f"{ranked.name}: {state}, {ranked.source.num_documents:,} documents, {ranked.path}", flush=True)
+            say(
+                f"{ranked.name}: {state}, {counted(ranked.source.num_documents, 'document')}, {ranked.path}", flush=True
+            )
 
 
 def rank_one(args: argparse.Namespace) -> None:
@@ -118,12 +120,13 @@ def rank_one(args: argparse.Namespace) -> None:
     path = args.output or index_path(source, args.score)
     if args.verify:
         verify_rank_index(path, source, args.score)
-        say(f"{path}: correct for {source.num_documents:,} documents, {source.num_tokens:,} tokens")
+        say(f"{path}: correct for {counted(source.num_documents, 'document')}, {counted(source.num_tokens, 'token')}")
         return
     started = time.perf_counter()
     with ConsoleMeter() as meter:
         write_rank_index(source, args.score, path, args.seed, meter)
     say(
-        f"{path}: {source.num_documents:,} documents, {source.num_tokens:,} tokens in "
-        f"{counted(len(source.shards), 'shard')}, {path.stat().st_size:,} bytes, {time.perf_counter() - started:.1f} s"
+        f"{path}: {counted(source.num_documents, 'document')}, {counted(source.num_tokens, 'token')} in "
+        f"{counted(len(source.shards), 'shard')}, {counted(path.stat().st_size, 'byte')}, "
+        f"{time.perf_counter() - started:.1f} s"
     )

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_kaiyuan.errors import ReleaseError
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.cli import CommandParser, say, tool
+from megatron_kaiyuan.host.terminal import counted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def main() -> None:
     for line in facts["unknown"]:
         say(f"lacks {line}")
     if options.check and facts["unknown"]:
-        raise ReleaseError(f"the release would lack {len(facts['unknown'])} facts or parts")
+        raise ReleaseError(f"the release would lack {counted(len(facts['unknown']), 'fact')} or parts")
 
 
 def _asked(options: argparse.Namespace, meter: Any) -> tuple[Any, Any]:

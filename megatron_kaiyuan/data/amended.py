@@ -16,6 +16,7 @@ from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_phases import AmendmentSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["AmendedPhase", "amended_phase"]
 
@@ -97,7 +98,8 @@ def _rest(
     left = amendment.tokens // seq_length - consumed
     if left < 1:
         raise PlanError(
-            f"phase {phase.name!r}: amended to tokens {amendment.tokens:,}, which are {left + consumed:,} samples, "
+            f"phase {phase.name!r}: amended to tokens {amendment.tokens:,}, which are "
+            f"{counted(left + consumed, 'sample')}, "
             f"when {consumed:,} had been consumed; give it at least {(consumed + 1) * seq_length:,}"
         )
     used = prefix_counts(current.rates, left)

@@ -19,6 +19,7 @@ from megatron_kaiyuan.data.plan_phases import PhaseSourceSpec, PhaseSpec
 from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.source import sources_at_once
 
@@ -75,7 +76,8 @@ def build_phase(
     for part, count in zip(parts, used.tolist(), strict=True):
         if count == 0:
             raise PlanError(
-                f"phase {spec.name!r}, source {part.name!r}: a budget of {num_samples:,} samples is too small to show "
+                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_samples, 'sample')} is too "
+                "small to show "
                 "it even once; raise tokens, or leave the source out of the phase"
             )
     fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
@@ -109,7 +111,8 @@ def _refuse_too_many(spec: PhaseSpec, streams: Sequence[Stream], seq_length: int
     tokens = max(sum(stream.num_tokens for stream in streams), spec.tokens or 0)
     if tokens // seq_length > _MOST_SAMPLES or tokens > _MOST_TOKENS:
         raise PlanError(
-            f"phase {spec.name!r}: {tokens:,} tokens are {tokens // seq_length:,} samples of {seq_length:,}; a phase "
+            f"phase {spec.name!r}: {counted(tokens, 'token')} are {counted(tokens // seq_length, 'sample')} of "
+            f"{seq_length:,}; a phase "
             f"has at most {_MOST_SAMPLES:,} samples and {_MOST_TOKENS:,} tokens: lower repeat or tokens, or make "
             "several phases of it"
         )
@@ -148,7 +151,7 @@ def _asked(part: PhaseSourceSpec, name: str, stream: Stream, used: int) -> tuple
     needed = Fraction(stream.tokens_of(stream.seen.windows + used), stream.selected.num_tokens)
     limit = "" if part.max_repeat is None else f", above its max_repeat {float(part.max_repeat):g}"
     text = (
-        f"source {name!r} for {used * stream.seq_length:,} tokens, its selection x{float(part.repeat):g} has "
+        f"source {name!r} for {counted(used * stream.seq_length, 'token')}, its selection x{float(part.repeat):g} has "
         f"{stream.available * stream.seq_length:,}: that is {float(needed):.4g} passes{limit}"
     )
     if needed > MOST_PASSES:

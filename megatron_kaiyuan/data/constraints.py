@@ -113,7 +113,7 @@ def _explain(share: DomainShare, spec: PlanSpec, phases: Sequence[Phase]) -> str
     assert limit is not None
     other_scope = "" if share.phase is None else ", set scope: run to bound the whole run instead"
     return (
-        f"  domains.{share.domain}: {share.share:.2%} of {where}, {own:,} of {own + others:,} tokens "
+        f"  domains.{share.domain}: {share.share:.2%} of {where}, {own:,} of {counted(own + others, 'token')} "
         f"({', '.join(names) or 'no source of it there'}), {'above' if side == 'max' else 'below'} {side} "
         f"{float(limit):.4g}. {_remedy(side, limit, own, others)}; or change {side}{other_scope}, or set "
         "on_violation: report"
@@ -123,13 +123,16 @@ def _explain(share: DomainShare, spec: PlanSpec, phases: Sequence[Phase]) -> str
 def _remedy(side: str, limit: Fraction, own: int, others: int) -> str:
     """How many tokens of the domain, or of the others, would keep the bound, the other side left as it is."""
     if limit == 1:
-        return f"Leave out the {others:,} tokens of other domains"
+        return f"Leave out the {counted(others, 'token')} of other domains"
     if limit == 0:
-        return f"Leave out its {own:,} tokens"
+        return f"Leave out its {counted(own, 'token')}"
     kept_own, kept_others = limit / (1 - limit) * others, (1 - limit) / limit * own
     if side == "max":
-        return f"Show at most {math.floor(kept_own):,} tokens of it, or at least {math.ceil(kept_others):,} of others"
-    return f"Show at least {math.ceil(kept_own):,} tokens of it, or at most {math.floor(kept_others):,} of others"
+        most = counted(math.floor(kept_own), "token")
+        return f"Show at most {most} of it, or at least {math.ceil(kept_others):,} of others"
+    return (
+        f"Show at least {counted(math.ceil(kept_own), 'token')} of it, or at most {math.floor(kept_others):,} of others"
+    )
 
 
 def describe_bound(share: DomainShare, seq_length: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from megatron_kaiyuan.data.plan_phases import PhaseSourceSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.data.unseen import Seen
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["continued_stream"]
 
@@ -72,7 +73,7 @@ def continued_stream(part: Part, earlier: Sequence[Phase]) -> Stream:
         many = "once" if stream.whole_passes == 1 else f"{stream.whole_passes} times"
         _refuse(
             part,
-            f"earlier phases have shown all {stream.num_windows:,} windows of it {many}",
+            f"earlier phases have shown all {counted(stream.num_windows, 'window')} of it {many}",
             f"write repeat: {stream.whole_passes + 1} for one more pass, or leave out from"
             if not stream.ascending and not seen.levels
             else "leave out from",

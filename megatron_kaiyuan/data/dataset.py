@@ -14,6 +14,7 @@ from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.documents.bands import NUM_BANDS
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.source import Segment
 
 __all__ = ["NUM_BANDS", "CurriculumDataset", "HeldOutDataset", "Provenance", "band_name"]
@@ -135,7 +136,7 @@ class CurriculumDataset:
     def _place(self, sample: int) -> tuple[Phase, int, int]:
         """Phase, stream number and window of a sample."""
         if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} of a plan with {len(self)} samples")
+            raise IndexError(f"sample {sample} of a plan with {counted(len(self), 'sample')}")
         sample = int(sample)
         last = self._last  # one attribute, read once and set once: threads may share the dataset
         if last is not None and last[0] == sample:  # its tokens, its source and its bands are asked for one by one

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.host.terminal import counted
+
 __all__ = ["averaging_weights", "batch_warnings", "mean_rate", "rate_at", "rate_warnings"]
 
 _BEST_FROM = 0.8
@@ -123,6 +125,7 @@ def batch_warnings(description: Mapping[str, Any], global_batch_size: int) -> li
     budgets = [kept * description["seq_length"], (kept + global_batch_size) * description["seq_length"]]
     remedy = f"{budgets[0]:,} or {budgets[1]:,}" if kept > 0 else f"{budgets[1]:,}"
     return [
-        f"the last {lost:,} samples of phase {last['name']!r}{what} fill no global batch of {global_batch_size:,} and "
+        f"the last {counted(lost, 'sample')} of phase {last['name']!r}{what} fill no global batch of "
+        f"{global_batch_size:,} and "
         f"are never trained on: give the phase tokens: {remedy}, which are whole batches"
     ]

@@ -119,7 +119,8 @@ class OpenedSource:
             where = self.source.segment(int(documents[wrong[0]]), 0, 0)
             raise ShardError(
                 f"{where.shard}.idx: document {where.document:,} does not end where the next one begins (they are "
-                f"{int(next_starts[wrong[0]] - ends[wrong[0]]):,} tokens apart); the file is damaged, copy it again or "
+                f"{counted(int(next_starts[wrong[0]] - ends[wrong[0]]), 'token')} apart); the file is damaged, copy "
+                "it again or "
                 f"rebuild the shard ({tool('inspect')} --verify says more)"
             )
 
@@ -260,7 +261,7 @@ def _denied(
     for name, some in found.items():
         if len(some) == sources[name].num_documents:
             raise PlanError(
-                f"sources.{name}.deny: denies all {len(some):,} documents; leave the source out of the plan"
+                f"sources.{name}.deny: denies all {counted(len(some), 'document')}; leave the source out of the plan"
             )
     return found
 
@@ -305,7 +306,8 @@ def _draw(source: Source, held_out: int, seed: int) -> NDArray[np.int64]:
     """Numbers of the held-out documents, ascending."""
     if held_out >= source.num_documents:
         raise PlanError(
-            f"validation.{source.name}.documents: {held_out} to be held out of {source.num_documents} documents leaves "
+            f"validation.{source.name}.documents: {held_out} to be held out of "
+            f"{counted(source.num_documents, 'document')} leaves "
             "none to train on; hold out fewer"
         )
     drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", source.name))

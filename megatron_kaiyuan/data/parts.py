@@ -23,6 +23,7 @@ from megatron_kaiyuan.documents.permutation import derive_key
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count
 from megatron_kaiyuan.documents.shuffled import ShuffledOrder
 from megatron_kaiyuan.errors import PlanError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["Part", "build_stream", "fitted_stream", "most_windows"]
 
@@ -100,8 +101,10 @@ def build_stream(part: Part) -> Stream:
     )
     if stream.num_windows == 0:
         raise PlanError(
-            f"phase {part.phase!r}, source {part.name!r}: keep {part.spec.kept} of {available.num_documents:,} "
-            f"documents leaves {documents.num_documents:,} documents, {stream.num_tokens:,} tokens with repeat "
+            f"phase {part.phase!r}, source {part.name!r}: keep {part.spec.kept} of "
+            f"{counted(available.num_documents, 'document')} leaves {counted(documents.num_documents, 'document')}, "
+            f"{counted(stream.num_tokens, 'token')} "
+            "with repeat "
             f"{float(part.spec.repeat):g}; one window needs {part.plan.seq_length + 1:,}: keep more, repeat more, or "
             "leave the source out of the phase"
         )

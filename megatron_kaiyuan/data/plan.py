@@ -31,6 +31,7 @@ from megatron_kaiyuan.data.retention import kept_weights, retained_by_band
 from megatron_kaiyuan.data.simulation import SimulatedSource, simulate_plan_sources
 from megatron_kaiyuan.data.vocabulary import check_tokenizers, check_vocabulary
 from megatron_kaiyuan.errors import PlanError, ResumeError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 
 __all__ = ["Plan"]
@@ -214,7 +215,8 @@ class Plan:
         steps, averaging = self.num_samples / global_batch_size, self.averaging
         if averaging is not None and (averaging.last - 1) * averaging.every >= steps:
             raise PlanError(
-                f"averaging: {averaging.last} checkpoints, {averaging.every:,} steps apart, reach back before "
+                f"averaging: {counted(averaging.last, 'checkpoint')}, {counted(averaging.every, 'step')} apart, reach "
+                "back before "
                 f"the first of {steps:,.0f} steps; lower one of them"
             )
         kept = kept_weights(self.phases, global_batch_size, weight_decay, averaging)

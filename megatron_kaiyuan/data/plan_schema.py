@@ -58,7 +58,10 @@ class ExpectedSpec(Strict):
     @model_validator(mode="after")
     def _documents_hold_tokens(self) -> "ExpectedSpec":
         if self.tokens < self.documents:
-            raise ValueError(f"{self.documents} documents with only {self.tokens} tokens; a document has at least one")
+            raise ValueError(
+                f"{counted(self.documents, 'document')} with only {counted(self.tokens, 'token')}; a document has at "
+                "least one"
+            )
         return self
 
 

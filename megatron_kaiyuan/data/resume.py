@@ -14,6 +14,7 @@ from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan_schema import PlanSpec
 from megatron_kaiyuan.data.stream import Stream
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.source import sources_at_once
 
@@ -140,7 +141,8 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any], consumed_sample
     if saved.get("format") in _FORMATS.values() and saved["format"] != current["format"]:
         version = version_of_record(saved)
         raise ResumeError(
-            f"resume after {consumed_samples:,} samples: the run began under version {version} of the plan language, "
+            f"resume after {counted(consumed_samples, 'sample')}: the run began under version {version} of the plan "
+            "language, "
             f"and this plan is of version {version_of_record(current)}, which orders its samples otherwise. Write "
             f"version: {version} to go on with the run, or start a new one from these weights with --finetune and "
             "another --save directory"
@@ -227,7 +229,8 @@ def _same(field: str, old: object, new: object, consumed: int) -> None:
 
 def _refuse(field: str, old: object, new: object, consumed: int) -> None:
     raise ResumeError(
-        f"resume after {consumed:,} samples: {field} was {old!r} and is now {new!r}, so the samples already trained "
+        f"resume after {counted(consumed, 'sample')}: {field} was {old!r} and is now {new!r}, so the samples already "
+        "trained "
         "on would "
         "have been others. Restore it (later phases may change freely), or start a new run from these weights with "
         "--finetune and another --save directory"

@@ -7,6 +7,7 @@ import numpy as np
 from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.plan_schema import TokenizerSpec
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import Shard
 from megatron_kaiyuan.shards.tokenizer_match import check_shards_agree, check_tokenizer_of_plan
@@ -42,7 +43,8 @@ def check_vocabulary(opened: Mapping[str, OpenedSource], vocab_size: int) -> Non
                 f"{largest + 1} or more, or renumber the vocabulary and build the shard again"
             )
         raise ShardError(
-            f"source {name!r}, shard {shard.prefix}: token id {largest}, but the vocabulary has {vocab_size} ids; "
+            f"source {name!r}, shard {shard.prefix}: token id {largest}, but the vocabulary has "
+            f"{counted(vocab_size, 'id')}; "
             f"{remedy}"
         )
 

@@ -22,6 +22,7 @@ from megatron_kaiyuan.documents.shuffled import ShuffledOrder, digest_of
 from megatron_kaiyuan.documents.stored_sums import open_sums, sums_path, write_sums
 from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.cli import tool
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["PackedOrder", "Piece", "pack_group"]
 
@@ -239,7 +240,7 @@ class PackedOrder(GatheredOrder):
         return digest_of(self.runs, self.seq_length, self.group, random)
 
     def _stored(self) -> tuple[dict[str, int], NDArray[np.int64]]:
-        what = f"source {self.source.name!r}: packing: whole of {self.runs.num_documents:,} documents"
+        what = f"source {self.source.name!r}: packing: whole of {counted(self.runs.num_documents, 'document')}"
         facts, sums = open_sums(self.path, self._digest, ("predicted",), what)
         if len(sums) != self._num_groups + 1:
             raise RankIndexError(f"{self.path}: damaged; delete it and run {tool('rank')} --plan PLAN")

@@ -25,7 +25,7 @@ from megatron_kaiyuan.host.atomic import atomic_file
 from megatron_kaiyuan.host.cli import tool, tool_command
 from megatron_kaiyuan.host.files import is_read_only, open_regular
 from megatron_kaiyuan.host.maps import map_array
-from megatron_kaiyuan.host.terminal import shell_command
+from megatron_kaiyuan.host.terminal import agreed, counted, shell_command
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.shard import Shard
 from megatron_kaiyuan.shards.shard_files import Meter, SilentMeter
@@ -152,11 +152,13 @@ def _hand_out(ranking: Ranking, source: Source, take: Take, meter: Meter) -> NDA
             sums = stride_sums(lengths.result(), documents)
             marks[first // STRIDE + 1 : first // STRIDE + 1 + len(sums)] = sums
 
-        meter.start(f"ranking {ranking.count:,} documents", 2 * ranking.count)
+        meter.start(f"ranking {counted(ranking.count, 'document')}", 2 * ranking.count)
         ranking.hand_out(take_and_count, meter.advance)
     np.cumsum(marks, out=marks)
     if marks[-1] != source.num_tokens:
-        raise source.damaged(f"lengths add up to {marks[-1]:,} tokens, the .bin files hold {source.num_tokens:,}")
+        raise source.damaged(
+            f"lengths add up to {counted(marks[-1], 'token')}, the .bin files hold {source.num_tokens:,}"
+        )
     return marks
 
 
@@ -246,7 +248,8 @@ def open_rank_index(path: Path, source: Source, score: str, digest: str | None =
     command = _command(source, score, path)
     if not path.is_file():
         raise RankIndexError(
-            f"source {source.name!r}: no rank index {path} for its {source.num_documents:,} documents; build it "
+            f"source {source.name!r}: no rank index {path} for its {counted(source.num_documents, 'document')}; build "
+            "it "
             f"once with\n  {command}"
         )
     header = _read_header(path)
@@ -306,7 +309,7 @@ def _map_arrays(path: Path, header: dict[str, Any]) -> RankIndex:
     expected = _HEADER_BYTES + 8 * marks + dtype.itemsize * documents
     if path.stat().st_size != expected:
         raise RankIndexError(
-            f"{path}: {path.stat().st_size} bytes, expected {expected}; delete it and run {tool('rank')}"
+            f"{path}: {counted(path.stat().st_size, 'byte')}, expected {expected}; delete it and run {tool('rank')}"
         )
     arrays = [
         map_array(path, np.dtype(kind), count, offset, random=True)
@@ -335,8 +338,8 @@ def verify_rank_index(path: Path, source: Source, score: str) -> None:
         different = np.flatnonzero(getattr(stored, name) != getattr(fresh, name))
         if len(different):
             raise RankIndexError(
-                f"{path}: {len(different):,} entries of {name} differ from a fresh ranking, the first at "
-                f"{different[0]:,}; "
+                f"{path}: {counted(len(different), 'entry', 'entries')} of {name} "
+                f"{agreed(len(different), 'differs', 'differ')} from a fresh ranking, the first at {different[0]:,}; "
                 f"the file is damaged or the scores have changed: run {tool('rank')} again without --verify"
             )
 

@@ -23,6 +23,7 @@ from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.documents.stored_sums import open_sums, sums_path, write_sums
 from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.cli import tool
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["ShuffledOrder", "as_shuffled", "digest_of", "stride_of"]
 
@@ -174,7 +175,7 @@ class ShuffledOrder(GatheredOrder):
         return sums
 
     def _stored(self) -> NDArray[np.int64]:
-        what = f"source {self.source.name!r}: shuffle: documents of {self.num_documents:,} documents"
+        what = f"source {self.source.name!r}: shuffle: documents of {counted(self.num_documents, 'document')}"
         facts, sums = open_sums(self.path, self._digest, ("stride",), what)
         self._stride = facts["stride"]
         if self._stride < 1 or len(sums) != -(-self.num_documents // self._stride) + 1:

@@ -14,6 +14,7 @@ from megatron_kaiyuan.errors import RankIndexError
 from megatron_kaiyuan.host.atomic import atomic_file
 from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.maps import map_array
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.source import Source
 
 __all__ = ["open_sums", "sums_path", "write_sums"]
@@ -62,7 +63,7 @@ def open_sums(path: Path, digest: str, names: tuple[str, ...], wanted_by: str) -
         if not raw.startswith(_MAGIC) or header["digest"] != digest or min(facts.values()) < 0:
             raise ValueError("its header belongs to something else")
         if path.stat().st_size != _HEADER_BYTES + 8 * facts["sums"]:
-            raise ValueError(f"{path.stat().st_size:,} bytes instead of {_HEADER_BYTES + 8 * facts['sums']:,}")
+            raise ValueError(f"{counted(path.stat().st_size, 'byte')} instead of {_HEADER_BYTES + 8 * facts['sums']:,}")
     except (ValueError, KeyError, TypeError) as error:
         raise RankIndexError(f"{path}: damaged ({error}); delete it and {remedy}") from error
     return facts, map_array(path, np.dtype(np.int64), facts["sums"], _HEADER_BYTES, random=True)

@@ -22,6 +22,7 @@ from megatron_kaiyuan.evaluation.loading import (
     single_process_arguments,
     start_single_process,
 )
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.model.document_attention import document_boundaries
 from megatron_kaiyuan.model.samples import SampleOptions, make_sample
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
@@ -154,7 +155,8 @@ def _check_plan(plan: Plan, positions: int) -> None:
         raise PlanError("the plan holds out no documents; add a validation section to it and train with it")
     if plan.seq_length > positions:
         raise PlanError(
-            f"the plan cuts samples of seq_length {plan.seq_length}, but the model has {positions} positions "
+            f"the plan cuts samples of seq_length {plan.seq_length}, but the model has "
+            f"{counted(positions, 'position')} "
             "(--max-position-embeddings of its run); give the plan of that run"
         )
 

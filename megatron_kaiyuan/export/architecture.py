@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["OPTIONS_WITHOUT_EFFECT", "Architecture", "architecture_from_arguments"]
 
@@ -95,7 +96,10 @@ class Architecture:
         sizes = {name: value for name, value in asdict(self).items() if type(value) is int}
         wrong = [f"{name} is {value}" for name, value in sizes.items() if value < (name != "branch_scale_bits")]
         if self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups:
-            wrong.append(f"{self.num_attention_heads} heads do not divide among {self.num_query_groups} groups")
+            wrong.append(
+                f"{counted(self.num_attention_heads, 'head')} do not divide among "
+                f"{counted(self.num_query_groups, 'group')}"
+            )
         if not 0 <= self.logit_softcap < float("inf"):
             wrong.append(f"logit_softcap is {self.logit_softcap}")
         if self.branch_scale_bits and not self.sandwich_norm:

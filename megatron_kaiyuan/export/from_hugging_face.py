@@ -30,6 +30,7 @@ from megatron_kaiyuan.export.to_hugging_face import CONVERSION_NAME
 from megatron_kaiyuan.export.weight_names import Weight, joined, parts_of, weights_of
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.quiet import quiet_megatron_import
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["import_model", "untrained_state"]
 
@@ -99,7 +100,9 @@ def _lazy_tensors(
             dtypes |= _checked_dtypes(files, architecture, weight, layer, source)
             used.update(weight.part_names(layer))
         if len(dtypes) > 1:
-            raise ConvertError(f"{source}: {weight.parts[0]} is of {len(dtypes)} dtypes; cast the model to one of them")
+            raise ConvertError(
+                f"{source}: {weight.parts[0]} is of {counted(len(dtypes), 'dtype')}; cast the model to one of them"
+            )
         make = [partial(_join_layer, files, architecture, weight, layer, progress) for layer in layers]
         shape = (len(layers), *weight.shape) if weight.stacked else weight.shape
         found[weight.name] = LazyTensor(shape, dtypes.pop(), make)

@@ -55,8 +55,8 @@ def _door(verb: str) -> Path | None:
 
     None for users who started `kaiyuan`, or who have no checkout.
     """
-    door = _DOORS / f"{TOOLS[verb]}.py"
-    return None if sys.argv[0].startswith("kaiyuan ") or not door.exists() else _from_here(door)
+    door, started_as = _DOORS / f"{TOOLS[verb]}.py", next(iter(sys.argv), "")
+    return None if started_as.startswith("kaiyuan ") or not door.exists() else _from_here(door)
 
 
 def tool(verb: str) -> str:

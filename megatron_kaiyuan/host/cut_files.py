@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 from megatron_kaiyuan.host.endings import record_reason
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["leave_bus_errors_to_parent", "name_cut_files", "note_size", "which_are_cut", "why_bus_error"]
 
@@ -84,7 +85,7 @@ def _told(path: str, size: int) -> str:
         now = os.stat(path).st_size  # noqa: PTH116 - a signal handler makes as few objects as it can
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    return f"{path} has {now:,} bytes and had {size:,}" if now < size else ""
+    return f"{path} has {counted(now, 'byte')} and had {size:,}" if now < size else ""
 
 
 def _end(_number: int) -> None:

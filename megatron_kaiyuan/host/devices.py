@@ -15,6 +15,7 @@ import torch
 from megatron_kaiyuan.errors import ConfigError, DeviceError
 from megatron_kaiyuan.host import cpu_platform, machine
 from megatron_kaiyuan.host.cli import run_tool
+from megatron_kaiyuan.host.terminal import agreed, counted
 
 __all__ = ["DEVICE_VARIABLE", "Gpu", "require_memory", "start_device", "visible_gpus"]
 
@@ -143,7 +144,9 @@ def _check(gpus: list[Gpu]) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > len(gpus):
         raise ConfigError(
-            f"{ranks} processes were started on this node and {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} "
+            f"{counted(ranks, 'process', 'processes')} {agreed(ranks, 'was', 'were')} started on this node and "
+            f"{len(gpus)} "
+            f"GPU{'s are' if len(gpus) > 1 else ' is'} "
             f"visible: give torchrun --nproc-per-node {len(gpus)} (the launch script: NPROC_PER_NODE={len(gpus)})"
         )
     compiled = torch.cuda.get_arch_list()

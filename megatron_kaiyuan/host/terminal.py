@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Mapping
 
-__all__ = ["counted", "shell_command", "visible", "visible_data"]
+__all__ = ["agreed", "counted", "shell_command", "visible", "visible_data"]
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but newline and tab; C1 has one-byte forms of ESC [
@@ -48,3 +48,8 @@ def shell_command(*words: str | os.PathLike[str]) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Return `1 shard` or `2,000 shards`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def agreed(number: int, one: str, several: str) -> str:
+    """Return the form of a verb that follows a `counted` noun: `is` or `are`."""
+    return one if number == 1 else several

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_kaiyuan.errors import ScoreError, ShardError
+from megatron_kaiyuan.host.terminal import agreed, counted
 from megatron_kaiyuan.inspection.shard_scan import count_missing_scores, hash_file, scan_tokens
 from megatron_kaiyuan.shards.index_check import index_faults
 from megatron_kaiyuan.shards.manifest import FileRecord, Manifest
@@ -135,7 +136,10 @@ class ShardCheck:
                     yield Finding("scores", str(path), without_file(str(error), path))
                 else:
                     if missing:
-                        message = f"{missing:,} scores are NaN, the first for document {first:,}; write them again"
+                        message = (
+                            f"{counted(missing, 'score')} {agreed(missing, 'is', 'are')} NaN, the first for "
+                            f"document {first:,}; write them again"
+                        )
                         yield Finding("scores", str(path), message)
             yield from self._compare(f"scores.{score}", path, hash_file(path, self.advance))
         yield from self._check_document_table()
@@ -169,7 +173,7 @@ class ShardCheck:
 def _different(path: Path, role: str, record: FileRecord, sha256: str) -> Finding:
     size = path.stat().st_size
     if size != record.bytes:
-        return Finding("size", str(path), f"{size:,} bytes, the manifest says {record.bytes:,}; {_REMEDY}")
+        return Finding("size", str(path), f"{counted(size, 'byte')}, the manifest says {record.bytes:,}; {_REMEDY}")
     rewritten = "the scores were written again since, or " if role.startswith("scores.") else ""
     return Finding(
         "checksum",

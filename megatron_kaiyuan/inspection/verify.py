@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_kaiyuan.documents.rank_index import index_path, open_rank_index, verify_rank_index
 from megatron_kaiyuan.errors import RankIndexError, ScoreError, ShardError
 from megatron_kaiyuan.host.cli import tool
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.inspection.shard_check import Finding, ShardCheck, without_file
 from megatron_kaiyuan.shards.build_check import BUILD_FILE, folder_state, mixed_keys, named_folders
 from megatron_kaiyuan.shards.manifest import Manifest, load_manifest
@@ -138,7 +139,9 @@ def _missing_from_builds(named: Sequence[str]) -> Iterator[Finding]:
             continue
         if state is not None and state.missing:
             numbers = ", ".join(map(str, state.missing))
-            message = f"{len(state.missing):,} of {state.shards:,} shards are missing ({numbers}); {state.remedy}"
+            message = (
+                f"{len(state.missing):,} of {counted(state.shards, 'shard')} are missing ({numbers}); {state.remedy}"
+            )
             yield Finding("missing", str(path), message)
 
 
@@ -199,7 +202,9 @@ def _unchecked(files: Sequence[ShardFiles], manifests: Mapping[str, Manifest], v
     without = len(files) - len(manifests)
     if not without:
         return []
-    told = [f"{without:,} of {len(files):,} shards have no readable manifest: flipped bits cannot be seen in them"]
+    told = [
+        f"{without:,} of {counted(len(files), 'shard')} have no readable manifest: flipped bits cannot be seen in them"
+    ]
     if vocab_size is None:
         told.append("their vocabulary is unknown, only negative ids were looked for: give --vocab-size")
     return told

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.cli import tool_command
-from megatron_kaiyuan.host.terminal import shell_command
+from megatron_kaiyuan.host.terminal import counted, shell_command
 
 __all__ = ["SampleOptions", "first_outside", "make_sample", "outside_vocabulary"]
 
@@ -97,7 +97,8 @@ def outside_vocabulary(sample: str, shard: str, document: int, token: int, vocab
     """
     command = f"{tool_command('inspect')} {shell_command(shard)} --verify --vocab-size {vocabulary}"
     return ShardError(
-        f"{sample}: token id {token} in document {document} of {shard}.bin, but the vocabulary has {vocabulary} ids: "
+        f"{sample}: token id {token} in document {document} of {shard}.bin, but the vocabulary has "
+        f"{counted(vocabulary, 'id')}: "
         "the shard was built with another tokenizer, or has been damaged since the run began. Build it again, or copy "
         f"it again, and go on from the last checkpoint. All such ids:\n  {command}"
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_kaiyuan.data import band_name
 from megatron_kaiyuan.errors import TrainingStopped
+from megatron_kaiyuan.host.terminal import agreed, counted
 from megatron_kaiyuan.model.config import MAX_BRANCH_SCALE_BITS
 from megatron_kaiyuan.model.numerics import ActivationMeter, ActivationPeak, first_non_finite
 from megatron_kaiyuan.monitoring.branch_scale import BranchScale
@@ -185,7 +186,8 @@ class RunMonitor:
         if not limit:
             return
         if self._skipped_in_a_row >= limit:
-            what = f"{limit} steps in a row were skipped, the loss scale is down to {scale}"
+            steps = f"{counted(limit, 'step')} in a row {agreed(limit, 'was', 'were')}"
+            what = f"{steps} skipped, the loss scale is down to {scale}"
         elif len(self._skipped_at_minimum) >= limit:
             what = f"{limit} of the last {2 * limit} steps were skipped with the loss scale at its minimum, {scale}"
         else:
@@ -272,7 +274,8 @@ class RunMonitor:
             why = "the forward pass overflowed, after which no gradient tells where; the next one is metered"
         else:
             deepest = max(names, key=depth)
-            why = f"{len(names)} gradients are not finite, the deepest is that of {deepest}"
+            gradients = f"{counted(len(names), 'gradient')} {agreed(len(names), 'is', 'are')}"
+            why = f"{gradients} not finite, the deepest is that of {deepest}"
         self.say(f" step {step.iteration} was skipped: {why}; the loss scale is now {step.loss_scale:g}")
 
     def _write_line(self, step: StepReport) -> None:
@@ -347,7 +350,7 @@ def _line(iteration: int, sums: dict[str, SourceSums]) -> str:
         for name, source in sums.items()
         if source.loss is not None
     ]
-    return f" loss by source at step {iteration} (share of {total:,} tokens): {', '.join(parts)}"
+    return f" loss by source at step {iteration} (share of {counted(total, 'token')}): {', '.join(parts)}"
 
 
 def _band_line(iteration: int, sums: dict[str, SourceSums]) -> str:

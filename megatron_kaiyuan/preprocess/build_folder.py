@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.inputs import InputFile, Part, PartNumbers, cut_into_shards, keep_cut
 from megatron_kaiyuan.preprocess.partial import is_complete, remove_dead_partials, remove_existing, retire
@@ -172,7 +173,7 @@ def _files_of(record: BuildRecord) -> list[list[int]]:
 def changed_inputs(found: BuildRecord, wanted: BuildRecord) -> list[str]:
     """A clause for each file whose content has changed."""
     return [
-        f"input {new.name} has changed ({old.bytes} bytes then, {new.bytes} now)"
+        f"input {new.name} has changed ({counted(old.bytes, 'byte')} then, {new.bytes} now)"
         for old, new in zip(found.inputs, wanted.inputs, strict=True)
         if old != new
     ]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import agreed, counted
 from megatron_kaiyuan.preprocess.partial import retire
 from megatron_kaiyuan.shards.build_record import BuildRecord
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
@@ -95,7 +96,7 @@ def choose_backend(config: TokenizerConfig, sample: Sequence[str]) -> Choice:
         return Choice(fast=False, reason=f"gigatoken gives other ids for {difference!r}", differs=True)
     return Choice(
         fast=True,
-        reason=f"it gives the ids of the reference on {len(sample)} documents of the input and "
+        reason=f"it gives the ids of the reference on {counted(len(sample), 'document')} of the input and "
         f"{len(texts) - len(sample)} difficult strings",
     )
 
@@ -285,5 +286,8 @@ class FastShards:
 
 def named(shards: list[str]) -> str:
     """`2 shards (a, b) were`."""
+    if not shards:
+        return "no shards were"
     more = f", and {len(shards) - _MOST_NAMED} more" if len(shards) > _MOST_NAMED else ""
-    return f"{len(shards)} shards ({', '.join(shards[:_MOST_NAMED])}{more}) were" if shards else "no shards were"
+    names = f"{', '.join(shards[:_MOST_NAMED])}{more}"
+    return f"{counted(len(shards), 'shard')} ({names}) {agreed(len(shards), 'was', 'were')}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.build_folder import (
     ShardTask,
     changed_inputs,
@@ -208,7 +209,7 @@ def _claimed(config: PreprocessConfig, start: Start, reporter: Reporter) -> Buil
     record = plan_build(config, start.inputs, start.described, found)
     gone = claim_folder(folder, found, record, overwrite=config.overwrite)
     if found is not None and not config.overwrite and (changed := changed_inputs(found, record)):
-        more = f" and {len(changed) - 1} others" if len(changed) > 1 else ""
+        more = f" and {counted(len(changed) - 1, 'other')}" if len(changed) > 1 else ""
         reporter.note(f"{changed[0]}{more} since the build began; {gone} finished shards of it are built again")
     return record
 

@@ -7,6 +7,7 @@ from typing import Self
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_kaiyuan.host.console import SafeConsole
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.pipeline import Progress as Done
 
 __all__ = ["ConsoleReporter"]
@@ -50,7 +51,7 @@ class ConsoleReporter:
         elif self._is_due(progress):
             self._last_time, self._last_documents = time.monotonic(), progress.documents
             elapsed = time.monotonic() - self._began
-            done = f"{progress.documents:,} documents, {progress.input_bytes / 1e6:,.1f}"
+            done = f"{counted(progress.documents, 'document')}, {progress.input_bytes / 1e6:,.1f}"
             if self._total:
                 left = elapsed * (self._total / max(progress.input_bytes, 1) - 1)
                 self.note(f"tokenizing: {done} of {self._total / 1e6:,.1f} MB, {self._rate(progress)}, {_left(left)}")

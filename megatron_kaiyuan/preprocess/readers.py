@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.decompress import DamagedStreamError, Readable, open_stream
 from megatron_kaiyuan.preprocess.formats import kind_of
 from megatron_kaiyuan.preprocess.inputs import InputFile, Part, part_bytes
@@ -300,7 +301,8 @@ def _read_range(span: ByteRange) -> FoundLines:
         size = stream.seek(0, 2)
         if size != span.file_bytes:
             raise PreprocessError(
-                f"{span.path}: {size} bytes now, {span.file_bytes} when the run began; run again when nothing writes "
+                f"{span.path}: {counted(size, 'byte')} now, {span.file_bytes} when the run began; run again when "
+                "nothing writes "
                 "to it"
             )
         first = stream.seek(max(span.start - 1, 0))

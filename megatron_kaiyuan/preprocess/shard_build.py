@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.build_folder import ShardTask
 from megatron_kaiyuan.preprocess.document_table import Origins
 from megatron_kaiyuan.preprocess.documents import Fault
@@ -172,7 +173,7 @@ def _write_shard(
             left -= result.input_bytes
         report(Progress(0, 0, max(left, 0)))  # files without a row; of standard input nothing is expected
         if not writers[0].documents and not build.empty_allowed:
-            raise PreprocessError(f"--input: no document in {tally.rows} rows; {tally.explain()}")
+            raise PreprocessError(f"--input: no document in {counted(tally.rows, 'row')}; {tally.explain()}")
         manifests = dict(_finish(build, task.build, writers, tally))
     return ShardOutcome(manifests, tally.rows, tally.skipped, tally.examples)
 

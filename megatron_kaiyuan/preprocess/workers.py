@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import PreprocessError, TokenizerError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.documents import DocumentBatch, Fault, parse_block
 from megatron_kaiyuan.preprocess.fast_tokenize import load_tokenizer
 from megatron_kaiyuan.preprocess.fields import FieldKeys, Reason
@@ -199,7 +200,7 @@ def _kept_documents(batch: DocumentBatch, encoded: Sequence[TokenBatch], job: Jo
             kept[document] = False
             reason, detail = (
                 Reason.TOO_LONG,
-                f"field {key!r} has {tokens.lengths[document]} tokens, the limit is {limit}",
+                f"field {key!r} has {counted(tokens.lengths[document], 'token')}, the limit is {limit}",
             )
             if document in tokens.faults:
                 reason, detail = Reason.NOT_TOKENIZABLE, f"field {key!r}: {tokens.faults[document]}"

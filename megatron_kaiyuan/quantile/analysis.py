@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.inference import (
     LEAST_RUNS,
     OVERALL,
@@ -372,10 +373,12 @@ def _warnings(
 ) -> tuple[str, ...]:
     found = []
     if len(results) < len(sliced.runs):
-        found.append(f"Incomplete: {len(results)} of {len(sliced.runs)} runs have results.")
+        found.append(f"Incomplete: {len(results)} of {counted(len(sliced.runs), 'run')} have results.")
     few = sum(count < LEAST_RUNS for count in seeds)
     if few and max(seeds) > 1:
-        found.append(f"{few} of {len(seeds)} slices have fewer than {LEAST_RUNS} seeds: no pair with them is claimed.")
+        found.append(
+            f"{few} of {counted(len(seeds), 'slice')} have fewer than {LEAST_RUNS} seeds: no pair with them is claimed."
+        )
     failed = {task: reason for result in results.values() for task, reason in result.not_evaluated.items()}
     found += [f"Task {task} was not evaluated: {reason}" for task, reason in failed.items()]
     some = next(iter(results.values()))

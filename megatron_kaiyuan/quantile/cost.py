@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.study import Study
 
 __all__ = ["CostEstimate", "estimate_cost", "format_gpu_time", "format_share"]
@@ -37,9 +38,10 @@ class CostEstimate:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"{self.runs} runs of {self.steps:,} steps, {(self.tokens - self.trunk_tokens) / self.runs:,.0f} tokens "
-            f"each; a reference model of {self.parameters:,} parameters",
-            *([f"{self.trunk_tokens:,} tokens more for the trunks"] if self.trunk_tokens else []),
+            f"{counted(self.runs, 'run')} of {counted(self.steps, 'step')}, "
+            f"{(self.tokens - self.trunk_tokens) / self.runs:,.0f} tokens "
+            f"each; a reference model of {counted(self.parameters, 'parameter')}",
+            *([f"{counted(self.trunk_tokens, 'token')} more for the trunks"] if self.trunk_tokens else []),
             f"{self.flops:.3g} FLOPs of training in all, {format_share(self.share_of_main_run)} of the main run's "
             f"{self.main_run_flops:.3g}",
             f"{format_gpu_time(self.gpu_hours)} at {self.tokens_per_second:,.0f} tokens/s ({self.assumption})",

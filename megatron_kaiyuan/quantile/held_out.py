@@ -37,7 +37,8 @@ class HeldOutDocuments:
         except PlanError as error:
             runs = plan.opened[name].held_out_runs
             raise StudyError(
-                f"evaluation.held_out.{name}: {runs.num_documents} documents have {runs.num_tokens} tokens, less than "
+                f"evaluation.held_out.{name}: {counted(runs.num_documents, 'document')} have "
+                f"{counted(runs.num_tokens, 'token')}, less than "
                 f"one window of {plan.seq_length + 1}; hold out more"
             ) from error
         self.num_windows = min(len(self._windows), max_windows or len(self._windows))
@@ -50,8 +51,10 @@ class HeldOutDocuments:
             cut = self.num_windows < len(self._windows)
             remedy = "raise evaluation.max_windows, or leave it out" if cut else "hold out more"
             raise StudyError(
-                f"evaluation.held_out.{name}: {self.num_windows} of {len(self._windows)} windows are evaluated, with "
-                f"parts of {self.num_documents} documents, too few to tell the spread between documents; {least} are "
+                f"evaluation.held_out.{name}: {self.num_windows} of {counted(len(self._windows), 'window')} are "
+                "evaluated, with "
+                f"parts of {counted(self.num_documents, 'document')}, too few to tell the spread between documents; "
+                f"{least} are "
                 f"needed: {remedy}"
             )
 
@@ -92,7 +95,8 @@ def group_numbers(plan: Plan, name: str, sidecar: str, documents: NDArray[np.int
     found = len(np.unique(scores))
     if found < LEAST_GROUPS:
         raise StudyError(
-            f"{place}: {len(documents)} documents are of {counted(found, 'group')}, too few to tell the spread "
+            f"{place}: {counted(len(documents), 'document')} are of {counted(found, 'group')}, too few to tell the "
+            "spread "
             f"between groups; {LEAST_GROUPS} are needed: hold out more documents, or documents of more groups"
         )
     return tuple(int(score) for score in scores)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, Metric
 from megatron_kaiyuan.quantile.claimable import smallest_claimable
 from megatron_kaiyuan.quantile.cost import format_gpu_time, format_share
@@ -82,8 +83,8 @@ def write_page(
 def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> str:
     cost = sliced.cost
     return (
-        f"{len(study.sources)} sources, {len(study.slices.tops)} quantiles, {_seeds(study)}: "
-        f"{len(results)} models of {format_tokens(cost['parameters'])} parameters, each trained on "
+        f"{counted(len(study.sources), 'source')}, {counted(len(study.slices.tops), 'quantile')}, {_seeds(study)}: "
+        f"{counted(len(results), 'model')} of {format_tokens(cost['parameters'])} parameters, each trained on "
         f"{format_tokens(study.budget)} tokens of one slice ({format_tokens(study.slices.tokens)} unique). "
         f"{_power_of_ten(cost['flops'])} FLOPs in all, {format_share(cost['share_of_main_run'])} of the main run; "
         f"{format_gpu_time(cost['gpu_hours'])} as estimated."
@@ -92,7 +93,7 @@ def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
 
 def _seeds(study: Study) -> str:
     count = len(study.training.seeds)
-    return f"{count} seeds" if count > 1 else "one seed"
+    return f"{counted(count, 'seed')}" if count > 1 else "one seed"
 
 
 def _power_of_ten(value: float) -> str:
@@ -268,10 +269,12 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
         "A difference is tested with Student's t. Its variance is that of the slices' runs, each drawn towards the "
         "typical one, plus that of the paired differences per held-out document or question, groups of documents "
         "counted as one, without the noise that both contain.",
-        f"{len(analysis.trends)} trends and {len(analysis.bends)} bends were tested, at {SHAPES_SHARE:.0%} of "
+        f"{counted(len(analysis.trends), 'trend')} and {counted(len(analysis.bends), 'bend')} were tested, at "
+        f"{SHAPES_SHARE:.0%} of "
         f"{analysis.level:g}: both the exact permutation of a source's runs and the t test must reject"
         + ("." if spread else ", and so must a test against the roughness between quantiles."),
-        f"{len(analysis.pairs)} pairs were compared at {PAIRS_SHARE:.0%} of {analysis.level:g} against the range of "
+        f"{counted(len(analysis.pairs), 'pair')} were compared at {PAIRS_SHARE:.0%} of {analysis.level:g} against the "
+        "range of "
         "all means (Tukey), which covers the choice of the best by the data. Pairs with a slice of fewer than "
         f"{LEAST_RUNS} runs, or whose own runs spread out of line, are not claimed.",
         "A capability is asked about a pair or a curve only where overall has a claim, and pays for the number of "

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION, parse_plan_spec
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis
 from megatron_kaiyuan.quantile.study import Study
 
@@ -94,7 +95,7 @@ def propose(study: Study, analysis: Analysis) -> Proposal:
     claimed = sum(one.broad != "all" or one.best != "all" for one in followed)
     undecided = [one.source for one in followed if one.undecided]
     summary = (
-        f"The claims narrow {claimed} of {len(followed)} sources"
+        f"The claims narrow {claimed} of {counted(len(followed), 'source')}"
         + (f"; undecided and kept as they are: {', '.join(undecided)}" if undecided else "")
         + ". A source or phase that no claim narrows is kept whole, because nothing was shown against any part of it. "
         "Differences are in spreads between seeds, with their standard errors."

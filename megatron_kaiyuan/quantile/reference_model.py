@@ -6,6 +6,8 @@ soft-cap.
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_kaiyuan.host.terminal import counted
+
 __all__ = ["PRESETS", "ReferenceModel", "preset_model"]
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -45,7 +47,9 @@ class ReferenceModel(BaseModel):
     @model_validator(mode="after")
     def _heads_divide(self) -> "ReferenceModel":
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by {counted(self.num_attention_heads, 'head')}"
+            )
         if self.hidden_size // self.num_attention_heads % 2:
             raise ValueError(
                 f"heads of {self.hidden_size // self.num_attention_heads} are odd, and rotary positions turn pairs; "

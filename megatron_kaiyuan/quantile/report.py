@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, Shape, analyse
 from megatron_kaiyuan.quantile.page import write_page
 from megatron_kaiyuan.quantile.proposal import Proposal, format_p, propose
@@ -93,7 +94,7 @@ def conclusions(study: Study, analysis: Analysis) -> list[str]:
     ]
     lines += _against_controls(analysis)
     if max(analysis.seeds) >= 2:
-        lines.append(f"{len(claimed)} of {tested} pairs of slices were told apart overall.")
+        lines.append(f"{len(claimed)} of {counted(tested, 'pair')} of slices were told apart overall.")
         leader = analysis.ranking(OVERALL)[0]
         low, high = analysis.rank_range(OVERALL, leader)
         ranks = f"rank {low}" if low == high else f"rank {low} to {high}"

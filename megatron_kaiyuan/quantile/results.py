@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.runs import Run, SlicedStudy
 from megatron_kaiyuan.quantile.study import Study
 
@@ -139,7 +140,7 @@ def read_results(study: Study, sliced: SlicedStudy, *, partial: bool) -> dict[st
     missing = [run.name for run in sliced.runs if run.name not in present]
     if not present or (missing and not partial):
         raise StudyError(
-            f"{len(missing)} of {len(sliced.runs)} runs have no results: {', '.join(missing[:6])}"
+            f"{len(missing)} of {counted(len(sliced.runs), 'run')} have no results: {', '.join(missing[:6])}"
             f"{' ...' if len(missing) > 6 else ''}; run `train` and `evaluate`, or report on the others with --partial"
         )
     results = {name: read_result(path) for name, path in present.items()}
@@ -151,7 +152,7 @@ def read_results(study: Study, sliced: SlicedStudy, *, partial: bool) -> dict[st
     if older:
         raise StudyError(
             f"results/{older[0]}.json: measured with another evaluation than the study file has now "
-            f"({len(older)} of {len(results)} results); run `evaluate` again"
+            f"({len(older)} of {counted(len(results), 'result')}); run `evaluate` again"
         )
     check_comparable(results)
     return results

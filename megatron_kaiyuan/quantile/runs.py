@@ -18,6 +18,7 @@ from megatron_kaiyuan.data.selection import parse_keep
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.cli import tool
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.branches import BranchPlans, scratch_plan
 from megatron_kaiyuan.quantile.cost import CostEstimate, estimate_cost
 from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
@@ -269,7 +270,9 @@ def _slice_run(study: Study, plans: BranchPlans | None, piece: Slice, seed: int)
         if plans is None
         else plans.branch(seed, piece.source, piece.keep)
     )
-    head = f"{piece.last - piece.first:,} documents around the top {float(piece.top):.4g} quantile, seed {seed}"
+    head = (
+        f"{counted(piece.last - piece.first, 'document')} around the top {float(piece.top):.4g} quantile, seed {seed}"
+    )
     return _write_run(
         study,
         content,

@@ -23,6 +23,7 @@ from megatron_kaiyuan.data.plan_schema import SourceSpec
 from megatron_kaiyuan.documents.order import RankedOrder
 from megatron_kaiyuan.documents.runs import DocumentRuns
 from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.held_out import LEAST_HELD_OUT
 from megatron_kaiyuan.quantile.study import Study, top_name
 from megatron_kaiyuan.shards.shard import resolve_prefixes
@@ -221,7 +222,8 @@ def _source_slices(study: Study, source: OpenedSource) -> list[Slice]:
     for piece in slices:
         if piece.last - piece.first < study.slices.min_documents:
             raise StudyError(
-                f"slice {piece.name}: {study.slices.tokens:,} tokens are only {piece.last - piece.first} documents, "
+                f"slice {piece.name}: {counted(study.slices.tokens, 'token')} are only "
+                f"{counted(piece.last - piece.first, 'document')}, "
                 f"fewer than slices.min_documents {study.slices.min_documents}; make slices.tokens larger, or lower "
                 "that bound"
             )
@@ -249,7 +251,8 @@ def _check_disjoint(study: Study, source: OpenedSource, slices: Sequence[Slice])
         if upper.first < lower.last:
             largest = _largest_tokens(study, source)
             raise StudyError(
-                f"slices {lower.name} and {upper.name} overlap by {lower.last - upper.first:,} documents (ranks "
+                f"slices {lower.name} and {upper.name} overlap by {counted(lower.last - upper.first, 'document')} "
+                "(ranks "
                 f"{upper.first:,} to {lower.last:,} of {lower.of:,}); {_remedy(study, largest)}"
             )
 
@@ -258,8 +261,9 @@ def _refuse_small(study: Study, source: OpenedSource) -> NoReturn:
     runs = source.trainable(ranked=True)
     wanted = len(study.slices.tops) * _parts(study) * study.slices.tokens
     raise StudyError(
-        f"source {source.name!r}: {len(study.slices.tops)} quantiles x {_parts(study)} slices x "
-        f"{study.slices.tokens:,} tokens are {wanted:,} tokens, and it has {runs.num_tokens:,} that are not held out; "
+        f"source {source.name!r}: {counted(len(study.slices.tops), 'quantile')} x {counted(_parts(study), 'slice')} x "
+        f"{counted(study.slices.tokens, 'token')} are {counted(wanted, 'token')}, and it has {runs.num_tokens:,} that "
+        "are not held out; "
         f"{_remedy(study, _largest_tokens(study, source))}"
     )
 
@@ -295,7 +299,8 @@ def _check_scores(source: OpenedSource, slices: Sequence[Slice]) -> None:
     lowest, highest = scores_at(source, np.array([0, last]))
     if lowest == highest:
         raise StudyError(
-            f"source {source.name!r}: all {last + 1:,} documents have the score {lowest:g}, so its quantiles mean "
+            f"source {source.name!r}: all {counted(last + 1, 'document')} have the score {lowest:g}, so its quantiles "
+            "mean "
             "nothing; score it, or leave it out"
         )
     for one, other in combinations(slices, 2):

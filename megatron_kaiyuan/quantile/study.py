@@ -43,7 +43,7 @@ def _parse_seeds(value: object) -> object:
     """`3` stands for seeds 1, 2, 3."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
-            raise ValueError(f"{value} seeds; give at least one, and three or more to draw conclusions")
+            raise ValueError(f"{counted(value, 'seed')}; give at least one, and three or more to draw conclusions")
         return list(range(1, value + 1))
     return value
 
@@ -220,13 +220,14 @@ class Study(StrictModel):
         batch = self.training.global_batch_size * self.seq_length
         if self.slices.tokens % self.seq_length:
             yield (
-                f"slices.tokens: {self.slices.tokens:,} is not a whole number of windows of {self.seq_length} tokens; "
+                f"slices.tokens: {self.slices.tokens:,} is not a whole number of windows of "
+                f"{counted(self.seq_length, 'token')}; "
                 f"{max(1, self.slices.tokens // self.seq_length) * self.seq_length:,} is"
             )
         if self.budget % batch:
             yield (
                 f"training.tokens: {self.budget:,} is not a whole number of steps of {self.training.global_batch_size} "
-                f"x {self.seq_length} tokens; {max(1, round(self.budget / batch)) * batch:,} is"
+                f"x {counted(self.seq_length, 'token')}; {max(1, round(self.budget / batch)) * batch:,} is"
             )
         if self.slice_budget < self.slices.tokens:
             share = "" if self.trunk is None else f" x trunk.share {float(self.trunk.share):g}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.manifest import Manifest, load_manifest
 
 __all__ = ["source_facts"]
@@ -34,7 +35,8 @@ def _source(plan: Plan, name: str, described: dict[str, Any], unknown: list[str]
     manifests = _manifests(shards)
     if len(manifests) < len(shards):
         unknown.append(
-            f"hashes, input and what was removed of {name}: {len(shards) - len(manifests)} of {len(shards)} shards "
+            f"hashes, input and what was removed of {name}: {len(shards) - len(manifests)} of "
+            f"{counted(len(shards), 'shard')} "
             "have no manifest"
         )
     return {

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 from megatron_kaiyuan.data.learning_rate import rate_at, rate_warnings
 from megatron_kaiyuan.data.retention import repetition_warnings, retention_warnings
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_curves import colour_of
@@ -49,7 +50,7 @@ def _cards(description: dict[str, Any]) -> list[Card]:
     scored = sum(bool(source["bands"]) for source in sources)
     return [
         (format_tokens(description["tokens"]), "tokens in all"),
-        (f"{description['samples']:,}", f"samples of {description['seq_length']:,} tokens"),
+        (f"{description['samples']:,}", f"samples of {counted(description['seq_length'], 'token')}"),
         (f"{len(description['phases'])}", "phases"),
         (f"{len(sources)}", f"sources, {scored} of them scored"),
     ]

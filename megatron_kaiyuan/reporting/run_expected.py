@@ -9,6 +9,7 @@ from typing import Any
 from megatron_kaiyuan.data import NUM_BANDS, Plan
 from megatron_kaiyuan.errors import MetricsError, PlanError
 from megatron_kaiyuan.host.cli import tool
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.run_metrics import Run
 
 __all__ = ["PhaseMark", "check_plan", "expected_band_tokens", "expected_tokens", "load_description", "phase_marks"]
@@ -51,7 +52,8 @@ def check_plan(run: Run, description: Mapping[str, Any]) -> None:
     """
     if run.seq_length is not None and run.seq_length != description["seq_length"]:
         raise MetricsError(
-            f"--plan has seq_length {description['seq_length']:,}, but {run.path} counts {run.seq_length:,} tokens a "
+            f"--plan has seq_length {description['seq_length']:,}, but {run.path} counts "
+            f"{counted(run.seq_length, 'token')} a "
             "sample: give the plan that the run was trained with"
         )
     unknown = [name for name in run.sources if name not in description["sources"]]

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from megatron_kaiyuan.data import NUM_BANDS, band_name
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.monitoring.metrics_file import average_path, held_out_path, read_metrics
 from megatron_kaiyuan.reporting.run_curves import colour_of
 from megatron_kaiyuan.reporting.run_expected import PhaseMark
@@ -138,7 +139,7 @@ def spell_average(iterations: Sequence[int] | None) -> str:
     """`average of 4 checkpoints, steps 44 to 48`."""
     if not iterations:
         return "average of checkpoints"
-    return f"average of {len(iterations)} checkpoints, steps {iterations[0]:,} to {iterations[-1]:,}"
+    return f"average of {counted(len(iterations), 'checkpoint')}, steps {iterations[0]:,} to {iterations[-1]:,}"
 
 
 def _add_by_band(figure: go.Figure, evaluations: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:

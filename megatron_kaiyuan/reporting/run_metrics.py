@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_kaiyuan.data import NUM_BANDS
 from megatron_kaiyuan.errors import MetricsError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.monitoring.metrics_file import read_metrics
 
 __all__ = ["FP16_MAX", "Line", "Run", "SourceLine", "read_run", "read_runs"]
@@ -212,7 +213,7 @@ def _parse(entry: Mapping[str, Any], file: Path) -> Line:
 def _parse_source(told: Mapping[str, Any]) -> SourceLine:
     bands = tuple(int(tokens) for tokens in told["bands"])
     if len(bands) != NUM_BANDS:
-        raise ValueError(f"{len(bands)} bands, not {NUM_BANDS}")
+        raise ValueError(f"{counted(len(bands), 'band')}, not {NUM_BANDS}")
     return SourceLine(loss=_number(told["loss"]), tokens=int(told["tokens"]), bands=bands)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kaiyuan.host.atomic import write_text_atomically
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_activations import activation_figure
@@ -42,7 +43,7 @@ def write_run_page(
     names = [] if alone else list(dict.fromkeys(name for run in runs for name in run.sources))
     page = render_page(
         "run.html",
-        title=f"Run {runs[0].name}" if alone else f"{len(runs)} runs compared",
+        title=f"Run {runs[0].name}" if alone else f"{counted(len(runs), 'run')} compared",
         comparison=None if alone else _comparison(summaries),
         lead=_lead(runs[0], summaries[0]) if alone else "",
         cards=_cards(summaries[0]) if alone else [],

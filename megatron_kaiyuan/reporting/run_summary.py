@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_kaiyuan.host.console import SafeConsole
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.plan_table import format_tokens
 from megatron_kaiyuan.reporting.run_curves import half_life, smoothed
 from megatron_kaiyuan.reporting.run_data_figures import cumulative_bands, cumulative_tokens
@@ -115,7 +116,7 @@ def _remarks(run: Run, description: Mapping[str, Any] | None) -> list[str]:
         remarks.append("no tokens by source: the run was trained without --plan")
     if description is not None and run.lines[-1].consumed_samples > description["samples"]:
         remarks.append(
-            f"the run has consumed {run.lines[-1].consumed_samples:,} samples, the plan ends at "
+            f"the run has consumed {counted(run.lines[-1].consumed_samples, 'sample')}, the plan ends at "
             f"{description['samples']:,}: expected tokens stop there"
         )
     return remarks

@@ -28,7 +28,7 @@ def write_shards_page(sources: Sequence[Mapping[str, Any]], path: Path) -> None:
     held = f"{counted(documents, 'document')}, {counted(tokens, 'token')} ({format_tokens(tokens)})"
     page = render_page(
         "shards.html",
-        title="What these shards hold" if len(sources) == 1 else f"What {len(sources)} sources hold",
+        title="What these shards hold" if len(sources) == 1 else f"What {counted(len(sources), 'source')} hold",
         lead=f"{held} in {counted(shards, 'shard')}",
         overview=_overview(sources) if len(sources) > 1 else None,
         sources=[_section(source) for source in sources],

@@ -127,7 +127,7 @@ def _tokenizer(row: Mapping[str, Any]) -> str:
         "no end-of-document id" if row["appended_eod_id"] is None else f"documents end with id {row['appended_eod_id']}"
     )
     model = f" {row['model']}" if row["model"] else ""
-    return f"{row['type']}{model}, {row['vocab_size']:,} ids, {end}, fingerprint {row['fingerprint'][:12]}"
+    return f"{row['type']}{model}, {counted(row['vocab_size'], 'id')}, {end}, fingerprint {row['fingerprint'][:12]}"
 
 
 def _score_fact(told: Mapping[str, Any], shards: int) -> str:

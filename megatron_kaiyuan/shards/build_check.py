@@ -16,6 +16,7 @@ from typing import Any
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import read_regular
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 
 __all__ = ["BUILD_FILE", "FolderState", "folder_state", "mixed_keys", "named_folders", "require_whole_folder"]
@@ -120,7 +121,8 @@ def require_whole_folder(item: str) -> None:
         if state is not None and state.missing:
             first = ", ".join(map(str, state.missing[:8])) + (", ..." if len(state.missing) > 8 else "")
             raise ShardError(
-                f"{folder}: {len(state.missing)} of {state.shards} shards are missing ({first}); {state.remedy}; to "
+                f"{folder}: {len(state.missing)} of {counted(state.shards, 'shard')} are missing ({first}); "
+                f"{state.remedy}; to "
                 "use what is there, name those shards one by one, or by a glob that no missing one matches"
             )
 

@@ -252,7 +252,7 @@ def _verify_file(path: Path, record: FileRecord) -> None:
         raise ShardError(f"{path}: the manifest lists this file, but it does not exist; {remedy}")
     size = path.stat().st_size
     if size != record.bytes:
-        raise ShardError(f"{path}: {size} bytes, the manifest says {record.bytes}; {remedy}")
+        raise ShardError(f"{path}: {counted(size, 'byte')}, the manifest says {record.bytes}; {remedy}")
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_HASH_BYTES):

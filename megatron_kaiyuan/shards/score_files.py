@@ -13,7 +13,7 @@ from megatron_kaiyuan.errors import ScoreError
 from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import advise_random, map_array, open_maps
-from megatron_kaiyuan.host.terminal import shell_command
+from megatron_kaiyuan.host.terminal import agreed, counted, shell_command
 from megatron_kaiyuan.shards.shard import Shard
 
 __all__ = [
@@ -82,8 +82,10 @@ def _map_scores(shard: Shard, score: str, *, random: bool = False) -> NDArray[np
         raise _no_such_scores(shard.prefix, score) from error
     if scores.shape == (shard.boundaries - 1,) != (shard.documents,):
         raise ScoreError(
-            f"{path}: {len(scores):,} scores, one for each document as the index counts them, but the documents hold "
-            f"{shard.documents:,} sequences (an empty text has none, --split-sentences makes several), and each is "
+            f"{path}: {counted(len(scores), 'score')}, one for each document as the index counts them, but the "
+            "documents hold "
+            f"{counted(shard.documents, 'sequence')} (an empty text has none, --split-sentences makes several), and "
+            "each is "
             f"ranked; give the scores again with {tool('rank')} --scores {shell_command(path)}"
         )
     check_score_shape(scores, shard.documents, path)
@@ -137,7 +139,8 @@ def check_score_shape(scores: NDArray[np.generic], documents: int, origin: str) 
     """Raise ScoreError unless there is one number for each document."""
     if scores.ndim != 1 or len(scores) != documents:
         raise ScoreError(
-            f"{origin}: shape {scores.shape}, but the shard has {documents} documents; scores need one number per "
+            f"{origin}: shape {scores.shape}, but the shard has {counted(documents, 'document')}; scores need one "
+            "number per "
             "document in storage order: write them again"
         )
     if scores.dtype.kind not in "fiu":
@@ -150,7 +153,9 @@ def check_scores[Number: np.number](scores: NDArray[Number], documents: int, ori
     if scores.dtype.kind == "f" and len(scores) and np.isnan(scores.min()):  # the minimum with a NaN is NaN
         missing = np.flatnonzero(np.isnan(scores))
         raise ScoreError(
-            f"{origin}: {len(missing)} scores are NaN, the first for document {missing[0]}; a document without a "
+            f"{origin}: {counted(len(missing), 'score')} {agreed(len(missing), 'is', 'are')} NaN, the first for "
+            f"document {missing[0]}; a document "
+            "without a "
             "score has "
             "no rank: score it, or leave it out when building the shard (--on-error skip)"
         )

@@ -10,7 +10,7 @@ from megatron_kaiyuan.errors import ScoreError
 from megatron_kaiyuan.host.atomic import atomic_file
 from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.files import is_read_only, open_regular
-from megatron_kaiyuan.host.terminal import shell_command
+from megatron_kaiyuan.host.terminal import counted, shell_command
 from megatron_kaiyuan.shards.index_check import read_boundaries, require_sound_index
 from megatron_kaiyuan.shards.score_files import check_scores, load_npy, score_path
 from megatron_kaiyuan.shards.source import Source
@@ -113,7 +113,8 @@ def _numbers(origin: str, column: str, values: "pa.ChunkedArray") -> NDArray[np.
     if values.null_count:
         first = values.is_null().index(pa.scalar(value=True)).as_py()
         raise ScoreError(
-            f"{asked} has {values.null_count:,} nulls, the first in row {first:,}; a document without a score has no "
+            f"{asked} has {counted(values.null_count, 'null')}, the first in row {first:,}; a document without a "
+            "score has no "
             "rank: fill them in"
         )
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
@@ -187,18 +188,19 @@ def _one_each(scores: NDArray[np.number], source: Source, origin: str) -> NDArra
 
     Other scores are returned as they are.
     """
-    counted = sum(shard.boundaries - 1 for shard in source.shards)
-    if scores.ndim != 1 or len(scores) != counted:
+    boundaries = sum(shard.boundaries - 1 for shard in source.shards)
+    if scores.ndim != 1 or len(scores) != boundaries:
         return scores
     sequences = []
     for shard in source.shards:
         require_sound_index(shard)
         sequences.append(np.diff(read_boundaries(shard)))
     held = np.concatenate(sequences)
-    if counted == source.num_documents and (held != 1).any():
+    if boundaries == source.num_documents and (held != 1).any():
         raise ScoreError(
-            f"{origin}: {counted:,} scores, and the shards have as many documents as sequences, but not one each (the "
-            f"first other one is document {int((held != 1).argmax()):,}), so what the scores are of cannot be known; "
+            f"{origin}: {counted(boundaries, 'score')}, and the shards have as many documents as sequences, but not "
+            f"one each (the first other one is document {int((held != 1).argmax()):,}), so what the scores are of "
+            "cannot be known; "
             "build the shards again without empty texts, or rank them by scores of sequences in shards of their own"
         )
     return np.repeat(scores, held)

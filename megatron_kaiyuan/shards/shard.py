@@ -28,6 +28,7 @@ from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.cut_files import note_size
 from megatron_kaiyuan.host.files import open_regular
 from megatron_kaiyuan.host.maps import map_array, open_maps
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
 from megatron_kaiyuan.shards.manifest import ShardRecord, load_record
 
@@ -172,7 +173,8 @@ def open_shard(prefix: str | os.PathLike[str]) -> Shard:
     if size != end:
         problem = "is truncated" if size < end else "is longer than its index says"
         raise ShardError(
-            f"{prefix}.bin: {size} bytes, but {prefix}.idx ends at byte {end}: the file {problem}, or the two belong "
+            f"{prefix}.bin: {counted(size, 'byte')}, but {prefix}.idx ends at byte {end}: the file {problem}, or the "
+            "two belong "
             "to different runs; copy or build both again"
         )
     shard = Shard(prefix, sequences, size // dtype.itemsize, dtype, boundaries)
@@ -207,10 +209,12 @@ def _read_header(index: FileIO, path: str) -> tuple[int, int, np.dtype[np.generi
     actual = os.fstat(index.fileno()).st_size
     if actual < expected:
         raise ShardError(
-            f"{path}: {actual} bytes, its header asks for {expected}; the file is truncated, copy it again"
+            f"{path}: {counted(actual, 'byte')}, its header asks for {expected}; the file is truncated, copy it again"
         )
     if actual not in (expected, expected + sequences):  # a multimodal index has one more byte a sequence
-        raise ShardError(f"{path}: {actual} bytes, its header asks for {expected}; the file is damaged, copy it again")
+        raise ShardError(
+            f"{path}: {counted(actual, 'byte')}, its header asks for {expected}; the file is damaged, copy it again"
+        )
     return sequences, boundaries, np.dtype(DTYPE_CODES[code])
 
 
@@ -232,7 +236,8 @@ def _end_of_last_document(
     (last_boundary,) = struct.unpack("<q", os.pread(index.fileno(), 8, lengths_end + 8 * (sequences + boundaries - 1)))
     if (first, boundary, last_boundary) != (0, 0, sequences) or length < 0 or pointer < 0 or pointer % dtype.itemsize:
         raise ShardError(
-            f"{path}: the first document begins at byte {first}, the last one of {length} tokens at byte {pointer}, "
+            f"{path}: the first document begins at byte {first}, the last one of {counted(length, 'token')} at byte "
+            f"{pointer}, "
             f"and documents are numbered {boundary} to {last_boundary} of {sequences}: the file is damaged, copy it "
             f"again or rebuild the shard ({tool('inspect')} --verify says more)"
         )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.score_files import check_score_shape, open_npy
 from megatron_kaiyuan.shards.shard import INDEX_HEADER, Shard
 
@@ -125,7 +126,7 @@ def read_numbers(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> I
             wanted = min(CHUNK, count - first)
             numbers = np.fromfile(stream, dtype, wanted)
             if len(numbers) < wanted:
-                raise EOFError(f"{path}: ends after {first + len(numbers)} of {count} numbers")
+                raise EOFError(f"{path}: ends after {first + len(numbers)} of {counted(count, 'number')}")
             yield numbers
 
 

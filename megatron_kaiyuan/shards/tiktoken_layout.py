@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kaiyuan.errors import TokenizerError
+from megatron_kaiyuan.host.terminal import counted
 
 if TYPE_CHECKING:
     import tiktoken
@@ -71,7 +72,8 @@ def _ranks(model: str | None, content: bytes, count: int, offset: int) -> dict[b
         )
     if len(entries) < count:
         raise TokenizerError(
-            f"--tokenizer-model {model}: {len(entries)} ranks, but a vocabulary of {count + offset} with {offset} "
+            f"--tokenizer-model {model}: {counted(len(entries), 'rank')}, but a vocabulary of {count + offset} with "
+            f"{offset} "
             f"special tokens needs {count}; give --vocab-size {len(entries) + offset}"
         )
     return {base64.b64decode(entry["token_bytes"]): entry["rank"] + offset for entry in entries[:count]}

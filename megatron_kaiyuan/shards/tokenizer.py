@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_kaiyuan.errors import TokenizerError
 from megatron_kaiyuan.host.files import read_regular
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.special_tokens import SpecialIds
 from megatron_kaiyuan.shards.tiktoken_layout import TIKTOKEN_VOCABULARY, tiktoken_encoding
 
@@ -319,8 +320,10 @@ def _refuse_gaps(config: TokenizerConfig, ids: Iterable[int]) -> None:
     missing = sorted(set(range(largest + 1)) - present)
     named = ", ".join(map(str, missing[:_MOST_MISSING])) + (", ..." if len(missing) > _MOST_MISSING else "")
     raise TokenizerError(
-        f"--tokenizer-model {config.model}: the vocabulary has gaps: {len(present)} entries with ids up to {largest}, "
-        f"no entry for {len(missing)} of them ({named}); Megatron makes {len(present)} rows. Renumber it, or add an "
+        f"--tokenizer-model {config.model}: the vocabulary has gaps: {counted(len(present), 'entry', 'entries')} with "
+        f"ids up to {largest}, "
+        f"no entry for {len(missing)} of them ({named}); Megatron makes {counted(len(present), 'row')}. Renumber it, "
+        "or add an "
         'entry such as "<unused>" with a name of its own for each missing id to model.vocab in tokenizer.json'
     )
 

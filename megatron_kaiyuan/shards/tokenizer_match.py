@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_kaiyuan.errors import PlanError, ShardError, TokenizerError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 from megatron_kaiyuan.shards.shard import Shard
 from megatron_kaiyuan.shards.tokenizer import SENTENCEPIECE_TYPES, TokenizerConfig, tokenizer_fingerprint
@@ -138,7 +139,7 @@ def different_tokenizers(records: Sequence[tuple[str, TokenizerRecord]]) -> str 
     prints = f"{records[0][1].fingerprint[:12]} and {others[0][1].fingerprint[:12]}"
     return (
         f"shards {records[0][0]} and {others[0][0]} were built with different tokenizers (fingerprints {prints}; "
-        f"{len(others):,} of {len(records):,} shards differ from the first)"
+        f"{len(others):,} of {counted(len(records), 'shard')} differ from the first)"
     )
 
 
@@ -149,6 +150,6 @@ def _refuse_mixed_ends(name: str, shards: Sequence[Shard]) -> None:
         count = sum(not end for end in ends.values())
         raise ShardError(
             f"source {name!r}: documents of shard {first[True]} end with the end-of-document id, those of "
-            f"{first[False]} do not ({count:,} of {len(ends):,} shards are without); build all of them with "
+            f"{first[False]} do not ({count:,} of {counted(len(ends), 'shard')} are without); build all of them with "
             "--append-eod or all without, or make two sources of them"
         )

@@ -26,7 +26,7 @@ from megatron_kaiyuan.errors import ConfigError, SaveError
 from megatron_kaiyuan.host.atomic import rename_durably
 from megatron_kaiyuan.host.cli import tool, tool_command
 from megatron_kaiyuan.host.stop_signals import may_be_killed_after
-from megatron_kaiyuan.host.terminal import shell_command
+from megatron_kaiyuan.host.terminal import counted, shell_command
 from megatron_kaiyuan.monitoring.metrics_file import average_path, metrics_path, read_metrics
 from megatron_kaiyuan.training import compat
 
@@ -55,7 +55,8 @@ def averaged_iterations(last: int, every: int, final: int) -> tuple[int, ...]:
     first = final - (last - 1) * every
     if first < 1:
         raise ConfigError(
-            f"averaging: last {last} x every {every} steps reaches {(last - 1) * every} steps back from the end, but "
+            f"averaging: last {last} x every {counted(every, 'step')} reaches {counted((last - 1) * every, 'step')} "
+            "back from the end, but "
             f"the run has {final}; lower one of them in the plan"
         )
     return tuple(range(first, final + 1, every))
@@ -79,7 +80,8 @@ def plan_averaging(args: argparse.Namespace, plan: Plan | None, final: int) -> d
     wanted = plan.averaging
     if not args.save:
         raise ConfigError(
-            f"the plan averages its last {wanted.last} checkpoints, but nothing is saved: add --save DIR, or take "
+            f"the plan averages its last {counted(wanted.last, 'checkpoint')}, but nothing is saved: add --save DIR, "
+            "or take "
             "averaging out of the plan"
         )
     return {"iterations": list(averaged_iterations(wanted.last, wanted.every, final)), "weights": wanted.weights}

@@ -8,6 +8,7 @@ distributed optimizer. Activations come on top and depend on the batch, so a run
 import argparse
 
 from megatron_kaiyuan.host.devices import require_memory
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.model.config import kaiyuan_config_from_args
 from megatron_kaiyuan.model.parameters import count_parameters
 
@@ -32,7 +33,8 @@ def check_memory(args: argparse.Namespace) -> None:
     parts = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     require_memory(
         least_bytes(args, parameters),
-        f"weights, gradients and optimizer state of {parameters:,} parameters in {parts} part{'s' * (parts > 1)}",
+        f"weights, gradients and optimizer state of {counted(parameters, 'parameter')} in {parts} "
+        f"part{'s' * (parts > 1)}",
         "use GPUs with more memory, more of them with --use-distributed-optimizer, or a larger "
         "--tensor-model-parallel-size or --pipeline-model-parallel-size",
     )

@@ -17,6 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_kaiyuan.data import open_shard
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["settle_splits"]
 
@@ -86,7 +87,11 @@ def _check(args: argparse.Namespace, part: str, blend: _Blend, wanted: int) -> N
     sizes = blend.sizes()
     for prefix, (documents, of, tokens) in sizes.items():
         if documents == 0 or tokens == 0:
-            what = f"{documents} of {of} documents" if documents == 0 else f"{documents} documents without a token"
+            what = (
+                f"{documents} of {counted(of, 'document')}"
+                if documents == 0
+                else f"{counted(documents, 'document')} without a token"
+            )
             remedy = "" if part == "train" else ", or --eval-iters 0"
             raise ConfigError(f"{blend.flag} leaves {what} of {prefix} for {part}; give it a larger share{remedy}")
     if blend.weighted or len(sizes) == 1 or args.dataloader_type == "cyclic":
@@ -100,8 +105,9 @@ def _check(args: argparse.Namespace, part: str, blend: _Blend, wanted: int) -> N
         )
     if sum(samples.values()) < wanted:
         raise ConfigError(
-            f"{blend.flag} names {len(samples)} prefixes without weights, which are read once: {sum(samples.values())} "
-            f"samples to {part}, but the run asks for {wanted}; give a weight before each prefix, which repeats them, "
+            f"{blend.flag} names {counted(len(samples), 'prefix', 'prefixes')} without weights, which are read once: "
+            f"{counted(sum(samples.values()), 'sample')} to {part}, but the run asks for {wanted}; give a weight "
+            "before each prefix, which repeats them, "
             "or ask for less"
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 from megatron_kaiyuan.shards.tokenizer_match import built_with, find_mismatch
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
@@ -142,10 +143,10 @@ def _check_length(args: argparse.Namespace, plan: Plan) -> None:
     batch = args.global_batch_size
     whole_steps = plan.num_samples // batch
     if whole_steps == 0:
-        raise ConfigError(f"the plan has {plan.num_samples} samples, fewer than --global-batch-size {batch}")
+        raise ConfigError(f"the plan has {counted(plan.num_samples, 'sample')}, fewer than --global-batch-size {batch}")
     if args.train_iters is not None and not args.train_samples:
         wanted = args.train_iters * batch
-        flag = f"--train-iters {args.train_iters} x --global-batch-size {batch} = {wanted} samples"
+        flag = f"--train-iters {args.train_iters} x --global-batch-size {batch} = {counted(wanted, 'sample')}"
     else:
         wanted = args.train_samples
         flag = f"--train-samples {wanted}"
@@ -154,7 +155,8 @@ def _check_length(args: argparse.Namespace, plan: Plan) -> None:
             "repeat more in the plan or train less" if wanted > plan.num_samples else "--exit-interval to stop early"
         )
         raise ConfigError(
-            f"{flag}, but the plan has {plan.num_samples} samples ({whole_steps} steps of {batch}): {remedy}, or leave "
+            f"{flag}, but the plan has {counted(plan.num_samples, 'sample')} ({counted(whole_steps, 'step')} of "
+            f"{batch}): {remedy}, or leave "
             "--train-iters and --train-samples out to run the whole plan"
         )
 

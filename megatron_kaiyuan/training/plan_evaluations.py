@@ -8,6 +8,7 @@ import argparse
 import math
 
 from megatron_kaiyuan.data import HeldOutDataset, Plan
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["EVERY_WINDOW", "settle_evaluations"]
 
@@ -31,4 +32,5 @@ def settle_evaluations(args: argparse.Namespace, plan: Plan) -> str | None:
     args.full_validation = False
     windows = sum(len(HeldOutDataset(plan, name)) for name in plan.validation)
     args.eval_iters = math.ceil(windows / args.eval_global_batch_size)
-    return f"--full-validation: each evaluation reads {windows:,} windows in {args.eval_iters:,} batches"
+    batches = counted(args.eval_iters, "batch", "batches")
+    return f"--full-validation: each evaluation reads {counted(windows, 'window')} in {batches}"

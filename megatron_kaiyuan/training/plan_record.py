@@ -12,6 +12,7 @@ from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION
 from megatron_kaiyuan.errors import ResumeError
+from megatron_kaiyuan.host.terminal import agreed, counted
 
 __all__ = ["check_resume", "plan_as_begun", "store_record"]
 
@@ -60,13 +61,17 @@ def check_resume(args: argparse.Namespace, plan: Plan | None, saved: argparse.Na
         _say_version(plan)
     elif plan is not None:
         raise ResumeError(
-            f"--load {args.load}: {consumed:,} samples were trained on without a plan, so the place where --plan "
+            f"--load {args.load}: {counted(consumed, 'sample')} {agreed(consumed, 'was', 'were')} trained on without "
+            "a plan, so the place where "
+            "--plan "
             f"{args.plan} should start is unknown; add --finetune to start the plan at its first sample from these "
             "weights"
         )
     elif record is not None:
         raise ResumeError(
-            f"--load {args.load}: {consumed:,} samples were trained on with a plan, and this run has none; give its "
+            f"--load {args.load}: {counted(consumed, 'sample')} {agreed(consumed, 'was', 'were')} trained on with a "
+            "plan, and this run has none; "
+            "give its "
             "--plan to resume it, or --finetune to start from its weights"
         )
 
@@ -80,7 +85,7 @@ def _check_padding(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     before, now = saved.padded_vocab_size, args.padded_vocab_size
     if before != now:
         raise ResumeError(
-            f"--load {args.load}: its vocabulary is padded to {before} ids, that of this run to {now} "
+            f"--load {args.load}: its vocabulary is padded to {counted(before, 'id')}, that of this run to {now} "
             f"(--tensor-model-parallel-size {args.tensor_model_parallel_size}), which would change every probability; "
             f"add --padded-vocab-size {before}"
         )

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ShardError
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.model.samples import SampleOptions, first_outside, make_sample, outside_vocabulary
 from megatron_kaiyuan.model.stages import loads_data
 from megatron_kaiyuan.shards.source import Segment
@@ -237,7 +238,8 @@ class PlanDatasetsProvider:
         samples = self._held_out(sources, num_samples + self._wanted() + self.args.consumed_valid_samples)
         if samples.period < self._wanted() and not samples.once:
             print_rank_0(
-                f"> the plan holds out {samples.period} windows, an evaluation asks for {self._wanted()}: some are "
+                f"> the plan holds out {counted(samples.period, 'window')}, an evaluation asks for {self._wanted()}: "
+                "some are "
                 "used again; lower --eval-iters, or hold out more documents"
             )
         return samples

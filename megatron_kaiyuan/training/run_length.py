@@ -11,6 +11,7 @@ from collections.abc import Collection
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = ["check_batch_arguments", "check_skipped_steps", "final_iteration", "is_complete"]
 
@@ -32,7 +33,8 @@ def check_batch_arguments(args: argparse.Namespace, saved: argparse.Namespace | 
         what = f"--step-batch-size-schedule {args.step_batch_size_schedule!r} changes the batch"
     elif saved is not None and saved.iteration * args.global_batch_size != saved.consumed_train_samples:
         what = (
-            f"--load {args.load} made its {saved.iteration} steps with {saved.consumed_train_samples:,} samples, not "
+            f"--load {args.load} made its {counted(saved.iteration, 'step')} with "
+            f"{counted(saved.consumed_train_samples, 'sample')}, not "
             f"with --global-batch-size {args.global_batch_size}"
         )
     else:

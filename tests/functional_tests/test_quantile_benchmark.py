@@ -90,12 +90,12 @@ def test_a_study_from_slices_to_report_with_a_run_killed_midway(study: Path) -> 
     for path in whole:
         path.write_bytes(b"torn")
     told = fail("evaluate", study)
-    assert "1 runs evaluated" in told
+    assert "1 run evaluated" in told
     assert "good-top0-seed4 could not be evaluated: " in told
-    assert "error: 1 runs could not be evaluated: good-top0-seed4; mend the cause" in told
+    assert "error: 1 run could not be evaluated: good-top0-seed4; mend the cause" in told
     for path, content in whole.items():
         path.write_bytes(content)
-    assert "1 runs evaluated, 1 were up to date" in finish("evaluate", study)
+    assert "1 run evaluated, 1 were up to date" in finish("evaluate", study)
     results = json.loads((folder / "results" / "good-top0-seed4.json").read_text())
     assert results["identity"]["tokens"] == 60 * 8 * 32
     # random tokens under 95 ids: after training on them, the model knows at best that all are equally likely

@@ -167,7 +167,7 @@ def test_a_quantile_study_is_trained_and_evaluated_by_an_array(slurm: LocalSlurm
     tool = ["tools/quantile_benchmark.py", "slice", str(study)]
     subprocess.run([sys.executable, *tool], cwd=REPOSITORY, check=True, capture_output=True)
     outputs = submit_array(slurm, tmp_path, "examples/quantile/train.sbatch", STUDY=str(study), NUM_TASKS="2")
-    assert all("1 trained" in output and "1 runs evaluated" in output for output in outputs)
+    assert all("1 trained" in output and "1 run evaluated" in output for output in outputs)
     results = [json.loads(path.read_text()) for path in (tmp_path / "study" / "results").iterdir()]
     assert sorted(result["run"] for result in results) == ["good-top0-seed1", "good-top80-seed1"]
 

@@ -169,7 +169,7 @@ PLAN_ERRORS = {
     ),
     "less than a window kept": (
         broken(phases__0__sources__web="top 5%", seq_length=6),
-        r"source 'web': keep top 5% of 20 documents leaves 1 documents, 6 tokens with repeat 1; one window needs 7",
+        r"source 'web': keep top 5% of 20 documents leaves 1 document, 6 tokens with repeat 1; one window needs 7",
     ),
     "budget below a window": (
         broken(phases__0__tokens=3),

@@ -78,7 +78,7 @@ def test_ranking_and_verifying_a_source(folder):
     raw[-1] ^= 1
     path.write_bytes(raw)
     failed = run("rank_data", folder, "--verify")
-    assert_told_without_traceback(failed, 1, "1 entries of order differ", "tools/rank_data.py again without --verify")
+    assert_told_without_traceback(failed, 1, "1 entry of order differs", "tools/rank_data.py again without --verify")
 
 
 def test_wrong_usage_of_rank_data_is_told(folder, tmp_path):

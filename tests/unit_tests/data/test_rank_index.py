@@ -108,7 +108,7 @@ def test_a_nan_score_is_refused_before_anything_is_written(folder):
     scores[3] = np.nan
     np.save(folder / "part-001.scores.score.npy", scores)
     source, before = open_source("s", str(folder)), sorted(folder.iterdir())
-    with pytest.raises(ScoreError, match="1 scores are NaN, the first for document 3"):
+    with pytest.raises(ScoreError, match="1 score is NaN, the first for document 3"):
         write_rank_index(source, "score", index_path(source, "score"))
     assert sorted(folder.iterdir()) == before
 
@@ -213,7 +213,7 @@ def test_verify_finds_a_flipped_entry_and_says_where(folder):
     raw = bytearray(path.read_bytes())
     raw[-4 * 60] ^= 1  # entry 40 of the order
     path.write_bytes(raw)
-    with pytest.raises(RankIndexError, match="1 entries of order differ from a fresh ranking, the first at 40"):
+    with pytest.raises(RankIndexError, match="1 entry of order differs from a fresh ranking, the first at 40"):
         verify_rank_index(path, source, "score")
 
 

@@ -148,7 +148,7 @@ def test_shards_without_a_manifest_are_probed_where_there_are_too_many_to_read(
         monkeypatch.setattr(vocabulary, "_FULL_SCAN_IN_ALL", limit)
         plan = Plan.from_spec(spec)
         plan.check_vocabulary(200_000)
-        with pytest.raises(ShardError, match=r"part-003: token id 199999, but the vocabulary has 199999 ids"):
+        with pytest.raises(ShardError, match=r"part-003: token id 199999, but the vocabulary has 199,999 ids"):
             plan.check_vocabulary(199_999)
     assert set(read) == {1 << 26, 25_000}
 

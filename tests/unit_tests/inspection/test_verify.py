@@ -336,7 +336,7 @@ def test_places_are_told_right_when_they_lie_beyond_the_first_piece(tmp_path, sm
     prefix = write_shard(tmp_path / "shard", [[1, 2, 3], [4], [5, 6], [7, 800, 9], [10]], [0, 1, 2, np.nan, 4])
     told = messages(prefix, vocab_size=100)
     assert "ids outside a vocabulary of 100: 1, the first is 800 in document 3" in told
-    assert "1 scores are NaN, the first for document 3" in told
+    assert "1 score is NaN, the first for document 3" in told
     path = Path(f"{prefix}.idx")
     lengths = np.array([3, 1, 2, 2, 2], np.int32)  # document 3 is a token short, document 4 one too long
     change(path, lambda data: data[:34] + lengths.tobytes() + data[54:])

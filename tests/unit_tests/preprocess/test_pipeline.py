@@ -266,7 +266,7 @@ def test_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> N
     ("content", "message"),
     [
         (b"", "no document in 0 rows; the input is empty"),
-        (b'{"text": ""}\n', "no document in 1 rows; skipped: 1 x empty"),
+        (b'{"text": ""}\n', "no document in 1 row; skipped: 1 x empty"),
     ],
 )
 def test_no_document_at_all_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:

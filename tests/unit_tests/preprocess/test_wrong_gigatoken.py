@@ -116,7 +116,7 @@ def test_a_task_that_was_at_work_when_another_found_the_difference_stops_too(
     rows = [{"text": f"the {SEEN} fox"}, GOOD, *([GOOD] * 22)]
     write_jsonl(path, rows)
     monkeypatch.setattr(pipeline, "build_shard", find_meanwhile)
-    with pytest.raises(TokenizerError, match=r"1 shards \(shard_00001_text_document\) were taken away"):
+    with pytest.raises(TokenizerError, match=r"1 shard \(shard_00001_text_document\) was taken away"):
         build(path, out, tokenizer, num_tasks=2, task_id=1)
     assert finished(out) == set()
 

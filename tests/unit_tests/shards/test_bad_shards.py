@@ -230,7 +230,7 @@ def test_a_plan_refuses_a_manifest_that_training_would(prefix):
 
 def test_a_negative_token_is_outside_every_vocabulary(tmp_path):
     prefix = write_shard(tmp_path / "shard", [[1, -2, 3, 4]], [0])
-    with pytest.raises(ShardError, match=r"token id .*but the vocabulary has 1000 ids"):
+    with pytest.raises(ShardError, match=r"token id .*but the vocabulary has 1,000 ids"):
         plan(prefix).check_vocabulary(1000)
 
 

@@ -154,8 +154,8 @@ def test_a_parquet_column_of_any_number_type_is_read(tmp_path: Path, kind: str) 
 
 
 REFUSED: dict[str, tuple[pa.Array, str]] = {
-    "null": (pa.array([1.0, None]), "has 1 nulls, the first in row 1"),
-    "null inside": (pa.array([{"q": 1.0}, None]), "has 1 nulls"),
+    "null": (pa.array([1.0, None]), "has 1 null, the first in row 1"),
+    "null inside": (pa.array([{"q": 1.0}, None]), "has 1 null"),
     "truth": (pa.array([True, False]), "is of type bool, which is not a number"),
     "time": (pa.array([1, 2], pa.timestamp("ns")), r"is of type timestamp\[ns\]"),
     "words": (pa.array(["1", "high"]), "does not hold numbers"),
