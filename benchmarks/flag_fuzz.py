@@ -204,7 +204,7 @@ def _described(path: Path, folder: Path) -> Iterator[str]:
     if path.suffix in (".jsonl", ".txt"):
         yield f"{name}: {len(path.read_bytes().splitlines())} lines"
     elif "tfevents" in path.name:
-        tags = Counter(re.findall(rb"\n[\x01-\x7f]([\w][\w /-]+)[\x12\x15\x1a\x42\x4a]", path.read_bytes()))
+        tags = Counter(re.findall(rb"\n[\x01-\x7f]([A-Za-z][\w /-]+)\x15", path.read_bytes()))
         yield from (f"{name}: {count} x {tag.decode()}" for tag, count in tags.items())
 
 
