@@ -87,7 +87,7 @@ def check_space(folder: Path, buckets: Sequence[Any]) -> None:
     torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
     if needed > free:
         raise SaveError(
-            f"{folder}: no space left for this checkpoint: it needs {counted(needed.item(), 'byte')}, {free.item():,} "
+            f"{folder}: no space left for this checkpoint: it needs {counted(int(needed), 'byte')}, {free.item():,} "
             "are free"
         )
 
