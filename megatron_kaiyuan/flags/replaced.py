@@ -12,8 +12,9 @@ from megatron_kaiyuan.flags.spelling import Spelling
 __all__ = ["refuse_replaced"]
 
 _PLAIN = (bool, int, float, str)
-_TRIVIAL = {("sequence_parallel", False)}
-"""Replacements that change nothing: a sequence is not shared among the ranks of a group of one."""
+_TRIVIAL = {("sequence_parallel", False), ("no_weight_decay_cond_type", None), ("optimizer", "muon")}
+"""Replacements that change nothing: a sequence is not shared among the ranks of a group of one; Megatron writes
+`--no-weight-decay-cond-type` as `--apply-wd-to-qk-layernorm`, and `dist_muon` as `muon` with another argument."""
 
 
 def refuse_replaced(
@@ -55,4 +56,6 @@ def _differs(before: object, now: object) -> bool:
         return False
     if isinstance(before, str) != isinstance(now, str) and now is not None:
         return False  # parsed further
+    if now is None and not isinstance(before, str) and before <= 0:
+        return False  # a number that stands for none
     return before != now

@@ -28,3 +28,4 @@ def test_a_value_in_other_words_passes() -> None:
     refuse({"layers": 2}, layers=[0, 1])
     refuse({"sequence_parallel": True}, sequence_parallel=False)
     refuse({"width": 1})
+    refuse({"width": 0, "size": -1}, width=None, size=None)
