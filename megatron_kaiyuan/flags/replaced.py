@@ -12,9 +12,14 @@ from megatron_kaiyuan.flags.spelling import Spelling
 __all__ = ["refuse_replaced"]
 
 _PLAIN = (bool, int, float, str)
-_TRIVIAL = {("sequence_parallel", False), ("no_weight_decay_cond_type", None), ("optimizer", "muon")}
+_TRIVIAL = {
+    ("sequence_parallel", False),
+    ("no_weight_decay_cond_type", None),
+    ("optimizer", "muon"),
+    ("use_distributed_optimizer", False),
+}
 """Replacements that change nothing: a sequence is not shared among the ranks of a group of one; Megatron writes
-`--no-weight-decay-cond-type` as `--apply-wd-to-qk-layernorm`, and `dist_muon` as `muon` with another argument."""
+`--no-weight-decay-cond-type` as `--apply-wd-to-qk-layernorm`, and muon with a sharded optimizer as other arguments."""
 
 
 def refuse_replaced(
