@@ -65,8 +65,14 @@ def _wild(factor: float, *, missing: bool = False) -> Noise:
     return draw
 
 
-def _log_normal(rng: np.random.Generator, cells: int, runs: int) -> NDArray[np.float64]:
-    return rng.normal(size=(cells, runs)) * np.exp(rng.normal(0, 0.7, (cells, 1)))
+def _log_normal(width: float) -> Noise:
+    return lambda rng, cells, runs: rng.normal(size=(cells, runs)) * np.exp(rng.normal(0, width, (cells, 1)))
+
+
+def _wild_source(rng: np.random.Generator, cells: int, runs: int) -> NDArray[np.float64]:
+    noise = rng.normal(size=(cells, runs))
+    noise[: cells // 2] *= 10
+    return noise
 
 
 def _heavy(rng: np.random.Generator, cells: int, runs: int) -> NDArray[np.float64]:
@@ -95,12 +101,14 @@ WORLDS: dict[str, World] = {
     "one slice 10 x": World(_wild(10)),
     "one slice 25 x": World(_wild(25)),
     "one slice 10 x, a seed of it missing": World(_wild(10, missing=True)),
-    "log-normal spreads": World(_log_normal),
+    "log-normal spreads": World(_log_normal(0.7)),
+    "log-normal spreads, wider": World(_log_normal(1.0)),
     "items in groups of five, small run noise": World(_small, items=8.0, cluster=5),
     "rough along the score": World(_normal, rough=1.0),
     "runs missing": World(_missing),
     "heavy tails (t, 3 degrees)": World(_heavy),
     "one run in 20 at 10 x": World(_outlying),
+    "half of the slices 10 x": World(_wild_source),
 }
 
 
@@ -233,8 +241,9 @@ def build_parser() -> argparse.ArgumentParser:
         layout_of("2x5 spread"), layout_of("2x5 own")], help="sources x quantiles, spread or own",
     )  # fmt: skip
     parser.add_argument(
-        "--effects", type=float, nargs="*", default=[4.0, 6.0, 8.0], metavar="E", help="planted, in seed spreads"
+        "--effects", type=float, nargs="*", default=[6.0], metavar="E", help="planted in every world, in seed spreads"
     )
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS), metavar="WORLD")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     return parser
 
@@ -245,7 +254,7 @@ def main() -> None:
     console = Console(width=150)
     rows: list[dict[str, Any]] = []
     table = Table("world", *(layout.name for layout in args.layouts), title=f"False claims in {args.studies} studies")
-    for name in WORLDS:
+    for name in args.worlds:
         rates = [false_claims(name, layout, args.studies, args.seed) for layout in args.layouts]
         table.add_row(name, *map(str, rates))
         rows += [
@@ -255,7 +264,7 @@ def main() -> None:
         print(f"{name}: {', '.join(map(str, rates))}", file=sys.stderr, flush=True)
     console.print(table)
     power_table = Table("world, layout, effect", "trend", "best pair", "bend", title="True claims")
-    for name in ("equal spreads", "one slice 10 x", "log-normal spreads"):
+    for name in args.worlds:
         for layout in args.layouts:
             for effect in args.effects:
                 found = power(name, layout, effect, args.studies, args.seed)

@@ -5,7 +5,8 @@ share of the level goes to the shapes of the sources' curves, the other to pairs
 when both the exact permutation of runs and the t test reject, so unequal variances do not make it, and neither do few
 held-out documents. Where the seeds of a quantile lie side by side, it has to stand out of the roughness between
 quantiles as well. Pairs are
-compared with moderated variances against Tukey's range of all means. A capability is asked only what `overall` has
+compared with moderated variances against Tukey's range of all means, and must stand on their own two variances too, so
+that calm slices lend a wide one no certainty. A capability is asked only what `overall` has
 answered, and pays for the number of capabilities.
 """
 
@@ -269,7 +270,8 @@ def _pair(score: Score, name: str, first: int, second: int) -> Pair:
     p_value = 1.0
     if estimate.freedom > 0 and estimate.value != 0:
         statistic = estimate.value / estimate.error if estimate.error > 0 else math.inf
-        p_value = max(estimate.p_value, range_p_value(statistic, estimate.freedom, len(cells)))
+        alone = contrast(score, coefficients, alone=True).p_value
+        p_value = max(alone, estimate.p_value, range_p_value(statistic, estimate.freedom, len(cells)))
     return Pair(name, first, second, estimate, won, p_value, "none")
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "holm",
     "mean_estimate",
     "moderated_variances",
+    "own_variances",
     "pooled_variance",
     "run_contrast",
     "student_t_cdf",
@@ -278,18 +279,27 @@ def moderated_variances(cells: Sequence[NDArray[np.float64]]) -> tuple[NDArray[n
     typical, of_typical = typical_variance(cells)
     freedoms = np.array([len(cell) - 1 for cell in cells], dtype=np.float64)
     weights = np.minimum(np.where(freedoms > 0, np.minimum(freedoms, _PRIOR_FREEDOM), 1.0), of_typical)
-    own = np.array([float(cell.var(ddof=1)) if len(cell) > 1 else 0.0 for cell in cells])
+    own, _ = own_variances(cells)
     total = np.maximum(weights + freedoms, np.finfo(float).tiny)
     return (weights * typical + freedoms * own) / total, weights + freedoms
 
 
-def contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
-    """Estimate `sum_c coefficients[c] * mean_c`, a contrast of the cells."""
+def own_variances(cells: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the variance of the runs of each cell and its degrees of freedom, 0 and 0 for one run."""
+    own = np.array([float(cell.var(ddof=1)) if len(cell) > 1 else 0.0 for cell in cells])
+    return own, np.array([len(cell) - 1 for cell in cells], dtype=np.float64)
+
+
+def contrast(score: Score, coefficients: NDArray[np.float64], *, alone: bool = False) -> Estimate:
+    """Estimate `sum_c coefficients[c] * mean_c`, a contrast of the cells.
+
+    With `alone` each cell has its own variance, without help from the others (Welch).
+    """
     counts = [len(cell) for cell in score.run_means]
-    return run_contrast(score, np.repeat(coefficients / np.array(counts), counts))
+    return run_contrast(score, np.repeat(coefficients / np.array(counts), counts), alone=alone)
 
 
-def run_contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
+def run_contrast(score: Score, coefficients: NDArray[np.float64], *, alone: bool = False) -> Estimate:
     """Estimate `sum_r coefficients[r] * mean_r` over all runs, cell after cell."""
     cells = score.run_means
     counts = np.array([len(cell) for cell in cells])
@@ -298,7 +308,7 @@ def run_contrast(score: Score, coefficients: NDArray[np.float64]) -> Estimate:
     total = float((counts - 1).sum())
     if total == 0:
         return Estimate(value, math.sqrt(sum(part for part, _ in of_items)), 0.0)
-    variances, freedoms = score.variances
+    variances, freedoms = own_variances(cells) if alone else score.variances
     squares = np.add.reduceat(coefficients**2, np.cumsum(counts) - counts)
     of_runs = list(zip((squares * variances).tolist(), freedoms.tolist(), strict=True))
     runs = (sum(part for part, _ in of_runs), min(total, _freedom(of_runs)))
