@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.data.plan_schema import SourceSpec
+from megatron_kaiyuan.data.plan_schema import SourceSpec, ValidationSpec
 from megatron_kaiyuan.documents.bands import BandEdges, band_edges
 from megatron_kaiyuan.documents.deny import read_denied
 from megatron_kaiyuan.documents.even_sample import every_nth
+from megatron_kaiyuan.documents.groups import draw_groups, group_numbers
 from megatron_kaiyuan.documents.order import DocumentOrder, RankedOrder, StorageOrder
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
 from megatron_kaiyuan.documents.rank_index import RankIndex, content_digests, damaged_index, load_or_rank
 from megatron_kaiyuan.documents.ranking import STRIDE
 from megatron_kaiyuan.documents.runs import DocumentRuns, nearest_count, trainable_runs
-from megatron_kaiyuan.errors import PlanError, ShardError
+from megatron_kaiyuan.errors import PlanError, ScoreError, ShardError
 from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.host.threads import side_by_side
@@ -40,6 +41,8 @@ class OpenedSource:
     source: Source
     held_out: NDArray[np.int64]
     """Document numbers that no phase may see, ascending, int64 `[H]`."""
+    held_out_groups: str | None = None
+    """Score sidecar by whose numbers whole groups are held out; None: documents are, one by one."""
     held_out_elsewhere: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Further ones: another source of the plan names the same shards and holds these documents out, int64 `[n]`."""
     denied: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -172,35 +175,37 @@ class OpenedSource:
         return self.rank_index
 
 
-def open_plan_source(name: str, spec: SourceSpec, held_out: int, seed: int) -> OpenedSource:
+def open_plan_source(name: str, spec: SourceSpec, held_out: ValidationSpec | None, seed: int) -> OpenedSource:
     """Open the shards of a source and draw its held-out documents.
 
     Errors as `open_plan_sources`.
     """
-    return open_plan_sources({name: spec}, {name: held_out}, seed)[name]
+    return open_plan_sources({name: spec}, {} if held_out is None else {name: held_out}, seed)[name]
 
 
 def open_plan_sources(
-    specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
+    specs: Mapping[str, SourceSpec], held_out: Mapping[str, ValidationSpec], seed: int
 ) -> dict[str, OpenedSource]:
     """Open the shards of all sources of a plan and draw their held-out documents.
 
-    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone. What
+    Which documents are held out depends on the plan's seed, the source's name and its number of documents alone, or on
+    their groups where whole groups are. What
     one source holds out is left out of every other source that names the same shards. A rank
     index is opened here, so that one that is missing stops a run before it starts and not at a report.
 
     Args:
         specs: the sources.
-        held_out: how many documents to hold out of each.
+        held_out: what to hold out of each source; those without an entry are used whole.
         seed: of the plan.
 
     Raises:
         ShardError: shards are missing or damaged.
         ScoreError, RankIndexError: a source names a score, and its sidecars or its rank index are missing or stale.
-        PlanError: fewer documents than are to be held out, or none left by what other sources hold out.
+        PlanError: fewer documents than are to be held out, none left by what other sources hold out, or groups whose
+            numbers are missing or not whole.
     """
     sources = open_sources({name: spec.shards for name, spec in specs.items()})
-    shared = any(held_out.values()) or any(spec.deny for spec in specs.values())
+    shared = bool(held_out) or any(spec.deny for spec in specs.values())
     files = _files(sources) if shared else {}
     denied = _denied(specs, sources, files)
     opened = {
@@ -208,7 +213,8 @@ def open_plan_sources(
             name,
             spec,
             sources[name],
-            np.setdiff1d(_draw(sources[name], held_out[name], seed), denied[name], assume_unique=True),
+            np.setdiff1d(_draw(sources[name], held_out.get(name), seed), denied[name], assume_unique=True),
+            held_out_groups=held_out[name].groups if name in held_out else None,
             denied=denied[name],
         )
         for name, spec in specs.items()
@@ -302,16 +308,30 @@ def _files(sources: Mapping[str, Source]) -> dict[str, list[tuple[Hashable, int]
     }
 
 
-def _draw(source: Source, held_out: int, seed: int) -> NDArray[np.int64]:
+def _draw(source: Source, held_out: ValidationSpec | None, seed: int) -> NDArray[np.int64]:
     """Numbers of the held-out documents, ascending."""
-    if held_out >= source.num_documents:
+    if held_out is None:
+        return np.empty(0, dtype=np.int64)
+    place, documents = f"validation.{source.name}", held_out.documents
+    if documents >= source.num_documents:
         raise PlanError(
-            f"validation.{source.name}.documents: {held_out} to be held out of "
-            f"{counted(source.num_documents, 'document')} leaves "
+            f"{place}.documents: {documents} to be held out of {counted(source.num_documents, 'document')} leaves "
             "none to train on; hold out fewer"
         )
-    drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", source.name))
-    return np.sort(drawn.many(np.arange(held_out)))
+    key = derive_key(seed, "held-out", source.name)
+    if held_out.groups is None:
+        return np.sort(KeyedPermutation(source.num_documents, key).many(np.arange(documents)))
+    try:
+        groups = group_numbers(source, held_out.groups, np.arange(source.num_documents))
+    except (ScoreError, PlanError) as error:
+        raise PlanError(f"{place}.groups: {error}") from error
+    drawn = draw_groups(groups, documents, key)
+    if len(drawn) == source.num_documents:
+        raise PlanError(
+            f"{place}.groups: whole groups of {held_out.groups!r} with {documents} documents are all "
+            f"{source.num_documents} of the source, which leaves none to train on; hold out fewer"
+        )
+    return drawn
 
 
 def _load_index(source: Source, spec: SourceSpec, digest: str | None) -> RankIndex:

@@ -74,8 +74,7 @@ class Plan:
         """
         if isinstance(spec, dict):
             spec = parse_plan_spec(spec)
-        held_out = {name: _held_out(spec, name) for name in spec.sources}
-        opened = (simulate_plan_sources if simulate else open_plan_sources)(spec.sources, held_out, spec.seed)
+        opened = (simulate_plan_sources if simulate else open_plan_sources)(spec.sources, spec.validation, spec.seed)
         if not simulate:
             check_tokenizers(opened, spec.tokenizer)
         check_held_out(opened, spec.seq_length)
@@ -221,10 +220,6 @@ class Plan:
             )
         kept = kept_weights(self.phases, global_batch_size, weight_decay, averaging)
         return retained_by_band(self.phases, self.opened, kept, bands)
-
-
-def _held_out(spec: PlanSpec, name: str) -> int:
-    return spec.validation[name].documents if name in spec.validation else 0
 
 
 def _reopen(spec: PlanSpec, simulate: bool) -> Plan:  # noqa: FBT001

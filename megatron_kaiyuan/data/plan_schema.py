@@ -92,6 +92,10 @@ class ValidationSpec(Strict):
     """Documents held out of every phase."""
 
     documents: int = Field(gt=0)
+    """How many; with `groups` at least so many, in whole groups."""
+    groups: ScoreName | None = None
+    """Score sidecar with the number of each document's group, such as its package or host. Whole groups are held out,
+    so that near-duplicates within a group stay on one side. None: documents are drawn one by one."""
 
 
 class DomainBoundSpec(Strict):

@@ -24,6 +24,7 @@ _FORMATS = {1: "megatron_kaiyuan.order/1", 2: "megatron_kaiyuan.order/2"}
 """By the version of the plan."""
 _OPTIONAL = {
     "held_out_elsewhere",
+    "held_out_groups",
     "seen",
     "except",
     "denied",
@@ -76,6 +77,8 @@ def _stream_record(
 ) -> dict[str, Any]:
     elsewhere = source.held_out_elsewhere
     shared = {"held_out_elsewhere": sha256(elsewhere.tobytes()).hexdigest()[:16]} if len(elsewhere) else {}
+    if source.held_out_groups is not None:
+        shared["held_out_groups"] = sha256(source.held_out.tobytes()).hexdigest()[:16]
     if source.spec.thin is not None:
         shared["thin"] = str(source.spec.thin)
     if len(source.denied):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.opened import OpenedSource, leave_out_elsewhere
-from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec
+from megatron_kaiyuan.data.plan_schema import ExpectedSpec, SourceSpec, ValidationSpec
 from megatron_kaiyuan.documents.invented_lengths import InventedLengths
 from megatron_kaiyuan.documents.order import DocumentOrder, Pieces, block_size
 from megatron_kaiyuan.documents.permutation import KeyedPermutation, derive_key
@@ -135,23 +135,23 @@ class SimulatedOpenedSource(OpenedSource):
 
 
 def simulate_plan_sources(
-    specs: Mapping[str, SourceSpec], held_out: Mapping[str, int], seed: int
+    specs: Mapping[str, SourceSpec], held_out: Mapping[str, ValidationSpec], seed: int
 ) -> dict[str, OpenedSource]:
     """Return sources of the sizes in their `expected` fields.
 
     Arguments and errors as of `open_plan_sources`.
     """
-    opened = {name: _simulate(name, spec, held_out[name], seed) for name, spec in specs.items()}
+    opened = {name: _simulate(name, spec, held_out.get(name), seed) for name, spec in specs.items()}
     sizes = {name: source.source.num_documents for name, source in opened.items()}
     shards = {name: [((str(specs[name].shards), size), size)] for name, size in sizes.items()}
     return leave_out_elsewhere(opened, shards)
 
 
-def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> SimulatedOpenedSource:
+def _simulate(name: str, spec: SourceSpec, told: ValidationSpec | None, seed: int) -> SimulatedOpenedSource:
     """A source of the size its `expected` field gives, with held-out documents drawn as from a real one.
 
     Raises:
-        PlanError: the source has no `expected` field, or fewer documents than are to be held out.
+        PlanError: the source has no `expected` field, fewer documents than are to be held out, or groups.
     """
     if spec.expected is None:
         raise PlanError(
@@ -163,7 +163,13 @@ def _simulate(name: str, spec: SourceSpec, held_out: int, seed: int) -> Simulate
             f"sources.{name}.deny: --simulate has no documents to deny; leave deny out until the shards exist, or run "
             "without --simulate"
         )
+    if told is not None and told.groups is not None:
+        raise PlanError(
+            f"validation.{name}.groups: --simulate has no sidecar to read; leave groups out until the shards exist, "
+            "or run without --simulate"
+        )
     source = SimulatedSource(name, expected=spec.expected)
+    held_out = 0 if told is None else told.documents
     if held_out >= source.num_documents:
         raise PlanError(f"validation.{name}.documents: {held_out} of {source.num_documents} leaves none to train on")
     drawn = KeyedPermutation(source.num_documents, derive_key(seed, "held-out", name)).many(np.arange(held_out))

@@ -33,7 +33,10 @@ def plan_frame(study: Study, scored: Mapping[str, str]) -> dict[str, Any]:
         **tokenizer,
         "sources": {dataset: _source(study, name) for dataset, name in scored.items()}
         | {name: {"shards": spec.shards} for name, spec in held_out.items() if spec.shards is not None},
-        "validation": {name: {"documents": spec.documents} for name, spec in held_out.items()},
+        "validation": {
+            name: {"documents": spec.documents} | ({} if spec.groups is None else {"groups": spec.groups})
+            for name, spec in held_out.items()
+        },
     }
 
 

@@ -46,8 +46,8 @@ class HeldOutSpec(StrictModel):
     capability: str = "language modelling"
     """What it stands for in the ranking."""
     groups: str | None = None
-    """Score sidecar with the number of the group of each document, such as its package or host: documents of one group
-    are one draw in the statistics. None: each document is by itself."""
+    """Score sidecar with the number of the group of each document, such as its package or host: whole groups are held
+    out, and documents of one group are one draw in the statistics. None: each document is by itself."""
 
 
 class TaskSpec(StrictModel):

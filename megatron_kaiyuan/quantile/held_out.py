@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data import HeldOutDataset, Plan
+from megatron_kaiyuan.documents import groups
 from megatron_kaiyuan.errors import PlanError, ScoreError, StudyError
 from megatron_kaiyuan.host.terminal import counted
 
@@ -84,19 +85,14 @@ def group_numbers(plan: Plan, name: str, sidecar: str, documents: NDArray[np.int
     """
     place = f"evaluation.held_out.{name}.groups"
     try:
-        scores = plan.opened[name].source.scores_of(sidecar, documents)
-    except ScoreError as error:
+        numbers = groups.group_numbers(plan.opened[name].source, sidecar, documents)
+    except (ScoreError, PlanError) as error:
         raise StudyError(f"{place}: {error}") from error
-    if not (np.isfinite(scores) & (scores == np.round(scores))).all():
-        raise StudyError(
-            f"{place}: the sidecar {sidecar!r} holds numbers that are not whole; a group is a whole number, one for "
-            "all documents of one package, host or file"
-        )
-    found = len(np.unique(scores))
+    found = len(np.unique(numbers))
     if found < LEAST_GROUPS:
         raise StudyError(
             f"{place}: {counted(len(documents), 'document')} are of {counted(found, 'group')}, too few to tell the "
             "spread "
             f"between groups; {LEAST_GROUPS} are needed: hold out more documents, or documents of more groups"
         )
-    return tuple(int(score) for score in scores)
+    return tuple(numbers.tolist())

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kaiyuan.data.opened import OpenedSource, open_plan_source
-from megatron_kaiyuan.data.plan_schema import SourceSpec
+from megatron_kaiyuan.data.plan_schema import SourceSpec, ValidationSpec
 from megatron_kaiyuan.documents.order import RankedOrder
 from megatron_kaiyuan.documents.runs import DocumentRuns
-from megatron_kaiyuan.errors import StudyError
+from megatron_kaiyuan.errors import PlanError, StudyError
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.held_out import LEAST_HELD_OUT
 from megatron_kaiyuan.quantile.study import Study, top_name
@@ -87,8 +87,12 @@ def open_sources(study: Study) -> dict[str, OpenedSource]:
     opened = {}
     for name, spec in (specs | evaluated).items():
         dataset = datasets.get(name, name)  # which documents are held out depends on its name, not on the score
-        number = held_out[dataset].documents if dataset in held_out else 0
-        opened[name] = replace(open_plan_source(dataset, spec, number, study.seed), name=name)
+        told = held_out.get(dataset)
+        part = None if told is None else ValidationSpec(documents=told.documents, groups=told.groups)
+        try:
+            opened[name] = replace(open_plan_source(dataset, spec, part, study.seed), name=name)
+        except PlanError as error:  # by its place in a plan, which is not where the user wrote it
+            raise StudyError(str(error).replace("validation.", "evaluation.held_out.", 1)) from error
     return opened
 
 

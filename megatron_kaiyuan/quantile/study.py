@@ -315,6 +315,8 @@ class Study(StrictModel):
         }
         content["held_out"] = {
             name: spec.model_dump(mode="json", exclude={"capability", "groups"})
+            # groups say what is trained on only where the set is part of a source
+            | ({"groups": spec.groups} if spec.groups is not None and spec.shards is None else {})
             for name, spec in self.evaluation.held_out.items()
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

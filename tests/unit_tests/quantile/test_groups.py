@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_kaiyuan.data import Plan
+from megatron_kaiyuan.data import CurriculumDataset, Plan
 from megatron_kaiyuan.errors import StudyError
 from megatron_kaiyuan.quantile.held_out import HeldOutDocuments, group_numbers
 from megatron_kaiyuan.quantile.results import HeldOutResult, groups_of
 from megatron_kaiyuan.quantile.runs import write_slices
-from tests.unit_tests.quantile.tiny_study import study_content, tiny_study, write_sources
+from tests.unit_tests.quantile.tiny_study import tiny_study, write_sources
 
 
 def grouped(folder: Path, groups: str | None = "package") -> dict[str, Any]:
     """The held-out set with its groups."""
-    told = {"shards": str(folder / "clean"), "documents": 40}
+    told = {"shards": str(folder / "clean"), "documents": 80}
     return {"held_out": {"clean": told | ({} if groups is None else {"groups": groups})}}
 
 
@@ -30,7 +30,10 @@ def test_each_document_has_the_group_that_the_sidecar_gives_it(tmp_path: Path) -
     study = tiny_study(tmp_path, evaluation=grouped(tmp_path))
     plan = Plan.load(write_slices(study)[0].runs[0].plan)
     documents = HeldOutDocuments(plan, "clean", None).documents
-    assert set(documents.tolist()) <= set(plan.opened["clean"].held_out.tolist())
+    held_out = plan.opened["clean"].held_out
+    assert set(documents.tolist()) <= set(held_out.tolist())
+    assert 80 <= len(held_out) < 87
+    assert held_out.tolist() == [number for number in range(900) if number // 7 in set((held_out // 7).tolist())]
     assert group_numbers(plan, "clean", "package", documents) == tuple((documents // 7).tolist())
 
 
@@ -39,7 +42,7 @@ def test_each_document_has_the_group_that_the_sidecar_gives_it(tmp_path: Path) -
     [
         (None, r"evaluation.held_out.clean.groups: .*package"),
         (np.arange(900) + 0.5, "holds numbers that are not whole"),
-        (np.arange(900) // 300, r"documents are of 3 groups, too few.* 10 are needed"),
+        (np.arange(900) // 300, r"documents are of 1 group, too few.* 10 are needed"),
     ],
 )
 def test_wrong_groups_are_refused_before_anything_is_trained(
@@ -52,11 +55,26 @@ def test_wrong_groups_are_refused_before_anything_is_trained(
         write_slices(tiny_study(tmp_path, evaluation=grouped(tmp_path)))
 
 
-def test_groups_change_the_evaluation_and_not_the_training(tmp_path: Path) -> None:
+def test_groups_change_the_training_only_where_they_are_held_out_of_a_source(tmp_path: Path) -> None:
     plain, told = (tiny_study(tmp_path, evaluation=grouped(tmp_path, groups)) for groups in (None, "package"))
     assert told.training_digest == plain.training_digest
     assert told.evaluation_digest != plain.evaluation_digest
-    assert plain == tiny_study(tmp_path, evaluation=study_content(tmp_path)["evaluation"])
+    held_out: dict[str, Any] = {"good": {"documents": 80}}
+    part = tiny_study(tmp_path, evaluation={"held_out": held_out})
+    held_out["good"]["groups"] = "package"
+    assert tiny_study(tmp_path, evaluation={"held_out": held_out}).training_digest != part.training_digest
+
+
+def test_no_slice_holds_a_document_of_a_held_out_package(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    packages = np.random.default_rng(3).integers(0, 90, 900)
+    np.save(f"{tmp_path / 'good'}.scores.package.npy", packages.astype(np.float32))
+    told = {"good": {"documents": 80, "groups": "package"}}
+    sliced = write_slices(tiny_study(tmp_path, evaluation={"held_out": told}))[0]
+    for run in (run for run in sliced.runs if run.source == "good"):
+        samples = CurriculumDataset(plan := Plan.load(run.plan))
+        shown = {segment.document for sample in range(len(samples)) for segment in samples.provenance(sample).segments}
+        assert not set(packages[sorted(shown)]) & set(packages[plan.opened["good"].held_out])
 
 
 def test_a_document_without_bytes_has_no_group_either() -> None:
