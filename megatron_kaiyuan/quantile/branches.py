@@ -12,7 +12,6 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.study import Study
 
 __all__ = ["BranchPlans", "plan_frame", "scratch_plan"]
@@ -103,7 +102,8 @@ class BranchPlans:
             content["sources"][name] = _source(study, source)
             passes = ceil(study.slice_budget / study.slices.tokens)
             if keep is None:  # whole documents of about so many tokens; a few may be seen once more
-                keep, passes = f"random {counted(study.slices.tokens + study.seq_length, 'token')}", passes + 1
+                # in the plan's grammar, where a count has no commas
+                keep, passes = f"random {study.slices.tokens + study.seq_length} tokens", passes + 1
             parts[name] = {"keep": keep, "weight": float(trunk.share)} | ({"max_repeat": passes} if passes > 1 else {})
         rate = {"start": training.lr, "end": training.min_lr, "shape": training.lr_decay_style}
         phase = {"name": f"branch {seed}", "order": "shuffled", "tokens": study.budget, "lr": rate, "sources": parts}

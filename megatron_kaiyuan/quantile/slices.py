@@ -87,8 +87,8 @@ def open_sources(study: Study) -> dict[str, OpenedSource]:
     opened = {}
     for name, spec in (specs | evaluated).items():
         dataset = datasets.get(name, name)  # which documents are held out depends on its name, not on the score
-        told = held_out.get(dataset)
-        part = None if told is None else ValidationSpec(documents=told.documents, groups=told.groups)
+        own = held_out.get(dataset)
+        part = None if own is None else ValidationSpec(documents=own.documents, groups=own.groups)
         try:
             opened[name] = replace(open_plan_source(dataset, spec, part, study.seed), name=name)
         except PlanError as error:  # by its place in a plan, which is not where the user wrote it
