@@ -1,7 +1,8 @@
 """From what a study shows to a plan: for each capability a mix, and which top part of which source in which phase.
 
 Only claims change anything. A part of a source is dropped when it was shown to be worse overall; a whole source only
-when it was shown to be worse on every capability, since a source that is poor overall may be the best at one thing.
+when it was shown to be worse on every capability, since a source that is poor overall may be the best at one thing. In
+a branch design it must also be harmful: shown to be worse than the mix without it.
 What was shown neither way is undecided and kept as it is.
 
 A slice speaks for the quantiles nearest to it, so keeping the slices from the best down to some one keeps the documents
@@ -21,6 +22,7 @@ import yaml
 from megatron_kaiyuan.data.plan_schema import NEWEST_VERSION, parse_plan_spec
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis
+from megatron_kaiyuan.quantile.runs import MIX_ALONE
 from megatron_kaiyuan.quantile.study import Study
 
 __all__ = ["CapabilityMix", "Proposal", "SourceAdvice", "format_p", "propose"]
@@ -178,13 +180,24 @@ def _needed(analysis: Analysis, cells: Sequence[int], lost: Sequence[int]) -> tu
         name: kept for name in analysis.capabilities if (kept := _undefeated(analysis, name, cells))
     }
     if not found:
-        return [], ""
+        harmless = [cell for cell in cells if analysis.controls and not _harmful(analysis, cell)]
+        remark = " It lost to the best slice, but was not shown to be worse than the mix alone: it is not left out."
+        return harmless, remark if harmless else ""
     needed = [cell for cell in cells if any(cell in kept for kept in found.values())]
     best = [name for name in found if analysis.ranking(name)[0] in found[name]]
     others = [name for name in found if name not in best]
     told = [f"its best slice is the best of all on {' and '.join(best)}"] if best else []
     told += [f"on {' and '.join(others)} it was not shown to be worse"] if others else []
     return needed, f" It lost overall, but {'; '.join(told)}, so it is not left out."
+
+
+def _harmful(analysis: Analysis, cell: int) -> bool:
+    """Whether a slice of a branch design was shown to be worse overall than the mix without it."""
+    return any(
+        pair.claim == "second" and analysis.controls[pair.second - len(analysis.cells)] == MIX_ALONE
+        for pair in analysis.against_controls
+        if (pair.score, pair.first) == (OVERALL, cell)
+    )
 
 
 def _follow_one(study: Study, analysis: Analysis, advised: dict[str, SourceAdvice], names: Sequence[str]) -> None:

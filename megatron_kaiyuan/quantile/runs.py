@@ -28,6 +28,7 @@ from megatron_kaiyuan.shards.manifest import load_manifest, manifest_path
 from megatron_kaiyuan.shards.tokenizer_match import different_tokenizers
 
 __all__ = [
+    "MIX_ALONE",
     "Run",
     "SlicedStudy",
     "common_flags",
@@ -39,6 +40,8 @@ __all__ = [
     "write_slices",
 ]
 
+MIX_ALONE = "the mix alone"
+"""Name of the control without any slice, for people."""
 _FORMAT = "megatron_kaiyuan.quantile_slices/1"
 _UNKNOWN = "unknown"
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -74,7 +77,7 @@ class Run:
     @property
     def cell_name(self) -> str:
         """Return a name for people, the same for all seeds."""
-        names = {"random": f"{self.source}, random documents", "mix": "the mix alone", "trunk": "trunk"}
+        names = {"random": f"{self.source}, random documents", "mix": MIX_ALONE, "trunk": "trunk"}
         return names.get(self.control) or f"{self.source} top {self.top * 100:.4g}%"
 
     @property
@@ -301,7 +304,7 @@ def _controls(study: Study, plans: BranchPlans, opened: Mapping[str, OpenedSourc
     """The branches that a slice is compared with: random documents of its source, and the mix alone."""
     found = []
     for seed in study.training.seeds:
-        head, name = f"the mix alone, trunk of seed {seed}", f"mix-only-seed{seed}"
+        head, name = f"{MIX_ALONE}, trunk of seed {seed}", f"mix-only-seed{seed}"
         content = plans.branch(seed)
         found.append(_write_run(study, content, head, name=name, seed=seed, control="mix", keep="the broad mix"))
         for source in study.sources:

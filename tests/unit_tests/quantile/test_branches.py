@@ -1,6 +1,7 @@
 """Branches from one trunk: their plans share the trunk, its weights exist once, and what they share makes no claim."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,21 @@ from megatron_kaiyuan.quantile.inference import (
     shapes_of,
 )
 from megatron_kaiyuan.quantile.paired import without_trunks
+from megatron_kaiyuan.quantile.proposal import propose
 from megatron_kaiyuan.quantile.report import write_report
+from megatron_kaiyuan.quantile.results import RunResult
 from megatron_kaiyuan.quantile.runs import Run, SlicedStudy, last_step, run_folder, training_command
 from megatron_kaiyuan.quantile.statistics import Measure, Score
 from megatron_kaiyuan.quantile.study import Study
 from megatron_kaiyuan.quantile.training import check_trunks
-from tests.unit_tests.quantile.tiny_study import invent_results, sliced_study, study_content, tiny_study, write_results
+from tests.unit_tests.quantile.tiny_study import (
+    Effect,
+    invent_results,
+    sliced_study,
+    study_content,
+    tiny_study,
+    write_results,
+)
 
 STEP = 8 * 32
 BRANCH = {"design": "branch", "trunk": {"tokens": 20 * STEP}}
@@ -200,14 +210,10 @@ def test_a_planted_trend_is_found_under_trunks_that_differ_more() -> None:
     assert found > 20
 
 
-def test_a_report_compares_slices_with_the_mix_alone_and_random_documents(tmp_path: Path) -> None:
-    study, sliced = sliced_study(tmp_path, **BRANCH)
-    rng = np.random.default_rng(3)
+def branch_results(study: Study, sliced: SlicedStudy, quality: Effect, seed: int = 3) -> dict[str, RunResult]:
+    """Results whose controls are all at 0.25, under trunks that differ more than the slices."""
+    rng = np.random.default_rng(seed)
     luck = {seed: rng.normal(0, 0.5) for seed in study.training.seeds}
-
-    def quality(source: str, top: float) -> float:
-        return 0.6 * top if source == "good" else 0.25
-
     results = {}
     for name, result in invent_results(sliced, quality, rng=rng).items():
         run = next(run for run in sliced.runs if run.name == name)
@@ -217,7 +223,27 @@ def test_a_report_compares_slices_with_the_mix_alone_and_random_documents(tmp_pa
             float(one + bits * size * np.log(2)) for one, size in zip(held_out.nats, held_out.bytes, strict=True)
         )
         results[name] = replace(result, held_out={"clean": replace(held_out, nats=nats)})
-    analysis = analyse(study, sliced, results)
+    return results
+
+
+def test_only_what_is_worse_than_the_mix_alone_is_left_out(branched: tuple[Study, SlicedStudy]) -> None:
+    """Both times all slices of `odd` lose to the best slice of `good`."""
+    study, sliced = branched
+    advice = []
+    for level in (0.25, 1.5):
+        quality = partial(lambda level, source, top: 0.6 * top if source == "good" else level, level)
+        advice.append(propose(study, analyse(study, sliced, branch_results(study, sliced, quality, 4))).advice[1])
+    assert [one.best is None for one in advice] == [False, True]
+    assert "not shown to be worse than the mix alone: it is not left out" in advice[0].reasons[-1]
+
+
+def test_a_report_compares_slices_with_the_mix_alone_and_random_documents(tmp_path: Path) -> None:
+    study, sliced = sliced_study(tmp_path, **BRANCH)
+
+    def quality(source: str, top: float) -> float:
+        return 0.6 * top if source == "good" else 0.25
+
+    analysis = analyse(study, sliced, branch_results(study, sliced, quality))
     claims = {
         (analysis.cells[pair.first].name, analysis.controls[pair.second - len(analysis.cells)]): pair.claim
         for pair in analysis.against_controls
