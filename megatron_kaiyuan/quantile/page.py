@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_kaiyuan.errors import MetricsError
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.quantile.analysis import OVERALL, Analysis, Metric
@@ -21,11 +22,13 @@ from megatron_kaiyuan.quantile.figures import (
 from megatron_kaiyuan.quantile.inference import LEAST_RUNS, PAIRS_SHARE, SHAPES_SHARE
 from megatron_kaiyuan.quantile.proposal import Proposal, format_p
 from megatron_kaiyuan.quantile.results import RunResult
-from megatron_kaiyuan.quantile.runs import SlicedStudy
+from megatron_kaiyuan.quantile.runs import SlicedStudy, run_folder
 from megatron_kaiyuan.quantile.statistics import typical_variance, variance_ratio, variance_ratio_bound
 from megatron_kaiyuan.quantile.study import Study
 from megatron_kaiyuan.reporting.html_page import Card, figure_block, render_page
 from megatron_kaiyuan.reporting.plan_table import format_tokens
+from megatron_kaiyuan.reporting.run_curves import curves_figure
+from megatron_kaiyuan.reporting.run_metrics import read_run
 
 __all__ = ["write_page"]
 
@@ -75,9 +78,26 @@ def write_page(
         controls=_controls(analysis) if several_seeds else None,
         proposal=proposal,
         methods=_methods(study, analysis),
+        training=_training(study, sliced, results),
         runs=_runs(study, sliced, results),
     )
     write_text_atomically(path, page)
+
+
+def _training(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> dict[str, Any]:
+    """The training curves of the runs whose metrics are on this machine, and why others have none."""
+    read, remarks, absent = [], [], 0
+    for run in (run for run in sliced.runs if run.name in results):
+        file = run_folder(study, run) / "checkpoints" / "metrics.jsonl"
+        absent += not file.is_file()
+        if file.is_file():
+            try:
+                read.append(read_run(file, run.name))
+            except MetricsError as error:
+                remarks.append(str(error))
+    if absent:
+        remarks.append(f"Of {counted(absent, 'run')} the metrics are not on this machine.")
+    return {"figure": figure_block(curves_figure(read, [])) if read else None, "remarks": remarks}
 
 
 def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -> str:
@@ -275,7 +295,8 @@ def _methods(study: Study, analysis: Analysis) -> list[str]:
         + ("." if spread else ", and so must a test against the roughness between quantiles."),
         f"{counted(len(analysis.pairs), 'pair')} were compared at {PAIRS_SHARE:.0%} of {analysis.level:g} against the "
         "range of "
-        "all means (Tukey), which covers the choice of the best by the data. Pairs with a slice of fewer than "
+        "all means (Tukey), which covers the choice of the best by the data, and each by its own two "
+        "slices alone (Welch). Pairs with a slice of fewer than "
         f"{LEAST_RUNS} runs, or whose own runs spread out of line, are not claimed.",
         "A capability is asked about a pair or a curve only where overall has a claim, and pays for the number of "
         "capabilities.",

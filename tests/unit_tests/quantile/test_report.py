@@ -15,7 +15,7 @@ from megatron_kaiyuan.quantile.analysis import analyse
 from megatron_kaiyuan.quantile.figures import curve_figure, heat_figure, matrix_figure, overall_figure, ranking_figure
 from megatron_kaiyuan.quantile.report import write_report
 from megatron_kaiyuan.quantile.results import read_result, result_path
-from megatron_kaiyuan.quantile.runs import SlicedStudy
+from megatron_kaiyuan.quantile.runs import SlicedStudy, run_folder
 from megatron_kaiyuan.quantile.study import Study
 from tests.browser import drawn, needs_browser, opened
 from tests.unit_tests.quantile.tiny_study import (
@@ -39,6 +39,11 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, SlicedStu
     slices = study_content(folder)["slices"] | {"documents": "spread"}
     study, sliced = sliced_study(folder, evaluation=evaluation, slices=slices)
     write_results(study, sliced, informative, task=True)
+    line = {"consumed_samples": 8, "learning_rate": 0.1, "loss": 3.0, "tokens": 256, "seconds": 1.0}
+    for run, text in zip(sliced.runs, [json.dumps({"iteration": 1} | line), "torn"], strict=False):
+        checkpoints = run_folder(study, run) / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        (checkpoints / "metrics.jsonl").write_text(text + "\n")
     return study, sliced
 
 
@@ -77,6 +82,15 @@ def test_the_page_is_whole_and_loads_nothing(reported: tuple[Study, SlicedStudy]
     assert "knowledge <&>" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     for heading in ("Score against quantile", "Sources by quantiles", "Which of two slices is better", "Ranking"):
         assert f"<h2>{heading}</h2>" in text
+
+
+def test_training_curves_are_shown_and_what_lacks_them_is_named(reported: tuple[Study, SlicedStudy]) -> None:
+    study, sliced = reported
+    page = write_report(study, sliced).page.read_text()
+    training = page[page.index("Training curves") : page.index("<h2>Runs")]
+    assert sliced.runs[0].name in training
+    assert "holds no readable line" in training
+    assert "Of 16 runs the metrics are not on this machine." in training
 
 
 def test_a_report_without_all_results_is_refused_or_marked(tmp_path: Path) -> None:
@@ -174,8 +188,8 @@ def test_slices_that_go_against_the_score_are_marked_in_the_figures(tmp_path: Pa
 def test_a_real_browser_draws_every_figure(reported: tuple[Study, SlicedStudy], tmp_path: Path) -> None:
     document = opened(write_report(*reported).page, tmp_path)
     counts = drawn(document)
-    # overall, trends, three curves, the ranking; maps and matrices of overall and both capabilities
-    assert len(counts) == 6 + 2 * 3
+    # overall, trends, three curves, the ranking, the training; maps and matrices of overall and both capabilities
+    assert len(counts) == 7 + 2 * 3
     assert all(counts)
     for word in ("top 40%", "good", "odd", "claimed"):
         assert word in document
