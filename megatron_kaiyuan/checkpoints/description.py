@@ -10,8 +10,14 @@ from typing import Any
 import torch
 
 from megatron_kaiyuan.checkpoints.checksums import CHECKSUMS_ARGUMENT, read_checksums
-from megatron_kaiyuan.checkpoints.identity import AVERAGING, COMMAND_LINE_TOKENIZER, PLAN_RECORD, TOKENIZER
-from megatron_kaiyuan.checkpoints.lineage import CODE, COMMAND, STARTS
+from megatron_kaiyuan.checkpoints.identity import (
+    AVERAGING,
+    COMMAND_LINE_TOKENIZER,
+    END_OF_TEXT,
+    PLAN_RECORD,
+    TOKENIZER,
+)
+from megatron_kaiyuan.checkpoints.lineage import CODE, COMMAND, COMMANDS, STARTS, commands_of
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 
 __all__ = ["describe"]
@@ -38,7 +44,18 @@ _MODEL = (
     "padded_vocab_size",
     "params_dtype",
 )
-_NO_OPTIONS = {TOKENIZER, COMMAND_LINE_TOKENIZER, CODE, COMMAND, STARTS, CHECKSUMS_ARGUMENT, PLAN_RECORD, AVERAGING}
+_NO_OPTIONS = {
+    TOKENIZER,
+    COMMAND_LINE_TOKENIZER,
+    END_OF_TEXT,
+    CODE,
+    COMMAND,
+    COMMANDS,
+    STARTS,
+    CHECKSUMS_ARGUMENT,
+    PLAN_RECORD,
+    AVERAGING,
+}
 """Arguments that are kept with a run and are no flags."""
 
 
@@ -72,6 +89,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "starts": getattr(args, STARTS, None),
             "code": getattr(args, CODE, None),
             "command": getattr(args, COMMAND, None),
+            "commands": commands_of(args),
         },
         "tensors": _tensors(checkpoint),
         "files": _files(checkpoint.folder),

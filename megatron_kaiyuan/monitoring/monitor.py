@@ -54,6 +54,8 @@ class MonitorOptions:
     """Tokens a sample."""
     branch_scale_bits: int = 0
     """K at the start."""
+    start: str | None = None
+    """Names this start of the run, as its checkpoints do; None: they do not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,8 +316,9 @@ class RunMonitor:
                     if source.tokens
                 },
             }
+            start = {} if self.options.start is None else {"start": self.options.start}
             scale = {} if self.branch_scale is None else {"branch_scale_bits": self.branch_scale.bits}
-            append_metrics(self.options.metrics, entry | (reading.entry if reading else {}) | scale)
+            append_metrics(self.options.metrics, entry | (reading.entry if reading else {}) | scale | start)
 
     def _write_source(self, name: str, source: SourceSums, iteration: int) -> None:
         self._add_to_totals(name, source.tokens, source.bands)

@@ -7,6 +7,7 @@ guessed. What is missing is None, and a line of `unknown` says what it is and ho
 import argparse
 import importlib.metadata
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_kaiyuan.checkpoints.description import describe
 from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
 from megatron_kaiyuan.checkpoints.lineage import CODE, COMMAND
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
+from megatron_kaiyuan.checkpoints.redaction import hide_secrets, redact
 from megatron_kaiyuan.data import NUM_BANDS, Plan
 from megatron_kaiyuan.errors import KaiyuanError, ReleaseError
 from megatron_kaiyuan.host.cli import tool
@@ -94,7 +96,7 @@ def release_facts(weights: list[Weights], run: Checkpoint, request: ReleaseReque
         "precision": _precision(run.arguments),
         "training": {flag: getattr(run.arguments, name, None) for name, flag in _TRAINING.items()},
         "code": getattr(run.arguments, CODE, None),
-        "command": getattr(run.arguments, COMMAND, None),
+        "command": _without_secrets(told) if (told := getattr(run.arguments, COMMAND, None)) else None,
         "ranks": getattr(run.arguments, "world_size", None),
         "plan_file": where,
         "plan": description,
@@ -113,6 +115,14 @@ def _weights(part: Weights) -> dict[str, Any]:
         "iteration": part.checkpoint.iteration,
         "average": json.loads(average.read_text(encoding="utf-8")) if average.is_file() else None,
     }
+
+
+def _without_secrets(command: str) -> str:
+    """Once more: an earlier version recorded them."""
+    try:
+        return hide_secrets(shlex.join(redact(shlex.split(command))))
+    except ValueError:  # no closing quotation
+        return hide_secrets(command)
 
 
 def _precision(arguments: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron.training.utils import print_rank_0, print_rank_last
 
 from megatron_kaiyuan.checkpoints.identity import AVERAGING
+from megatron_kaiyuan.checkpoints.lineage import this_start
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.monitoring.branch_scale import branch_scale_of
 from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
@@ -73,6 +74,7 @@ def build_monitor(args: argparse.Namespace, plan: Plan | None) -> RunMonitor:
         metrics=metrics,
         seq_length=args.seq_length,
         branch_scale_bits=args.kaiyuan_branch_scale_bits,
+        start=this_start(args),
     )
     counters = SourceCounters(() if plan is None else tuple(plan.sources))
     monitor = RunMonitor(
