@@ -355,6 +355,13 @@ _PROFILING: tuple[Rule, ...] = (
         ("pytorch_profiler_collect_shapes", "pytorch_profiler_collect_callstack", "pytorch_profiler_collect_chakra"),
         _LOOP,
     ),
+    *_on_a_gpu(("nvtx_ranges",), "")[:1],
+    Rule(
+        Fate.REFUSED,
+        ("record_shapes",),
+        "CUDA's own profiler alone reads it; use --pytorch-profiler-collect-shapes",
+        Condition("with --use-pytorch-profiler", lambda args: bool(args.use_pytorch_profiler)),
+    ),
     *_on_a_gpu(("record_memory_history",), _LOOP),
     *only_with(
         "--record-memory-history", lambda args: bool(args.record_memory_history), ("memory_snapshot_path",), _LOOP

@@ -6,7 +6,7 @@ blend without weights, and asks for an evaluation where there is nothing to eval
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -36,16 +36,17 @@ class _Blend:
     share: tuple[float, float] = (0.0, 1.0)
     """First and last place in each prefix, of its documents."""
 
-    def sizes(self) -> Mapping[str, tuple[int, int, int]]:
-        """Return documents of this part, documents in all, and tokens of this part, by prefix.
+    def sizes(self) -> list[tuple[str, int, int, int]]:
+        """Return of each prefix its name, documents of this part, documents in all, and tokens of this part.
 
-        Rounded as Megatron does.
+        Rounded as Megatron does. A prefix that is named twice counts twice.
         """
-        found = {}
+        found = []
         for prefix in self.prefixes:
             shard = open_shard(prefix)
             first, last = (round(place * float(shard.documents)) for place in self.share)
-            found[prefix] = (last - first, shard.documents, int(shard.lengths[first:last].sum(dtype="int64")))
+            tokens = int(shard.lengths[first:last].sum(dtype="int64"))
+            found.append((prefix, last - first, shard.documents, tokens))
         return found
 
 
@@ -85,7 +86,7 @@ def settle_splits(args: argparse.Namespace) -> str | None:
 
 def _check(args: argparse.Namespace, part: str, blend: _Blend, wanted: int) -> None:
     sizes = blend.sizes()
-    for prefix, (documents, of, tokens) in sizes.items():
+    for prefix, documents, of, tokens in sizes:
         if documents == 0 or tokens == 0:
             what = (
                 f"{documents} of {counted(of, 'document')}"
@@ -96,19 +97,18 @@ def _check(args: argparse.Namespace, part: str, blend: _Blend, wanted: int) -> N
             raise ConfigError(f"{blend.flag} leaves {what} of {prefix} for {part}; give it a larger share{remedy}")
     if blend.weighted or len(sizes) == 1 or args.dataloader_type == "cyclic":
         return
-    samples = {prefix: (tokens - 1) // args.seq_length for prefix, (_, _, tokens) in sizes.items()}
-    empty = [prefix for prefix, number in samples.items() if number == 0]
+    samples = [(tokens - 1) // args.seq_length for _, _, _, tokens in sizes]
+    empty = [prefix for (prefix, *_), number in zip(sizes, samples, strict=True) if number == 0]
     if empty:
         raise ConfigError(
             f"{blend.flag}: the {part} part of {empty[0]} has fewer tokens than a sample of {args.seq_length} and one "
             "more; leave it out, or give every prefix a weight before it"
         )
-    if sum(samples.values()) < wanted:
+    if sum(samples) < wanted:
         raise ConfigError(
             f"{blend.flag} names {counted(len(samples), 'prefix', 'prefixes')} without weights, which are read once: "
-            f"{counted(sum(samples.values()), 'sample')} to {part}, but the run asks for {wanted}; give a weight "
-            "before each prefix, which repeats them, "
-            "or ask for less"
+            f"{counted(sum(samples), 'sample')} to {part}, but the run asks for {wanted}; give a weight before "
+            "each prefix, which repeats them, or ask for less"
         )
 
 

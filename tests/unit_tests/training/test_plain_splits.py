@@ -67,6 +67,7 @@ def run(monkeypatch: pytest.MonkeyPatch, words: str) -> argparse.Namespace:
             "--data-path a b --split 1 --train-iters 50",
             r"--split 1 names 2 prefixes without weights, which are read once: 98 samples to train, .* asks for 100",
         ),
+        ("--data-path a a --split 1 --train-iters 50", "names 2 prefixes .*: 98 samples to train, .* asks for 100"),
         (
             "--train-data-path 1 a --valid-data-path a b --eval-iters 20",
             "^--valid-data-path names 2 prefixes without weights.*: 98 samples to valid, but the run asks for 120",
