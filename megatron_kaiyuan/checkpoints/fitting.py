@@ -72,6 +72,13 @@ def _sharded_tensors(sharded_state: Any) -> Iterator[Any]:
             yield entry
 
 
+_MADE_BY = {
+    "expert_bias": "--moe-router-enable-expert-bias",
+    "qb_beta": "--moe-router-load-balancing-type quantile_balancing",
+}
+"""Flags of training that a tensor comes from, by words of its name that say little."""
+
+
 def require_fit(origin: str, model: Shapes, stored: Shapes) -> None:
     """Refuse a checkpoint whose tensors are not those of a model.
 
@@ -84,9 +91,10 @@ def require_fit(origin: str, model: Shapes, stored: Shapes) -> None:
         ResumeError: names the tensors.
     """
     if difference := misfit(model, stored):
+        made = "".join(f" ({flag} makes {name})" for name, flag in _MADE_BY.items() if name in difference)
         raise ResumeError(
-            f"{origin} {difference}: it is of another model; leave the model's flags out to take the checkpoint's, or "
-            "name another checkpoint"
+            f"{origin} {difference}: it is of another model{made}; leave the model's flags out to take the "
+            "checkpoint's, or name another checkpoint"
         )
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_kaiyuan.checkpoints.fitting import misfit
+from megatron_kaiyuan.checkpoints.fitting import misfit, require_fit
+from megatron_kaiyuan.errors import ResumeError
 from tests.helpers import run_distributed
 from tests.unit_tests.model import command_lines
 from tests.unit_tests.model.test_experts import EXPERTS
@@ -103,3 +104,13 @@ def test_the_empty_state_of_a_layer_of_transformer_engine_is_no_weight() -> None
     assert misfit(weight | empty, weight) is None
     assert misfit(weight, {**weight, "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2": (0,)}) is None
     assert "linear_fc1.weight" in str(misfit(weight | empty, empty))
+
+
+def test_a_tensor_that_a_flag_of_training_makes_is_explained() -> None:
+    weight = {"a": (2,)}
+    with pytest.raises(
+        ResumeError, match=r"router.qb_beta: it is of another model \(--moe-router-load-balancing-type qu"
+    ):
+        require_fit("--load c", weight | {"decoder.layers.mlp.router.qb_beta": (4,)}, weight)
+    with pytest.raises(ResumeError, match="has no b: it is of another model; leave"):
+        require_fit("--load c", {**weight, "b": (1,)}, weight)
