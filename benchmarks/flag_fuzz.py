@@ -11,6 +11,7 @@ plan or over a blend. Every trial is a fork of one process that has imported eve
 """
 
 import argparse
+import gzip
 import os
 import random
 import re
@@ -204,8 +205,12 @@ def _described(path: Path, folder: Path) -> Iterator[str]:
     if path.suffix in (".jsonl", ".txt"):
         yield f"{name}: {len(path.read_bytes().splitlines())} lines"
     elif "tfevents" in path.name:
-        tags = Counter(re.findall(rb"\n[\x01-\x7f]([A-Za-z][\w /-]+)\x15", path.read_bytes()))
+        tags = Counter(re.findall(rb"\n[\x01-\x7f]((?!text)[A-Za-z][\w /-]+)\x15", path.read_bytes()))
         yield from (f"{name}: {count} x {tag.decode()}" for tag, count in tags.items())
+    elif path.name.endswith(".json.gz"):
+        trace = gzip.decompress(path.read_bytes())
+        words = (b"Input Dims", b"python_function", b"ProfilerStep#")
+        yield f"{name}: {[bool(trace.count(word)) for word in words]} {trace.count(words[-1])} steps"
 
 
 def _command(base: str, words: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Random command lines end as they should: trained, or refused in a sentence; 300 of them are a benchmark."""
+"""Random command lines end as they should, and each flag changes what it says; all of it is a benchmark too."""
 
 import re
 import subprocess
@@ -17,3 +17,12 @@ def test_no_random_command_line_ends_in_a_traceback_or_never() -> None:
     counts = {name: int(number) for name, number in re.findall(r"'(\w+)': (\d+)", done.stdout.splitlines()[-1])}
     assert sum(counts.values()) == 60
     assert counts["trained"] >= 3
+
+
+@pytest.mark.slow
+def test_each_flag_changes_what_its_line_says() -> None:
+    """Of the parameters, the losses and the files: nothing less and nothing more."""
+    command = [sys.executable, "-m", "benchmarks.flag_effects"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=3600, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].endswith(" tried, 0 wrong")

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from megatron_kaiyuan.flags.evidence import evidence
 from megatron_kaiyuan.flags.page import flag_page
 from megatron_kaiyuan.flags.table import TABLE
 from megatron_kaiyuan.host import cpu_platform
@@ -17,7 +18,7 @@ def main() -> int:
     cpu_platform.install()
     with quiet_megatron_import():
         from megatron_kaiyuan.training.parsing import known_flags
-    write_text_atomically(PAGE, flag_page(known_flags(), TABLE))
+    write_text_atomically(PAGE, flag_page(known_flags(), TABLE, evidence(known_flags())))
     return 0
 
 

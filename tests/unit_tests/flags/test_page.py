@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from megatron_kaiyuan.flags.evidence import evidence
 from megatron_kaiyuan.flags.page import flag_page
 from megatron_kaiyuan.flags.rules import Condition, Fate, Rule
 from megatron_kaiyuan.flags.spelling import Spelling
@@ -13,7 +14,8 @@ PAGE = Path(__file__).parents[3] / "docs/megatron-flags.md"
 
 
 def test_the_page_is_written_from_the_table() -> None:
-    assert PAGE.read_text() == flag_page(known_flags(), TABLE), "run .venv/bin/python tools/dev/flag_page.py"
+    page = flag_page(known_flags(), TABLE, evidence(known_flags()))
+    assert PAGE.read_text() == page, "run .venv/bin/python tools/dev/flag_page.py"
 
 
 def test_every_flag_has_its_row() -> None:
@@ -29,7 +31,8 @@ def test_a_row_tells_the_fate_and_the_refusals_with_their_conditions() -> None:
         Rule(Fate.REFUSED, ("fp8",), "needs a|b; leave it out", local),
         Rule(Fate.PASSED_ON, ("fp8",), "its layers"),
     )
-    row = flag_page(flags, rules).splitlines()[-1]
+    row = flag_page(flags, rules, {"fp8": ["`a.py::b`", "read"]}).splitlines()[-1]
     assert row == (
-        "| `--fp8-format` | passed on | its layers; refused with --transformer-impl local: needs a\\|b; leave it out |"
+        "| `--fp8-format` | passed on | its layers; refused with --transformer-impl local: needs a\\|b; leave it out "
+        "| `a.py::b`<br>read |"
     )

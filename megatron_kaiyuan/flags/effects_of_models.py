@@ -1,0 +1,150 @@
+"""Lines of `EFFECTS` about the model: its sizes, layers, experts, precision, and ways to compute it."""
+
+__all__ = ["MODELS"]
+
+MODELS = """
+--num-layers 3 | | model
+--hidden-size 32 | | model
+--ffn-hidden-size 48 | | model
+--num-attention-heads 4 | | loss
+--group-query-attention | --num-attention-heads 4 | model
+--num-query-groups 2 | --num-attention-heads 4 --group-query-attention | model
+--kv-channels 4 | | model
+--hidden-dropout 0.5 | | loss
+--attention-dropout 0.5 | | loss
+--norm-epsilon 0.1 | | loss
+--normalization LayerNorm | | model
+--add-qkv-bias | | model
+--disable-bias-linear | minus:--disable-bias-linear | model
+--swiglu | minus:--swiglu | model
+--squared-relu | minus:--swiglu | loss
+--quick-geglu | minus:--swiglu | model
+--glu-linear-offset 1 | --no-bias-swiglu-fusion | loss
+--activation-func-clamp-value 0.01 | --no-bias-swiglu-fusion | loss
+--rotary-interleaved | | loss
+--rotary-base 500 | | loss
+--rotary-percent 0.5 | | loss
+--rotary-seq-len-interpolation-factor 4 | | loss
+--use-rope-scaling | --init-method-std 0.3 | loss
+--no-rope-freq 2 | | loss
+--position-embedding-type none | --init-method-std 0.3 | loss
+--position-embedding-type learned_absolute | | model
+--position-embedding-type yarn --rotary-scaling-factor 4 | --init-method-std 0.3 | loss
+--use-rotary-position-embeddings | minus:--position-embedding-type | model
+--rope-type rope | |
+--yarn-original-max-position-embeddings 8 | --position-embedding-type yarn --rotary-scaling-factor 4 --init-method-std 0.3 --seq-length 64 --max-position-embeddings 64 | loss
+--yarn-beta-fast 4 | --position-embedding-type yarn --rotary-scaling-factor 4 --init-method-std 0.3 --kv-channels 32 | loss
+--yarn-beta-slow 3 | --position-embedding-type yarn --rotary-scaling-factor 4 --init-method-std 0.3 --kv-channels 32 | loss
+--no-yarn-correction-range-round-to-int | --position-embedding-type yarn --rotary-scaling-factor 4 --init-method-std 0.3 --kv-channels 32 | loss
+--rotary-scaling-factor 8 | --position-embedding-type yarn --init-method-std 0.3 | loss
+--mscale 0.5 | --position-embedding-type yarn --rotary-scaling-factor 4 --init-method-std 0.3 | loss
+--mscale-all-dim 0.5 | --position-embedding-type yarn --rotary-scaling-factor 4 --init-method-std 0.3 | loss
+--max-position-embeddings 64 | --position-embedding-type learned_absolute | model
+--make-vocab-size-divisible-by 64 | --vocab-size 150 | model
+--padded-vocab-size 256 | | model
+--no-pad-vocab-size | --padded-vocab-size 256 |
+--untie-embeddings-and-output-weights | | model
+--qk-layernorm | | model
+--qk-l2-norm | --num-experts 4 | loss
+--attention-output-gate | | model
+--window-size 4,0 | --kaiyuan-attention unfused --init-method-std 0.3 | loss
+--window-attn-skip-freq 2 | --kaiyuan-attention unfused --window-size 4,0 --init-method-std 0.3 | loss
+--softmax-type learnable | --kaiyuan-attention unfused | model
+--softmax-type off-by-one | --kaiyuan-attention unfused | loss
+--fp32-residual-connection | --bf16 | loss
+--apply-query-key-layer-scaling | |
+--apply-query-key-layer-scaling | --fp16 --kaiyuan-attention unfused --init-method-std 0.3 |
+--attention-softmax-in-fp32 | --fp16 --kaiyuan-attention unfused --init-method-std 0.3 |
+--fp16 | | loss
+--bf16 | | loss
+--disable-bf16-reduced-precision-matmul | --bf16 |
+--no-initialization | --load {folder}/saved |
+--use-cpu-initialization | |
+--init-method-std 0.1 | | loss
+--embedding-init-method-std 0.5 | | loss
+--use-mup --mup-base-hidden-size 8 | | loss
+--mup-base-hidden-size 8 | --use-mup | loss
+--mup-embedding-mult 3 | --use-mup | loss
+--mup-output-mult 3 | --use-mup | loss
+--mup-base-head-dim 4 | --use-mup --mup-base-hidden-size 8 --init-method-std 0.3 | loss
+--mup-attn-scale-power 0.5 | --use-mup --mup-base-hidden-size 8 --init-method-std 0.3 | loss
+--mtp-num-layers 1 | | model
+--mtp-loss-scaling-factor 0.9 | --mtp-num-layers 1 | steps
+--mtp-use-repeated-layer | --mtp-num-layers 2 | model
+--mtp-detach-heads | --mtp-num-layers 2 | steps
+--mtp-detach-heads | --mtp-num-layers 1 | steps
+--calculate-per-token-loss | --eod-mask-loss --null-tokenizer-eod-id 5 --micro-batch-size 1 | steps
+--cross-entropy-loss-fusion | | steps
+--deterministic-mode | |
+--transformer-impl local | |
+--no-masked-softmax-fusion | --kaiyuan-attention unfused --fp16 |
+--no-bias-gelu-fusion | minus:--swiglu minus:--disable-bias-linear |
+--no-bias-swiglu-fusion | |
+--no-bias-swiglu-fusion | --kaiyuan-fusions none |
+--no-bias-dropout-fusion | --hidden-dropout 0.1 |
+--no-rope-fusion | |
+--no-persist-layer-norm | |
+--use-flash-attn | |
+--no-gradient-accumulation-fusion | |
+--disable-jit-fuser | |
+--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 | |
+--recompute-granularity selective | |
+--recompute-activations | |
+--recompute-modules mlp | --recompute-granularity selective |
+--recompute-method block --recompute-granularity full --recompute-num-layers 1 | |
+--recompute-num-layers 2 --recompute-granularity full --recompute-method uniform | |
+--mlp-chunks-for-training 2 | |
+--no-clone-scatter-output-in-embedding | |
+--kaiyuan-sandwich-norm | | model
+--kaiyuan-post-norm-gain-init 0.5 | --kaiyuan-sandwich-norm | loss
+--kaiyuan-post-norm-depth-scaled | --kaiyuan-sandwich-norm | loss
+--kaiyuan-branch-scale-bits 4 | --kaiyuan-sandwich-norm |
+--kaiyuan-branch-scale-bits 4 | --kaiyuan-sandwich-norm --fp16 | steps
+--kaiyuan-recompute-swiglu | |
+--kaiyuan-logit-softcap 1 | | loss
+--kaiyuan-z-loss 0.1 | | loss
+--kaiyuan-attention unfused | |
+--kaiyuan-fusions none | |
+--kaiyuan-fusions none | --bf16 |
+--kaiyuan-metrics m.jsonl | | files
+--kaiyuan-activation-interval 1 | --kaiyuan-metrics m.jsonl |
+--kaiyuan-keep-checkpoints 1 | --save s --save-interval 1 | files
+--num-experts 4 | | model
+--moe-layer-freq 2 | --num-experts 4 | model
+--moe-ffn-hidden-size 24 | --num-experts 4 | model
+--moe-shared-expert-intermediate-size 16 | --num-experts 4 | model
+--moe-shared-expert-gate | --num-experts 4 --moe-shared-expert-intermediate-size 16 | model
+--moe-shared-expert-overlap | --num-experts 4 --moe-shared-expert-intermediate-size 16 --moe-token-dispatcher-type alltoall |
+--moe-router-topk 3 | --num-experts 4 | loss
+--moe-router-num-groups 2 --moe-router-group-topk 1 | --num-experts 4 | loss
+--moe-router-group-topk 1 | --num-experts 4 --moe-router-num-groups 2 | loss
+--moe-router-pre-softmax | --num-experts 4 | loss
+--moe-router-topk-scaling-factor 3 | --num-experts 4 --moe-router-pre-softmax | loss
+--moe-router-score-function sigmoid | --num-experts 4 | loss
+--moe-router-dtype fp64 | --num-experts 4 |
+--moe-router-dtype fp32 | --num-experts 4 --bf16 | loss
+--moe-router-enable-expert-bias | --num-experts 4 --moe-router-score-function sigmoid | steps
+--moe-router-bias-update-rate 10 | --num-experts 4 --moe-router-score-function sigmoid --moe-router-enable-expert-bias | steps
+--moe-router-quantile-balancing-ema 0.9 | --num-experts 4 --moe-router-load-balancing-type quantile_balancing | steps
+--moe-router-force-load-balancing | --num-experts 4 | loss
+--moe-router-force-biased 2 | --num-experts 4 | loss
+--moe-router-load-balancing-type sinkhorn | --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax | loss
+--moe-router-load-balancing-type none | --num-experts 4 --moe-aux-loss-coeff 1 | steps
+--moe-router-load-balancing-type seq_aux_loss | --num-experts 4 --moe-aux-loss-coeff 1 | steps
+--moe-aux-loss-coeff 1 | --num-experts 4 | steps
+--moe-z-loss-coeff 1 | --num-experts 4 | steps
+--moe-input-jitter-eps 0.5 | --num-experts 4 --init-method-std 0.3 | loss
+--moe-token-dispatcher-type alltoall | --num-experts 4 |
+--moe-per-layer-logging | --num-experts 4 --moe-aux-loss-coeff 1 --tensorboard-dir tb | files
+--moe-expert-capacity-factor 0.5 | --num-experts 4 | loss
+--moe-expert-capacity-factor 0.5 | --num-experts 4 --moe-token-dispatcher-type alltoall | loss
+--moe-pad-expert-input-to-capacity | --num-experts 4 --moe-expert-capacity-factor 0.5 --moe-token-dispatcher-type alltoall |
+--moe-token-drop-policy position | --num-experts 4 --moe-expert-capacity-factor 0.5 --moe-token-dispatcher-type alltoall | loss
+--moe-layer-recompute | --num-experts 4 |
+--moe-apply-probs-on-input | --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --init-method-std 0.3 | loss
+--moe-routing-trace-path trace | --num-experts 4 | files
+--moe-routing-trace-max-training-iters 1 | --num-experts 4 --moe-routing-trace-path trace |
+--moe-routing-trace-capture-logits | --num-experts 4 --moe-routing-trace-path trace | files
+--moe-routing-trace-capture-hidden-states | --num-experts 4 --moe-routing-trace-path trace | files
+--moe-routing-trace-dump-weights | --num-experts 4 --moe-routing-trace-path trace |
+"""  # noqa: E501 - a line each

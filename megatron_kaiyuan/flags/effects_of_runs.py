@@ -1,0 +1,109 @@
+"""Lines of `EFFECTS` about the run: optimizer, schedule, data, logs, checkpoints, processes."""
+
+__all__ = ["RUNS"]
+
+RUNS = """
+--weight-decay 0.9 | --lr 1e-1 | steps
+--apply-wd-to-qk-layernorm | --qk-layernorm --weight-decay 0.9 --lr 1e-1 | steps
+--no-weight-decay-cond-type apply_wd_to_qk_layernorm | --qk-layernorm --weight-decay 0.9 --lr 1e-1 | steps
+--clip-grad 0.001 | --optimizer sgd | steps
+--adam-beta1 0.5 | | steps
+--adam-beta2 0.5 | | steps
+--adam-eps 0.1 | | steps
+--optimizer sgd | | steps
+--sgd-momentum 0.1 | --optimizer sgd | steps
+--freeze-all-layers | | steps
+--dump-param-to-param-group-map map.txt | | files
+--enable-experimental | |
+--lr 1e-2 | | steps
+--min-lr 5e-4 | | steps
+--lr-decay-style cosine | | steps
+--lr-decay-style constant | | steps
+--lr-decay-style WSD --lr-wsd-decay-iters 2 | | steps
+--lr-wsd-decay-style linear | --lr-decay-style WSD --lr-wsd-decay-iters 2 | steps
+--lr-wsd-decay-iters 3 | --lr-decay-style WSD --lr-wsd-decay-iters 1 | steps
+--lr-wsd-decay-samples 6 | minus:--train-iters --train-samples 8 --lr-decay-style WSD --lr-wsd-decay-samples 2 | steps
+--lr-decay-iters 8 | | steps
+--lr-decay-samples 16 | minus:--train-iters --train-samples 8 | steps
+--lr-warmup-fraction 0.5 | | steps
+--lr-warmup-iters 2 | | steps
+--lr-warmup-samples 4 | minus:--train-iters --train-samples 8 | steps
+--lr-warmup-init 1e-4 | --lr-warmup-iters 2 | steps
+--decoupled-lr 1e-2 | | steps
+--decoupled-min-lr 1e-3 | --decoupled-lr 1e-2 | steps
+--start-weight-decay 0.5 | --lr 1e-1 --weight-decay-incr-style linear --start-weight-decay 0.0 --end-weight-decay 0.9 | steps
+--end-weight-decay 0.5 | --lr 1e-1 --weight-decay-incr-style linear --start-weight-decay 0.0 --end-weight-decay 0.9 | steps
+--weight-decay-incr-style cosine | --lr 1e-1 --weight-decay-incr-style linear --start-weight-decay 0.0 --end-weight-decay 0.9 | steps
+--micro-batch-size 1 | | loss
+--global-batch-size 4 | | loss
+--step-batch-size-schedule '0:2 64:4' | minus:--global-batch-size minus:--train-iters --train-samples 8 | steps
+--train-iters 3 | | steps
+--iterations-to-skip 2 | | steps
+--no-check-for-nan-in-loss-and-grad | |
+--check-for-spiky-loss | |
+--check-for-large-grads | |
+--seed 5 | | loss
+--empty-unused-memory-level 1 | |
+--check-weight-hash-across-dp-replicas-interval 1 | |
+--train-sync-interval 1 | |
+--exit-interval 2 | | steps
+--exit-signal-handler | |
+--exit-signal SIGUSR2 | --exit-signal-handler |
+--manual-gc | |
+--manual-gc-interval 1 | --manual-gc |
+--no-manual-gc-eval | --manual-gc |
+--result-rejected-tracker-filename r | | files
+--rerun-mode disabled | |
+--use-mcore-models | |
+--loss-scale 64 | --fp16 | loss
+--initial-loss-scale 64 | --fp16 | loss
+--min-loss-scale 1e9 | --fp16 | steps
+--loss-scale-window 1 | --fp16 --initial-loss-scale 64 | steps
+--hysteresis 1 | --fp16 --initial-loss-scale 1e30 | steps
+--grad-reduce-in-bf16 | --bf16 --global-batch-size 8 | steps
+--accumulate-allreduce-grads-in-fp32 | --bf16 |
+--use-checkpoint-args | --load {folder}/saved |
+--log-interval 2 | | steps
+--log-params-norm | | steps
+--log-throughput | |
+--timing-log-level 2 | |
+--timing-log-option all | --timing-log-level 2 |
+--log-memory-interval 1 | |
+--log-num-zeros-in-grad | | steps
+--no-barrier-with-level-1-timing | --timing-log-level 1 |
+--logging-level 40 | |
+--tensorboard-dir tb | | files
+--tensorboard-log-interval 2 | --tensorboard-dir tb | files
+--tensorboard-queue-size 5 | --tensorboard-dir tb | files
+--no-log-loss-scale-to-tensorboard | --tensorboard-dir tb --fp16 | files
+--log-validation-ppl-to-tensorboard | --tensorboard-dir tb --eval-interval 2 | files
+--log-world-size-to-tensorboard | --tensorboard-dir tb | files
+--log-timers-to-tensorboard | --tensorboard-dir tb --timing-log-level 1 | files
+--log-progress | --save s --save-interval 2 | files
+--profile --use-pytorch-profiler --profile-step-start 1 --profile-step-end 2 | --tensorboard-dir tb | files
+--profile-step-start 2 | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 3 | files
+--profile-step-end 3 | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
+--profile-ranks 1 | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
+--pytorch-profiler-collect-shapes | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
+--pytorch-profiler-collect-callstack | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
+--pytorch-profiler-collect-chakra | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
+--no-one-logger | |
+--save s --save-interval 2 | | files
+--save-interval 2 | --save s --save-interval 4 | files
+--save-retain-interval 4 | --save s --save-interval 2 | files
+--save-params-interval 2 | --save s --save-interval 4 | files
+--save-tokens-per-expert-interval 2 | --save s --save-interval 4 --num-experts 4 |
+--save-wgrads-interval 2 | --save s --save-interval 4 | files
+--non-persistent-save-interval 2 | --save s --save-interval 4 --non-persistent-ckpt-type global | files
+--non-persistent-global-ckpt-dir np | --save s --save-interval 4 --non-persistent-save-interval 2 --non-persistent-ckpt-type global | files
+--ckpt-format torch | --save s --save-interval 2 | files
+--no-ckpt-fully-parallel-save | --save s --save-interval 2 |
+--ckpt-fully-parallel-save | --save s --save-interval 2 |
+--ckpt-fully-parallel-save-process-group ep_dp | --save s --save-interval 2 |
+--use-dist-ckpt | --save s --save-interval 2 |
+--ckpt-assume-constant-structure | --save s --save-interval 2 |
+--dist-ckpt-optim-fully-reshardable | --save s --save-interval 2 --use-distributed-optimizer |
+--distrib-optim-fully-reshardable-mem-efficient | --save s --save-interval 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable |
+--dist-ckpt-workers 2 | --save s --save-interval 2 |
+--verify-integrity | --save s --save-interval 2 | files
+"""  # noqa: E501 - a line each
