@@ -137,7 +137,7 @@ def test_the_remedies_in_the_message_mend_the_plan_and_one_token_less_does_not(o
         samples(own, others)
     except PlanError as refusal:
         found = re.search(
-            r"Show at (?:most|least) ([\d,]+) tokens of it, or at (?:most|least) ([\d,]+) of others", str(refusal)
+            r"Show at (?:most|least) ([\d,]+) tokens? of it, or at (?:most|least) ([\d,]+) of others", str(refusal)
         )
         new_own, new_others = (int(number.replace(",", "")) for number in found.groups())
         worse = 1 if side == "max" else -1

@@ -165,7 +165,7 @@ def test_largest_ids_that_manifests_tell_are_not_read_again(tmp_path: Path, monk
     monkeypatch.setattr(vocabulary, "largest_token_id", read)
     for largest, size, named in ((8, 8, known), (6, 7, unknown)):
         write_manifest(known, max_token_id=largest)
-        with pytest.raises(ShardError, match=rf"{named}: token id \d, but the vocabulary has {size} ids; the shard"):
+        with pytest.raises(ShardError, match=rf"{named}: token id \d, but the vocabulary has {size:,} ids?; the shard"):
             Plan.from_spec(spec).check_vocabulary(size)
     write_manifest(known, max_token_id=9, tokenizer={"vocab_size": 9})
     with pytest.raises(ShardError, match="has gaps: train with --tokenizer-type NullTokenizer --vocab-size 10 or more"):
