@@ -84,8 +84,8 @@ def amended_phase(phase: Phase, parts: Sequence[Part], amendments: Sequence[Amen
         streams,
         phase.rates,
         used + current.used,
-        tuple(stretches),
-        phase.num_samples,
+        stretches=tuple(stretches),
+        planned_samples=phase.num_samples,
     )
 
 

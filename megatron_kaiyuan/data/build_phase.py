@@ -49,8 +49,10 @@ def build_phase(
     Raises:
         PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
     """
+    length = plan.length_of(spec)
     parts = [
-        Part(plan, spec.name, spec.order, name, part, sources[name], indexed) for name, part in spec.sources.items()
+        Part(plan, spec.name, spec.order, name, part, sources[name], length, indexed)
+        for name, part in spec.sources.items()
     ]
     most_at_once = sources_at_once(part.source.source for part in parts)
     streams = side_by_side(
@@ -58,32 +60,67 @@ def build_phase(
         parts,
         most=most_at_once,
     )
-    _refuse_too_many(spec, streams, plan.seq_length)
+    _refuse_too_many(spec, streams, length)
     natural = np.array([stream.available for stream in streams], dtype=np.int64)
     weights = [part.weight for part in spec.sources.values()]
     rates = np.array([float(w) for w in weights if w is not None] or natural, dtype=np.float64)
-    num_samples = int(natural.sum()) if spec.tokens is None else spec.tokens // plan.seq_length
-    if num_samples == 0:
-        raise PlanError(
-            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {plan.seq_length}; "
-            "raise it"
-        )
+    first_sample = earlier[-1].first_sample + earlier[-1].num_samples if earlier else 0
+    wanted = int(natural.sum()) if spec.tokens is None else spec.tokens // length
+    num_windows = _up_to_next(spec, plan, first_sample, wanted)
     most = [most_windows(stream, part.spec.max_repeat) for stream, part in zip(streams, parts, strict=True)]
-    rates = _filled(rates, [part.spec.fill is not None for part in parts], most, num_samples)
-    used = prefix_counts(rates, num_samples)
+    rates = _filled(rates, [part.spec.fill is not None for part in parts], most, num_windows)
+    used = prefix_counts(rates, num_windows)
     if np.any(used > most):
-        _refuse_budget(spec, streams, rates, most, num_samples)
+        _refuse_budget(spec, streams, rates, most, num_windows)
     for part, count in zip(parts, used.tolist(), strict=True):
         if count == 0:
             raise PlanError(
-                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_samples, 'sample')} is too "
+                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_windows, 'window')} is too "
                 "small to show "
                 "it even once; raise tokens, or leave the source out of the phase"
             )
     fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
-    first_sample = earlier[-1].first_sample + earlier[-1].num_samples if earlier else 0
-    phase = Phase(spec, first_sample, num_samples, dict(zip(spec.sources, fitted, strict=True)), rates, used)
-    return amended_phase(phase, parts, spec.amended) if spec.amended else phase
+    each = length // plan.seq_length
+    streams_of = dict(zip(spec.sources, fitted, strict=True))
+    phase = Phase(spec, first_sample, num_windows * each, streams_of, rates, used, each)
+    return _amended(phase, parts, plan) if spec.amended else phase
+
+
+def _amended(phase: Phase, parts: Sequence[Part], plan: PlanSpec) -> Phase:
+    found = amended_phase(phase, parts, phase.spec.amended)
+    step, end = _samples_of_next(phase.spec, plan), found.first_sample + found.num_samples
+    if end % step:
+        raise PlanError(
+            f"phase {phase.name!r}: amended to end at sample {end:,}, where the windows of {step} samples that follow "
+            f"cannot begin; give it tokens: {(found.num_samples - end % step) * plan.seq_length}"
+        )
+    return found
+
+
+def _samples_of_next(spec: PhaseSpec, plan: PlanSpec) -> int:
+    """Samples of a window of the phase that follows; 1 after the last."""
+    following = plan.phases[plan.phases.index(spec) + 1 :]
+    return plan.length_of(following[0]) // plan.seq_length if following else 1
+
+
+def _up_to_next(spec: PhaseSpec, plan: PlanSpec, first_sample: int, wanted: int) -> int:
+    """Windows of a phase: as many as are wanted, less those after which longer windows could not begin.
+
+    Windows of `k` samples begin at a sample that is a multiple of `k`, so that micro-batches hold whole ones.
+    """
+    length = plan.length_of(spec)
+    each, step = length // plan.seq_length, _samples_of_next(spec, plan)
+    found = next((w for w in range(wanted, max(0, wanted - step), -1) if (first_sample + w * each) % step == 0), 0)
+    if not wanted:
+        raise PlanError(
+            f"phase {spec.name!r}: tokens {spec.tokens} is less than one window of seq_length {length}; raise it"
+        )
+    if not found:
+        raise PlanError(
+            f"phase {spec.name!r}: windows of {step} samples follow and begin at a multiple of {step}, which this one "
+            "does not reach; give it more tokens"
+        )
+    return found
 
 
 def _filled(

@@ -67,7 +67,7 @@ def domain_samples(spec: PlanSpec, phases: Sequence[Phase]) -> dict[str, int]:
     for phase in phases:
         for name, used in zip(phase.streams, phase.used.tolist(), strict=True):
             domain = spec.domain_of(name)
-            found[domain] = found.get(domain, 0) + used
+            found[domain] = found.get(domain, 0) + used * phase.samples_per_window
     return found
 
 
@@ -88,7 +88,7 @@ def bounded_shares(spec: PlanSpec, phases: Sequence[Phase]) -> list[DomainShare]
 
 
 def _rounding(phase: Phase) -> Fraction:
-    return Fraction(0) if phase.spec.tokens is None else Fraction(len(phase.streams), 2)
+    return Fraction(0) if phase.spec.tokens is None else Fraction(len(phase.streams) * phase.samples_per_window, 2)
 
 
 def check_domain_bounds(spec: PlanSpec, phases: Sequence[Phase]) -> None:

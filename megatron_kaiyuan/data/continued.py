@@ -110,8 +110,16 @@ def _seen_after(last: _Earlier) -> Seen:
 
 
 def _check_same(part: Part, last: _Earlier) -> None:
-    """Refuse another selection than that of the phase that is continued."""
+    """Refuse another selection than that of the phase that is continued, or windows of another length."""
     spec = last.spec
+    if part.seq_length != last.stream.seq_length:
+        _refuse(
+            part,
+            f"phase {last.phase.name!r} cut it into windows of {last.stream.seq_length:,} tokens, and this phase has "
+            f"{part.seq_length:,}",
+            "give both phases the same seq_length, or part the source beforehand with draw: NAME there and draw: rest "
+            "of NAME here",
+        )
     if {"keep", "draw"} & part.spec.model_fields_set and (part.spec.keep, part.spec.draw) != (spec.keep, spec.draw):
         _refuse(
             part,

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_kaiyuan.data.opened import OpenedSource
 from megatron_kaiyuan.data.phase import Phase
 from megatron_kaiyuan.data.plan import Plan
 from megatron_kaiyuan.data.stream import Stream
@@ -54,11 +55,29 @@ class CurriculumDataset:
     workers share the page cache.
     """
 
-    def __init__(self, plan: Plan | str | Path) -> None:
+    def __init__(self, plan: Plan | str | Path, *, parts: bool = False) -> None:
+        """Open a plan.
+
+        Args:
+            plan: it, or its file.
+            parts: whether the caller puts samples together that are parts of one window, as `place_in_window` tells.
+
+        Raises:
+            PlanError: also where phases differ in `seq_length` and the caller does not.
+        """
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        if self.plan.longest > self.plan.seq_length and not parts:
+            raise PlanError(
+                f"phases of the plan have windows of up to {self.plan.longest} tokens, which are several samples of "
+                f"{self.plan.seq_length}: give all phases one seq_length, train with python -m "
+                "megatron_kaiyuan.pretrain, or open it with CurriculumDataset(plan, parts=True) and join samples by "
+                "place_in_window"
+            )
+        self._parts = parts
         self._source_numbers = {name: number for number, name in enumerate(self.plan.sources)}
         self._block: tuple[tuple[int, int], NDArray[np.int64], NDArray[np.int64]] | None = None
         self._last: tuple[int, tuple[Phase, int, int], int] | None = None
+        self._read: tuple[tuple[int, int, int], NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return self.plan.num_samples
@@ -69,16 +88,47 @@ class CurriculumDataset:
         Raises:
             IndexError: `sample` outside `range(len(self))`. A negative number is outside too.
         """
-        stream, window = self._stream_and_window(sample)
-        return {"tokens": stream.read(window)}
+        phase, number, window = self._place(sample)
+        start, stop = self._part_of_window(phase, sample)
+        if phase.samples_per_window == 1:
+            return {"tokens": phase.stream_list[number].read(window)}
+        return {"tokens": self._longer_window(phase, number, window)[start : stop + 1]}
+
+    def window(self, sample: int) -> NDArray[np.int64]:
+        """Return the tokens of the window that a sample is part of, int64 `[its seq_length + 1]`."""
+        return self._longer_window(*self._place(sample))
+
+    def place_in_window(self, sample: int) -> tuple[int, int]:
+        """Return which of the samples of its window a sample is, and how many of them there are.
+
+        Samples of one window follow one another. Where a phase has the plan's `seq_length`, windows are single samples.
+        """
+        phase = self._place(sample)[0]
+        return (int(sample) - phase.first_sample) % phase.samples_per_window, phase.samples_per_window
+
+    def _part_of_window(self, phase: Phase, sample: int) -> tuple[int, int]:
+        """The predicted tokens of a sample, counted in its window."""
+        length = self.plan.seq_length
+        start = (int(sample) - phase.first_sample) % phase.samples_per_window * length
+        return start, start + length
+
+    def _longer_window(self, phase: Phase, number: int, window: int) -> NDArray[np.int64]:
+        """The tokens of a window of several samples, which are asked for one after the other."""
+        kept, place = self._read, (phase.first_sample, number, window)
+        if kept is None or kept[0] != place:
+            kept = place, phase.stream_list[number].read(window)
+            self._read = kept
+        return kept[1]
 
     def padding(self, sample: int) -> int:
         """Tokens at the end of a sample that are padding: as many targets, the last ones, do not count."""
-        stream, window = self._stream_and_window(sample)
-        return stream.padding(window)
+        phase, number, window = self._place(sample)
+        _, stop = self._part_of_window(phase, sample)
+        free = phase.stream_list[number].padding(window)
+        return min(max(0, free - (phase.seq_length - stop)), self.plan.seq_length)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CurriculumDataset, (self.plan,)
+        return partial(CurriculumDataset, parts=self._parts), (self.plan,)
 
     def source_index(self, sample: int) -> int:
         """Number of the sample's source in `list(plan.sources)`."""
@@ -94,7 +144,7 @@ class CurriculumDataset:
             source=name,
             pass_number=int(stream.pass_of_window(np.array([window]))[0]),
             quantile=self._quantile(name, stream, window),
-            segments=stream.segments(window),
+            segments=_cut(stream.segments(window), *self._part_of_window(phase, sample)),
         )
 
     def band_tokens(self, sample: int) -> NDArray[np.int64]:
@@ -109,6 +159,8 @@ class CurriculumDataset:
         opened = self.plan.opened[name]
         if opened.spec.score is None:
             return np.zeros(NUM_BANDS, dtype=np.int64)
+        if phase.samples_per_window > 1:
+            return self._band_tokens_of_part(stream, window, opened, self._part_of_window(phase, sample))
         counts = np.zeros(NUM_BANDS)  # of float64, as bincount adds: exact far beyond the tokens of a window
         ranked, total = stream.selected.order.ranked, opened.source.num_documents
         for pieces in stream.pieces(window):
@@ -116,6 +168,18 @@ class CurriculumDataset:
             counts += np.bincount(bands, weights=pieces.sizes, minlength=NUM_BANDS)
         counts[bands[-1]] -= 1  # the last token is a target only
         return counts.astype(np.int64)
+
+    def _band_tokens_of_part(
+        self, stream: Stream, window: int, opened: OpenedSource, part: tuple[int, int]
+    ) -> NDArray[np.int64]:
+        """`band_tokens` of some of a window's tokens."""
+        ranked, total = stream.selected.order.ranked, opened.source.num_documents
+        bands = [
+            np.repeat(one.positions * NUM_BANDS // total if ranked else opened.bands_of(one.documents), one.sizes)
+            for one in stream.pieces(window)
+        ]
+        inputs = np.concatenate(bands)[:-1][part[0] : part[1]]  # the last token is a target only
+        return np.bincount(inputs, minlength=NUM_BANDS).astype(np.int64)
 
     def _quantile(self, name: str, stream: Stream, window: int) -> tuple[float, float] | None:
         source = self.plan.opened[name]
@@ -128,10 +192,6 @@ class CurriculumDataset:
         if stream.selected.order.ranked:
             return np.array(stream.positions(window))
         return self.plan.opened[name].ranked_order.positions_of(stream.documents(window))
-
-    def _stream_and_window(self, sample: int) -> tuple[Stream, int]:
-        phase, number, window = self._place(sample)
-        return phase.stream_list[number], window
 
     def _place(self, sample: int) -> tuple[Phase, int, int]:
         """Phase, stream number and window of a sample."""
@@ -152,17 +212,29 @@ class CurriculumDataset:
         `ordered`: samples seem to be asked for in order, and others of the block will follow.
         """
         phase = self.plan.phase_of(sample)
-        local = sample - phase.first_sample
+        local = (sample - phase.first_sample) // phase.samples_per_window
         block = (phase.first_sample, local // _BLOCK)
         current = self._block
         if current is None or current[0] != block:
             if not ordered:  # random access: one sample is cheaper than its block
                 return phase, *phase.sample(local)
             start = block[1] * _BLOCK
-            current = (block, *phase.block(start, min(start + _BLOCK, phase.num_samples)))
+            current = (block, *phase.block(start, min(start + _BLOCK, phase.num_windows)))
             self._block = current
         _, numbers, windows = current
         return phase, int(numbers[local % _BLOCK]), int(windows[local % _BLOCK])
+
+
+def _cut(segments: list[Segment], start: int, stop: int) -> list[Segment]:
+    """The pieces of documents in the tokens `start` to `stop`, the target after them too."""
+    found, end = [], 0
+    for segment in segments:
+        begin, end = end, end + segment.stop - segment.start
+        low, high = max(begin, start), min(end, stop + 1)
+        if low < high:
+            shift = segment.start - begin
+            found.append(segment._replace(start=low + shift, stop=high + shift))
+    return found
 
 
 class HeldOutDataset:

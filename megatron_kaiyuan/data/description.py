@@ -69,14 +69,23 @@ def _describe_phase(plan: ResolvedPlan, phase: Phase) -> dict[str, Any]:
     return {
         "name": phase.name,
         "order": phase.order,
+        "seq_length": phase.seq_length,
+        "samples_per_window": phase.samples_per_window,
         "first_sample": phase.first_sample,
         "samples": phase.num_samples,
         "tokens": phase.num_samples * plan.seq_length,
-        "tokens_unused_of_budget": 0 if phase.spec.tokens is None else phase.spec.tokens % plan.seq_length,
+        "tokens_unused_of_budget": _unused(plan, phase),
         "lr": phase.lr.model_dump(exclude={"jump"}) if phase.lr else None,
         "domains": _domain_shares(plan, [phase]),
         "sources": sources,
     }
+
+
+def _unused(plan: ResolvedPlan, phase: Phase) -> int:
+    """Tokens of its budget that a phase does not show: less than a window of it, or of a longer one that follows."""
+    amended = isinstance(phase, AmendedPhase)
+    budget = phase.spec.amended[-1].tokens if amended else phase.spec.tokens
+    return 0 if budget is None else budget - phase.num_samples * plan.seq_length
 
 
 def _domain_shares(plan: ResolvedPlan, phases: list[Phase]) -> dict[str, float]:
@@ -96,16 +105,16 @@ def _describe_stream(version: int, phase: Phase, number: int, name: str, stream:
         "documents": stream.documents_selected.num_documents,
         "unique_tokens": stream.documents_selected.num_tokens,
         "padding": 0.0 if stream.packed is None else stream.packed.padding,
-        "samples": used,
+        "samples": used * phase.samples_per_window,
         "tokens": used * stream.seq_length,
-        "share": used / phase.num_samples,
+        "share": used / phase.num_windows,
         "share_asked": _share_asked(phase, name),
         "epochs": used * stream.seq_length / stream.selected.num_tokens,
         "shown": _times_shown(version, stream, used),
         "bands": stream.num_bands if stream.ascending else None,
         "windows_left_out": stream.available - used,
         "tokens_left_over": stream.leftover,
-        "mix_bound_samples": prefix_bound(phase.rates.tolist(), number),
+        "mix_bound_samples": prefix_bound(phase.rates.tolist(), number) * phase.samples_per_window,
     }
 
 
@@ -275,7 +284,7 @@ def quality_at(phase: Phase, source: OpenedSource, sample: int) -> float:
         phase, sample = stretch, sample + phase.first_sample - stretch.first_sample
     number = phase.source_list.index(source.name)
     stream, used = phase.stream_list[number], int(phase.used[number])
-    own = int(sample * phase.rates[number] / phase.rates.sum())
+    own = int(sample // phase.samples_per_window * phase.rates[number] / phase.rates.sum())
     return stream.middle_position(stream.window(min(own, used - 1), used)) / source.source.num_documents
 
 

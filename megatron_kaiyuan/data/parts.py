@@ -41,6 +41,8 @@ class Part:
     name: str
     spec: PhaseSourceSpec
     source: OpenedSource
+    seq_length: int
+    """Predicted tokens of a window of the phase."""
     indexed: bool = True
     """Whether what `tools/rank_data.py` stores for large sources must be there."""
 
@@ -93,7 +95,7 @@ def build_stream(part: Part) -> Stream:
         whole_passes=int(whole),
         extra=extra if extra is not None and extra.num_tokens else None,
         repeat=part.spec.repeat,
-        seq_length=part.plan.seq_length,
+        seq_length=part.seq_length,
         ascending=part.ascending,
         key=part.key,
         shuffling=_shuffling(part, selected) if packed is None else None,
@@ -105,7 +107,7 @@ def build_stream(part: Part) -> Stream:
             f"{counted(available.num_documents, 'document')} leaves {counted(documents.num_documents, 'document')}, "
             f"{counted(stream.num_tokens, 'token')} "
             "with repeat "
-            f"{float(part.spec.repeat):g}; one window needs {part.plan.seq_length + 1:,}: keep more, repeat more, or "
+            f"{float(part.spec.repeat):g}; one window needs {part.seq_length + 1:,}: keep more, repeat more, or "
             "leave the source out of the phase"
         )
     return _with_bands(part, stream)
@@ -226,7 +228,7 @@ def _packed(part: Part, documents: DocumentRuns) -> PackedOrder:
     if (shuffling := _shuffling(part, documents)) is not None:
         edges = np.arange(shuffling.num_bands + 1, dtype=np.int64) * documents.num_documents // shuffling.num_bands
         shuffled = ShuffledOrder(documents, edges, derive_key(shuffling.key, "documents"))
-    return PackedOrder(documents, part.plan.seq_length, shuffled, ascending=part.ascending, must_be_stored=part.indexed)
+    return PackedOrder(documents, part.seq_length, shuffled, ascending=part.ascending, must_be_stored=part.indexed)
 
 
 def _all_of(packed: PackedOrder) -> DocumentRuns:
@@ -236,7 +238,7 @@ def _all_of(packed: PackedOrder) -> DocumentRuns:
 def _num_bands(part: Part, selected: DocumentRuns) -> int:
     """Bands of an ascending selection, as the spacing says."""
     asked = -(-part.spec.spacing.denominator // part.spec.spacing.numerator)
-    windows = selected.num_tokens // part.plan.seq_length
+    windows = selected.num_tokens // part.seq_length
     return max(1, min(asked, selected.num_documents // 2, windows // _FEWEST_OF_BAND))
 
 

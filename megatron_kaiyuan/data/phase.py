@@ -32,7 +32,9 @@ class Phase:
     rates: NDArray[np.float64]
     """Relative number of samples of each stream: its natural windows, or its weight."""
     used: NDArray[np.int64]
-    """Samples of each stream in this phase, int64 `[streams]`; sums to `num_samples`."""
+    """Windows of each stream in this phase, int64 `[streams]`; sums to `num_windows`."""
+    samples_per_window: int = 1
+    """Samples that a window is read as, one after another: above 1 where the phase has a longer `seq_length`."""
 
     @property
     def name(self) -> str:
@@ -49,8 +51,18 @@ class Phase:
         """Learning rate over the phase, if the plan gives one."""
         return self.spec.lr
 
+    @property
+    def num_windows(self) -> int:
+        """Windows of all streams."""
+        return self.num_samples // self.samples_per_window
+
+    @property
+    def seq_length(self) -> int:
+        """Predicted tokens of a window."""
+        return self.stream_list[0].seq_length
+
     def block(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Stream number and window of the phase's samples `start <= s < stop`, counted from its first sample."""
+        """Stream number and window of the phase's windows `start <= w < stop`, counted in the order of training."""
         numbers, samples = merged_block(self.rates, start, stop)
         ascending, available = self._stream_facts
         windows = thinned(samples, self.used[numbers], available[numbers])  # of ascending streams; others follow
@@ -73,7 +85,7 @@ class Phase:
         return [stream.window(sample, used) for sample in samples.tolist()]
 
     def sample(self, sample: int) -> tuple[int, int]:
-        """Stream number and window of one sample of the phase."""
+        """Stream number and window of one window of the phase, counted in the order of training."""
         rates, total, used = self._plain_rates
         if len(rates) <= _FEW_STREAMS:
             number, own = merged_sample(rates, total, sample)

@@ -101,6 +101,11 @@ class Plan:
         return self.spec.seq_length
 
     @property
+    def longest(self) -> int:
+        """Predicted tokens of the longest windows: those of a phase may be several samples."""
+        return self.spec.longest
+
+    @property
     def seed(self) -> int:
         """Seed of every random choice of the plan."""
         return self.spec.seed

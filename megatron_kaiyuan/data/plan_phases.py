@@ -1,7 +1,7 @@
 """A phase of the plan file and what it takes of each source, checked field by field."""
 
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -179,6 +179,8 @@ class PhaseSpec(Strict):
     order: Literal["shuffled", "curriculum"]
     tokens: Tokens | None = None
     """Predicted tokens of the phase; None: all that the selections amount to."""
+    seq_length: Annotated[int, Field(gt=0, strict=True)] | None = None
+    """Predicted tokens of a window; None: that of the plan. A multiple of it."""
     lr: LearningRateSpec | None = None
     amended: list[AmendmentSpec] = Field(default_factory=list)
     """Lengths that it got after it had begun, in turn."""
@@ -190,6 +192,10 @@ class PhaseSpec(Strict):
             raise ValueError("amended is for a curriculum that has begun; a shuffled phase just gets other tokens")
         if self.amended and any(part.fill is not None for part in self.sources.values()):
             raise ValueError("amended and fill: others do not go together: the mix depends on the whole length")
+        if self.amended and self.seq_length is not None:
+            raise ValueError(
+                "amended is for phases with the plan's seq_length; keep this one as long as it is, and add a phase"
+            )
         return self
 
     @model_validator(mode="after")

@@ -152,6 +152,7 @@ class PlanSpec(Strict):
         self._check_sources("validation", list(self.validation))
         if self.version == 1:
             check_first_version(self.phases)
+        self._check_lengths()
         check_draws(self.phases)
         check_repeats(self.phases, [name for name, source in self.sources.items() if source.score is not None])
         self._rates_continue()
@@ -160,6 +161,25 @@ class PlanSpec(Strict):
             if name not in domains:
                 raise ValueError(f"domains.{name}: no source is of this domain; known are {', '.join(domains)}")
         return self
+
+    def _check_lengths(self) -> None:
+        for number, phase in enumerate(self.phases):
+            if phase.seq_length is not None and phase.seq_length % self.seq_length:
+                below = max(1, phase.seq_length // self.seq_length) * self.seq_length
+                raise ValueError(
+                    f"phases.{number} ({phase.name}).seq_length: {phase.seq_length} is no multiple of the plan's "
+                    f"seq_length {self.seq_length}, which is a sample; {below} and {below + self.seq_length} are. Or "
+                    "make the plan's that of the shortest phase"
+                )
+
+    def length_of(self, phase: PhaseSpec) -> int:
+        """Predicted tokens of a window of a phase."""
+        return phase.seq_length or self.seq_length
+
+    @property
+    def longest(self) -> int:
+        """Predicted tokens of the longest windows."""
+        return max(self.length_of(phase) for phase in self.phases)
 
     def _rates_continue(self) -> None:
         without = [number for number, phase in enumerate(self.phases) if phase.lr is None]

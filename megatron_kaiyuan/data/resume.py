@@ -57,19 +57,24 @@ def _phase_record(phase: Phase, opened: Mapping[str, OpenedSource], version: int
         starts = [stretch.first_sample - phase.first_sample for stretch in phase.stretches[1:]]
         lengths = [amendment.tokens // length for amendment in phase.spec.amended]
         amended = {"amended": [list(pair) for pair in zip(starts, lengths, strict=True)]}
-    return amended | {
-        "name": phase.name,
-        "order": phase.order,
-        "samples": samples,
-        "merge_order": list(phase.streams),  # ties between streams go by their number
-        "sources": {
-            name: _stream_record(planned, name, stream, rate, int(used), opened[name])
-            | (_second_record(planned, name, stream) if version > 1 else {})
-            for (name, stream), rate, used in zip(
-                planned.streams.items(), planned.rates.tolist(), planned.used, strict=True
-            )
-        },
-    }
+    longer = {"samples_per_window": phase.samples_per_window} if phase.samples_per_window > 1 else {}
+    return (
+        amended
+        | longer
+        | {
+            "name": phase.name,
+            "order": phase.order,
+            "samples": samples,
+            "merge_order": list(phase.streams),  # ties between streams go by their number
+            "sources": {
+                name: _stream_record(planned, name, stream, rate, int(used), opened[name])
+                | (_second_record(planned, name, stream) if version > 1 else {})
+                for (name, stream), rate, used in zip(
+                    planned.streams.items(), planned.rates.tolist(), planned.used, strict=True
+                )
+            },
+        }
+    )
 
 
 def _stream_record(
@@ -193,19 +198,23 @@ class _Consumed:
     here: int | None
     """Of this phase, where its length is free; None where it is not."""
     seq_length: int
+    """Predicted tokens of a sample."""
 
 
 def _compare_phase(where: str, old: dict[str, Any], new: dict[str, Any], consumed: _Consumed) -> None:
+    each = int(old.get("samples_per_window", 1))
+    length = each * consumed.seq_length
+    _same(f"{where}.seq_length", length, new.get("samples_per_window", 1) * consumed.seq_length, consumed.samples)
     for field in ("name", "order", "samples") if consumed.here is None else ("name", "order"):
         _same(f"{where}.{field}", old[field], new[field], consumed.samples)
     _same(f"{where}.sources", old.get("merge_order"), new["merge_order"], consumed.samples)
     names = new["merge_order"]
     rates = np.array([old["sources"][name]["rate"] for name in names], dtype=np.float64)
-    shown = dict(zip(names, prefix_counts(rates, consumed.here or 0).tolist(), strict=True))
+    shown = dict(zip(names, prefix_counts(rates, -(-(consumed.here or 0) // each)).tolist(), strict=True))
     for name, stream in old["sources"].items():
         other = new["sources"][name]
         free = set() if consumed.here is None else {"used"}
-        if consumed.here is not None and _passes_are_free(stream, other, shown[name], consumed.seq_length):
+        if consumed.here is not None and _passes_are_free(stream, other, shown[name], length):
             free |= {"passes", "extra_documents"}
         for field in sorted((set(stream) | (_OPTIONAL & set(other))) - free):
             _same(f"{where}.sources.{name}.{field}", stream.get(field), other.get(field), consumed.samples)

@@ -16,7 +16,7 @@ from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.cli import tool_command
 from megatron_kaiyuan.host.terminal import counted, shell_command
 
-__all__ = ["SampleOptions", "first_outside", "make_sample", "outside_vocabulary"]
+__all__ = ["SampleOptions", "first_outside", "make_sample", "outside_vocabulary", "part_of_sample"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +71,22 @@ def make_sample(window: NDArray[np.int64], options: SampleOptions, padding: int 
         first_visible = starts if options.reset_attention_mask and starts is not None else torch.zeros_like(positions)
         sample["attention_mask"] = _hidden(positions, first_visible)[None]
     return sample
+
+
+def part_of_sample(sample: dict[str, Tensor], start: int, stop: int, padding: int) -> dict[str, Tensor]:
+    """Some of a sample's tokens, `[stop - start]`, at the positions that they have in the whole.
+
+    Args:
+        sample: of `make_sample`, without a mask of attention.
+        start: first of the tokens.
+        stop: end of them.
+        padding: Tokens at their end that are no text; they are not predicted.
+    """
+    part = {name: values[start:stop] for name, values in sample.items()}
+    if padding:
+        part["loss_mask"] = part["loss_mask"].clone()
+        part["loss_mask"][stop - start - padding :] = 0
+    return part
 
 
 def first_outside(tokens: NDArray[np.int64], vocabulary: int | None) -> int | None:

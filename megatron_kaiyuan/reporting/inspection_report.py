@@ -108,7 +108,7 @@ def inspect_samples(path: Path, samples: Sequence[str], options: InspectionOptio
         PlanError, ShardError, ScoreError, RankIndexError, TokenizerError: the plan or its sources cannot be opened.
     """
     plan = Plan.load(path)
-    order = CurriculumDataset(plan)
+    order = CurriculumDataset(plan, parts=True)
     recorded = next(
         (found for source in plan.opened.values() if (found := _recorded(source.source.shards[0].prefix))), None
     )

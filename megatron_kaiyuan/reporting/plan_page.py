@@ -71,11 +71,16 @@ def _phase(phase: dict[str, Any]) -> dict[str, Any]:
         for name, row in phase["sources"].items()
     ]
     return {
-        "title": f"{phase['name']}: {phase['order']}, {format_tokens(phase['tokens'])} tokens",
+        "title": f"{phase['name']}: {phase['order']}, {format_tokens(phase['tokens'])} tokens{_windows(phase)}",
         "header": ["source", "keep", "order", "unique tokens", "tokens shown", "repeat", "share"],
         "rows": rows,
         "numbers": (3, 4, 5, 6),
     }
+
+
+def _windows(phase: dict[str, Any]) -> str:
+    """How long the windows of a phase are, where they are several samples."""
+    return f", windows of {phase['seq_length']:,}" if phase["samples_per_window"] > 1 else ""
 
 
 def _mix_figure(description: dict[str, Any]) -> go.Figure:

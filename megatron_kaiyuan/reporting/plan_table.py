@@ -40,7 +40,9 @@ def plan_tables(description: dict[str, Any], global_batch_size: int | None = Non
     if description.get("retained"):
         parts.append(_retained_table(description["retained"]))
     parts.append(_summary(description, global_batch_size))
-    notes = fill_notes(description) + padding_notes(description) + repetition_notes(description)
+    notes = (
+        length_notes(description) + fill_notes(description) + padding_notes(description) + repetition_notes(description)
+    )
     parts += [Text(line) for line in notes]
     warnings = rate_warnings(description) + repetition_warnings(description)
     parts += [Text(f"warning: {line}", style="yellow") for line in warnings]
@@ -141,6 +143,17 @@ def fill_notes(description: dict[str, Any]) -> list[str]:
         for phase in description["phases"]
         for name, row in phase["sources"].items()
         if row["fill"] and row["share"] < row["share_asked"] - row["mix_bound_samples"] / phase["samples"]
+    ]
+
+
+def length_notes(description: dict[str, Any]) -> list[str]:
+    """Phases whose windows are several samples, and what training on them asks for."""
+    return [
+        f"phase {phase['name']!r}: windows of {counted(phase['seq_length'], 'token')}, {phase['samples_per_window']} "
+        f"samples each: --micro-batch-size counts samples, a multiple of {phase['samples_per_window']} of which sample "
+        f"{phase['first_sample']:,} is one"
+        for phase in description["phases"]
+        if phase["samples_per_window"] > 1
     ]
 
 

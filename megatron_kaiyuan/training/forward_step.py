@@ -27,6 +27,13 @@ from megatron_kaiyuan.model.stages import predicts_further_tokens, sees_data
 from megatron_kaiyuan.monitoring.diagnosis import why_loss_is_not_finite
 from megatron_kaiyuan.monitoring.held_out_losses import HeldOutLosses
 from megatron_kaiyuan.monitoring.monitor import RunMonitor
+from megatron_kaiyuan.training.longer_windows import (
+    agreed_samples,
+    count_operations,
+    joined,
+    joined_counts,
+    samples_of_window,
+)
 
 __all__ = ["ForwardStep", "fused_language_model_loss", "language_model_loss"]
 
@@ -47,6 +54,8 @@ class ForwardStep:
     """Receives every training micro-batch. None: nobody does."""
     held_out: HeldOutLosses | None = None
     """Counts the losses of every validation micro-batch; None: nobody does."""
+    several_lengths: bool = False
+    """Whether phases of the plan differ in `seq_length`."""
     _explained: bool = False
     """A loss that was not finite has been explained; those that follow have the same reason."""
 
@@ -63,7 +72,9 @@ class ForwardStep:
         monitor = self.monitor if model.training else None
         micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
         with _timed(_stragglers(bdata=True)):
-            batch = _batch_on_this_rank(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
+            several = self.several_lengths and model.training
+            vp_stage = get_attr_wrapped_model(model, "vp_stage")
+            batch = _batch_on_this_rank(data_iterator, vp_stage, micro_batch_size, several_lengths=several)
         timers("batch-generator").stop()
         if monitor is not None:
             monitor.observe(model)
@@ -150,7 +161,11 @@ def _fused_loss(model: Any) -> dict[str, Any]:
 
 
 def _batch_on_this_rank(
-    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, micro_batch_size: int
+    data_iterator: Iterator[dict[str, Tensor]] | None,
+    vp_stage: int | None,
+    micro_batch_size: int,
+    *,
+    several_lengths: bool,
 ) -> dict[str, Tensor | None]:
     """Return the tensors [b, s] that this rank's stage uses.
 
@@ -160,7 +175,7 @@ def _batch_on_this_rank(
     if not sees_data(args, vp_stage):
         return dict.fromkeys(_MODEL_KEYS)
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    loaded = _next_batch(data_iterator) if tensor_rank == 0 else {}
+    loaded, samples = _next_batch(data_iterator) if tensor_rank == 0 else ({}, 1)
     batch = {key: loaded[key] for key in _MODEL_KEYS} if loaded else {}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -178,14 +193,18 @@ def _batch_on_this_rank(
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
+    if several_lengths:
+        samples = agreed_samples(samples)
+        count_operations(samples, micro_batch_size, args.seq_length)
+        batch = joined(batch, samples)
     cp_group = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
         batch["attention_mask"] = document_boundaries(batch["position_ids"])
-    return {key: batch[key] for key in _MODEL_KEYS} | _monitored(loaded)
+    return {key: batch[key] for key in _MODEL_KEYS} | _monitored(loaded, samples)
 
 
-def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def _monitored(loaded: dict[str, Tensor | None], samples: int) -> dict[str, Tensor | None]:
     """Return what losses and tokens are counted by.
 
     The first of the ranks that share a sample counts its tokens.
@@ -193,7 +212,10 @@ def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     bands, token_bands = loaded.get("band_tokens"), loaded.get("token_bands")
     if bands is not None:
         first = parallel_state.get_context_parallel_rank() == 0
-        return {"dataset_id": loaded["dataset_id"], "band_tokens": bands if first else torch.zeros_like(bands)}
+        numbers = loaded["dataset_id"]
+        if samples > 1 and numbers is not None:
+            numbers, bands = joined_counts(numbers, bands, samples)
+        return {"dataset_id": numbers, "band_tokens": bands if first else torch.zeros_like(bands)}
     if token_bands is not None:
         group = parallel_state.get_context_parallel_group()
         own = get_batch_on_this_cp_rank({"token_bands": token_bands}, is_hybrid_cp=False, cp_group=group)
@@ -201,10 +223,13 @@ def _monitored(loaded: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {}  # Megatron's own blends have a dataset_id too, which numbers other things
 
 
-def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+def _next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> tuple[dict[str, Tensor | None], int]:
+    """The tensors of a micro-batch on the device, and how many samples each window of it consists of."""
     assert data_iterator is not None, "the first tensor-parallel rank of an outer stage has the data"
     loaded = next(data_iterator)
-    return {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in _MODEL_KEYS + _MONITOR_KEYS}
+    keys = _MODEL_KEYS + _MONITOR_KEYS
+    there = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in keys}
+    return there, samples_of_window(loaded)
 
 
 def language_model_loss(

@@ -131,7 +131,7 @@ def run_pretraining() -> None:
         configuration(args),
         datasets,
         ModelType.encoder_or_decoder,
-        ForwardStep(build_monitor(args, plan), held_out),
+        ForwardStep(build_monitor(args, plan), held_out, plan is not None and plan.longest > plan.seq_length),
         model_provider=partial(kaiyuan_builder, args),
         get_embedding_ranks=partial(embedding_ranks, args),
     )

@@ -8,6 +8,7 @@ from megatron_kaiyuan.errors import ConfigError
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.shards.manifest import TokenizerRecord
 from megatron_kaiyuan.shards.tokenizer_match import built_with, find_mismatch
+from megatron_kaiyuan.training.longer_windows import check_longer_windows
 from megatron_kaiyuan.training.scheduler import plan_has_learning_rate
 
 __all__ = [
@@ -41,7 +42,7 @@ def plan_argument_defaults(
     """
     if args.seq_length is not None:
         _check_seq_length(args, plan)
-    values: dict[str, Any] = {"seq_length": plan.seq_length, "max_position_embeddings": plan.seq_length}
+    values: dict[str, Any] = {"seq_length": plan.seq_length, "max_position_embeddings": plan.longest}
     if args.train_iters is None:
         values["train_samples"] = plan.num_samples
     if plan_has_learning_rate(plan):
@@ -126,6 +127,7 @@ def check_plan_arguments(args: argparse.Namespace, plan: Plan) -> None:
         raise ConfigError(
             f"--dataloader-type {args.dataloader_type} has an order of its own; a plan needs --dataloader-type single"
         )
+    check_longer_windows(args, plan)
     _check_length(args, plan)
     _check_validation(args, plan)
 

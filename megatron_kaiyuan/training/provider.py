@@ -17,10 +17,11 @@ from torch.utils.data import Dataset, default_collate
 from megatron_kaiyuan.data import CurriculumDataset, HeldOutDataset, Plan
 from megatron_kaiyuan.errors import ShardError
 from megatron_kaiyuan.host.terminal import counted
-from megatron_kaiyuan.model.samples import SampleOptions, first_outside, make_sample, outside_vocabulary
+from megatron_kaiyuan.model.samples import SampleOptions, first_outside, make_sample, outside_vocabulary, part_of_sample
 from megatron_kaiyuan.model.stages import loads_data
 from megatron_kaiyuan.shards.source import Segment
 from megatron_kaiyuan.training.document_ends import check_document_ends
+from megatron_kaiyuan.training.longer_windows import SAMPLES_OF_WINDOW
 from megatron_kaiyuan.training.plan_evaluations import EVERY_WINDOW
 
 __all__ = ["HeldOutSamples", "PlanDatasetsProvider", "PlanSamples", "spread_evenly"]
@@ -52,10 +53,10 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`make_sample` of the window, and what the monitor counts by.
+        """`make_sample` of the window, or of its part, and what the monitor counts by.
 
         `dataset_id` is the number of its source in the plan, int64 scalar; `band_tokens` its tokens by quantile band,
-        int64 `[NUM_BANDS]`.
+        int64 `[NUM_BANDS]`. Where phases differ in `seq_length`, `samples_of_window` counts the samples of its window.
 
         Raises:
             ShardError: it holds an id outside the vocabulary.
@@ -65,10 +66,18 @@ class PlanSamples(Dataset[dict[str, Tensor]]):
             where = self.order.provenance(index)
             named = f"sample {index} (phase {where.phase!r}, source {where.source!r})"
             raise _outside(named, window, place, where.segments, self.options)
-        sample = make_sample(window, self.options, self.order.padding(index))
+        several = self.order.plan.longest > self.order.plan.seq_length
+        sample = self._part(index) if several else make_sample(window, self.options, self.order.padding(index))
         sample["dataset_id"] = _source_number(self.order.source_index(index))
         sample["band_tokens"] = torch.from_numpy(self.order.band_tokens(index))
         return sample
+
+    def _part(self, index: int) -> dict[str, Tensor]:
+        """What `make_sample` makes of a sample's part of its window."""
+        place, count = self.order.place_in_window(index)
+        whole, length = make_sample(self.order.window(index), self.options), self.order.plan.seq_length
+        part = part_of_sample(whole, place * length, (place + 1) * length, self.order.padding(index))
+        return part | {SAMPLES_OF_WINDOW: torch.tensor(count)}
 
 
 def _outside(
@@ -196,7 +205,11 @@ class PlanDatasetsProvider:
         """
         if not self._feeds(vp_stage):
             return None, None, None
-        return PlanSamples(CurriculumDataset(self.plan), self.options), self._validation(num_samples[1]), None
+        return (
+            PlanSamples(CurriculumDataset(self.plan, parts=True), self.options),
+            self._validation(num_samples[1]),
+            None,
+        )
 
     def evaluation_batches(self) -> Any:
         """The micro-batches of one evaluation for this rank: the windows that each evaluation of the run sees.

@@ -66,6 +66,21 @@ def test_a_named_draw_is_what_its_example_says():
     assert abs(apart[0].common_with(apart[1]).num_documents - 40_000) < 5 * 130 * 8, "64 neighbours a block: 8 times"
 
 
+def test_longer_windows_are_what_their_example_says():
+    phases = next(block["phases"] for block in BLOCKS if "phases" in block and "seq_length" in block["phases"][-1])
+    short, long = told_of(with_phases(phases))["phases"]
+    assert (short["samples"], short["sources"]["web"]["windows_left_out"]) == (999_992, 7)
+    assert long["samples"] == 12_500 * long["samples_per_window"] == 12_500 * 8
+    assert documented("`short` shows 999 992 of its 999 999 windows. `long` has 12 500 windows")
+
+
+def test_the_long_context_example_ends_with_long_windows():
+    plan = Plan.load(Path(__file__).parents[3] / "examples" / "long_context" / "plan.yaml", simulate=True)
+    assert [phase.seq_length for phase in plan.phases] == [4096, 4096, 32_768]
+    assert plan.phases[-1].first_sample % 8 == 0
+    assert plan.describe()["phases"][-1]["sources"]["books"]["padding"] < 0.01
+
+
 def test_repeated_data_are_worth_what_the_document_says():
     (note,) = repetition_notes(told_of(EXAMPLE))
     assert "web is shown 1.48 times on the average, which is worth 99.5%" in note

@@ -87,7 +87,7 @@ def phase_of(order: str, sources: Mapping[str, Any], name: str = "main", **more:
 
 def all_samples(spec: Mapping[str, Any]) -> list[Tokens]:
     """Tokens of every sample of a plan, in training order."""
-    order = CurriculumDataset(Plan.from_spec(dict(spec)))
+    order = CurriculumDataset(Plan.from_spec(dict(spec)), parts=True)
     return [tuple(order[sample]["tokens"].tolist()) for sample in range(len(order))]
 
 
@@ -95,6 +95,6 @@ def assert_resumes_anywhere(spec: Mapping[str, Any]) -> None:
     """A freshly opened dataset that starts at any sample continues exactly as the one that never stopped."""
     whole = all_samples(spec)
     for start in range(len(whole)):
-        resumed = CurriculumDataset(Plan.from_spec(dict(spec)))
+        resumed = CurriculumDataset(Plan.from_spec(dict(spec)), parts=True)
         following = [tuple(resumed[s]["tokens"].tolist()) for s in range(start, min(start + 3, len(whole)))]
         assert following == whole[start : start + 3], f"resume at sample {start}"

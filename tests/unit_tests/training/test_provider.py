@@ -97,6 +97,8 @@ def test_rarer_evaluations_after_a_resume_have_samples_left(monkeypatch: pytest.
 class Order(Windows):
     """What is asked of a `CurriculumDataset`."""
 
+    plan = Namespace(seq_length=2, longest=2)
+
     def padding(self, sample: int) -> int:
         return 0
 
