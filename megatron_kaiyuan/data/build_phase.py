@@ -50,6 +50,7 @@ def build_phase(
         PlanError: a selection that leaves less than one window, or a budget that the streams cannot fill.
     """
     length = plan.length_of(spec)
+    each = length // plan.seq_length
     parts = [
         Part(plan, spec.name, spec.order, name, part, sources[name], length, indexed)
         for name, part in spec.sources.items()
@@ -75,12 +76,11 @@ def build_phase(
     for part, count in zip(parts, used.tolist(), strict=True):
         if count == 0:
             raise PlanError(
-                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_windows, 'window')} is too "
+                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_windows * each, 'sample')} is too "
                 "small to show "
                 "it even once; raise tokens, or leave the source out of the phase"
             )
     fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
-    each = length // plan.seq_length
     streams_of = dict(zip(spec.sources, fitted, strict=True))
     phase = Phase(spec, first_sample, num_windows * each, streams_of, rates, used, each)
     return _amended(phase, parts, plan) if spec.amended else phase
