@@ -76,9 +76,8 @@ def build_phase(
     for part, count in zip(parts, used.tolist(), strict=True):
         if count == 0:
             raise PlanError(
-                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_windows * each, 'sample')} is too "
-                "small to show "
-                "it even once; raise tokens, or leave the source out of the phase"
+                f"phase {spec.name!r}, source {part.name!r}: a budget of {counted(num_windows * each, 'sample')} is "
+                "too small to show it even once; raise tokens, or leave the source out of the phase"
             )
     fitted = side_by_side(lambda item: fitted_stream(*item), list(zip(parts, streams, used.tolist(), strict=True)))
     streams_of = dict(zip(spec.sources, fitted, strict=True))
