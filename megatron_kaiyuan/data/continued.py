@@ -96,6 +96,8 @@ def _of_part(part: Part, last: _Earlier, seen: Seen) -> Stream:
         return replace(stream, whole_passes=max(int(repeat), 1), repeat=repeat, seen=seen)
     if repeat != 1 or stream.whole_passes != 1:
         _refuse(part, "what an ascending phase left is shown once", "leave out repeat")
+    if part.spec.max_repeat not in (None, 1):
+        _refuse(part, "what an ascending phase left is shown once", "leave out max_repeat")
     key = part.key if stream.ascending and not part.ascending else stream.key
     return replace(stream, repeat=repeat, seen=seen, ascending=part.ascending, key=key)
 
@@ -120,11 +122,13 @@ def _check_same(part: Part, last: _Earlier) -> None:
             "give both phases the same seq_length, or part the source beforehand with draw: NAME there and draw: rest "
             "of NAME here",
         )
-    if {"keep", "draw"} & part.spec.model_fields_set and (part.spec.keep, part.spec.draw) != (spec.keep, spec.draw):
+    same = (part.spec.keep, part.spec.draw, part.spec.but) == (spec.keep, spec.draw, spec.but)
+    if {"keep", "draw", "but"} & part.spec.model_fields_set and not same:
+        but = "" if spec.but is None else f" except {spec.but}"
         _refuse(
             part,
-            f"phase {last.phase.name!r} kept {spec.draw or spec.keep}, and only that can be continued",
-            "leave out keep and draw",
+            f"phase {last.phase.name!r} kept {spec.draw or spec.keep}{but}, and only that can be continued",
+            "leave out keep, draw and except",
         )
     for field, kept in _packing_of(last.stream).items():
         if field in part.spec.model_fields_set and getattr(part.spec, field) != kept:

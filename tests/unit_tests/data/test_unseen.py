@@ -195,6 +195,12 @@ REFUSED = {
     "nothing earlier": ([], {"web": UNSEEN}, "no earlier phase shows it, so all of it is unseen; leave out from"),
     "nothing left": ([{"web": "all"}], {"web": UNSEEN}, "shown all 24 windows of it once; write repeat: 2"),
     "another part": ([{"web": "top 50%"}], {"web": UNSEEN | {"keep": "all"}}, "kept top 50%, and only that"),
+    "less than that part": (
+        [{"web": {"keep": "top 50%", "except": "top 5%"}}],
+        {"web": UNSEEN | {"keep": "top 50%"}},
+        r"kept top 50% except top 5%, and only that can be continued; leave out keep, draw and except",
+    ),
+    "other exceptions": ([{"web": "top 50%"}], {"web": UNSEEN | {"except": "top 10%"}}, "kept top 50%, and only that"),
     "shown anew before": ([{"web": "all"}, {"web": "all"}], {"web": UNSEEN}, "may have shown the same documents"),
     "a fraction": ([{"web": {"repeat": 1.5}}], {"web": UNSEEN | {"repeat": 2}}, "it counts whole passes"),
 }
@@ -207,6 +213,15 @@ def test_what_cannot_be_continued_is_refused_with_a_remedy(sources, case):
     with pytest.raises(PlanError, match=message) as caught:
         Plan.from_spec(plan_of(sources, *phases))
     assert f"phase 'p{len(before)}', source 'web': from: unseen, but" in str(caught.value)
+
+
+@pytest.mark.parametrize("sorted_again", [True, False])
+def test_what_an_ascent_left_is_stretched_by_nothing(sources, sorted_again):
+    first = phase_of("curriculum", {"web": "all"}, "a", tokens=40)
+    rest = UNSEEN | {"sorted": sorted_again}
+    with pytest.raises(PlanError, match="what an ascending phase left is shown once; leave out max_repeat"):
+        Plan.from_spec(plan_of(sources, first, phase_of("curriculum", {"web": rest | {"max_repeat": 3}}, "b")))
+    Plan.from_spec(plan_of(sources, first, phase_of("curriculum", {"web": rest | {"max_repeat": 1}}, "b")))
 
 
 def test_random_order_cannot_be_continued_by_an_ascent(sources):
