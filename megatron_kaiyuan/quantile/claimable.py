@@ -113,7 +113,8 @@ def smallest_claimable(design: Design, level: float) -> Claimable:
         wanted = PAIRS_SHARE * level
         own = min(float(total), 2 * freedom)
         statistic = brentq(lambda size: range_p_value(size, own, len(counts)) - wanted, 0.1, 200.0)
-        pair = float(statistic) * math.sqrt(2 / most)
+        alone = -float(stdtrit(2.0 * (most - 1), wanted / 2))  # by their own two variances, which are alike here
+        pair = max(float(statistic), alone) * math.sqrt(2 / most)
     rises = []
     for coefficients, share in trend_terms(design):
         if design.spread:  # the runs of the source around their line
