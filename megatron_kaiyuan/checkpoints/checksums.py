@@ -29,6 +29,7 @@ __all__ = [
     "FileSum",
     "SummedFile",
     "collect_sums",
+    "content_fingerprint",
     "find_difference",
     "read_checksums",
     "sum_bytes",
@@ -122,6 +123,24 @@ def read_checksums(folder: Path) -> dict[str, FileSum] | None:
     if content.own_xxh3_128 != _own_sum(content.files):
         raise CheckpointError(f"has a {CHECKSUMS_NAME} with other bytes than were saved (its own checksum)")
     return content.files
+
+
+def content_fingerprint(folder: Path) -> str:
+    """Return what two checkpoints share exactly when their files hold the same bytes, wherever they lie.
+
+    Files of a checkpoint without checksums are read for it.
+
+    Args:
+        folder: Of the checkpoint.
+
+    Raises:
+        CheckpointError: its checksums are damaged.
+        OSError: a file cannot be read.
+    """
+    sums = read_checksums(folder)
+    if sums is None:
+        sums = {path.name: sum_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return _own_sum(sums)
 
 
 def find_difference(

@@ -80,7 +80,7 @@ def named_config(path: Path, flag: str = "--tokenizer") -> TokenizerConfig:
 def _type_of(content: bytes) -> str:
     try:
         parsed = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "SentencePieceTokenizer"
     return "TikTokenizer" if isinstance(parsed, list) else "HuggingFaceTokenizer"
 

@@ -75,7 +75,8 @@ def main() -> None:
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan is not None and plan.tokenizer else None)
     with ConsoleMeter() as meter:
         checkpoints = [open_intact_checkpoint(path, shown_on(meter)) for path in options.checkpoints]
-    of_run = check_tokenizer(tokenizer, checkpoints[0].arguments, plan) if tokenizer else None
+    named = [check_tokenizer(tokenizer, one.arguments, plan) for one in checkpoints] if tokenizer else [None]
+    of_run = named[0]
     more = _task_measure(options, tokenizer, None if of_run is None else of_run.end)
     results = evaluate_checkpoints(
         checkpoints,

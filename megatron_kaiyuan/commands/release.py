@@ -1,13 +1,14 @@
 """Make a release of a run: weights, tokenizer, licence, model card, data card, and how to make the model again."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan.errors import ReleaseError
+from megatron_kaiyuan.errors import KaiyuanError, ReleaseError
 from megatron_kaiyuan.host import cpu_platform
 from megatron_kaiyuan.host.cli import CommandParser, say, tool
-from megatron_kaiyuan.host.terminal import counted
+from megatron_kaiyuan.host.terminal import counted, visible
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,31 +46,53 @@ def main() -> None:
     options = build_parser().parse_args()
     if options.check == (options.output is not None):
         raise ReleaseError("give --output DIR to write a release, or --check to hear what it would lack")
-    for flag in ("license_file", "metrics", "tokenizer"):
-        path = getattr(options, flag)
-        if path is not None and not path.exists():
-            raise ReleaseError(f"--{flag.replace('_', '-')} {path}: no such file")
     cpu_platform.install()
-    from megatron_kaiyuan.release.kit import facts_of_release, write_release
+    from megatron_kaiyuan.release.kit import examine_release, write_release
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
+    refused = _wrong_options(options)
     with ConsoleMeter() as meter:
-        parts, request = _asked(options, meter)
+        parts, request = _asked(options, meter, refused)
         if options.check:
-            facts = facts_of_release(parts, request)
+            facts, more = examine_release(parts, request)
+            refused += more
+        elif refused:
+            raise ReleaseError("; ".join(refused))
         else:
             meter.start("releasing", sum(part.checkpoint.num_bytes for part in parts.weights))
             facts = write_release(parts, request, options.output, meter.advance)
     if options.output:
         say(f"{options.output}: layout {facts['layout']['name']}, {facts['dtype']}")
+    for line in refused:
+        say(f"refused {line}")
     for line in facts["unknown"]:
         say(f"lacks {line}")
-    if options.check and facts["unknown"]:
-        raise ReleaseError(f"the release would lack {counted(len(facts['unknown']), 'fact')} or parts")
+    if options.check and (refused or facts["unknown"]):
+        lacking = counted(len(facts["unknown"]), "fact or part", "facts or parts")
+        raise ReleaseError(f"{counted(len(refused), 'input')} refused, {lacking} lacking")
 
 
-def _asked(options: argparse.Namespace, meter: Any) -> tuple[Any, Any]:
-    """The checkpoints of the release, and what the person says of it."""
+def _wrong_options(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the words themselves."""
+    odd = [code for code in _languages(options) if not _is_code(code)]
+    wrong = [f"--language {code!r}: no code such as en, zh or pt-BR" for code in odd]
+    for flag in ("name", "license", "hardware"):
+        text = getattr(options, flag)
+        if text is not None and (not text.strip() or visible(text) != text or "\n" in text):
+            wrong.append(f"--{flag} {text!r}: empty, or more than a line; give one line of text")
+    return wrong
+
+
+def _languages(options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(code.strip() for code in (options.language or "").split(",") if code.strip())
+
+
+def _is_code(code: str) -> bool:
+    return re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code", code) is not None
+
+
+def _asked(options: argparse.Namespace, meter: Any, refused: list[str]) -> tuple[Any, Any]:
+    """The checkpoints of the release, and what the person says of it; `refused` is added to."""
     import torch
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
@@ -79,9 +102,15 @@ def _asked(options: argparse.Namespace, meter: Any) -> tuple[Any, Any]:
 
     verifier = shown_on(meter)
     last = open_intact_checkpoint(options.run, verifier)
+    averaged = None
+    if options.averaged is not None:
+        try:
+            averaged = open_intact_checkpoint(options.averaged, verifier)
+        except (KaiyuanError, OSError) as error:
+            refused.append(f"--averaged {error}")
     parts = ReleaseParts(
         last=last,
-        averaged=None if options.averaged is None else open_intact_checkpoint(options.averaged, verifier),
+        averaged=averaged,
         layout=options.layout,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         licence_file=options.license_file,
@@ -90,7 +119,7 @@ def _asked(options: argparse.Namespace, meter: Any) -> tuple[Any, Any]:
     request = ReleaseRequest(
         name=options.name or (options.output or options.run).resolve().name,
         licence=options.license,
-        languages=tuple(code.strip() for code in (options.language or "").split(",") if code.strip()),
+        languages=_languages(options),
         hardware=options.hardware,
         plan=options.plan,
         metrics=options.metrics or (beside if beside.is_file() else None),

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
+from megatron_kaiyuan.checkpoints.checksums import content_fingerprint
 from megatron_kaiyuan.checkpoints.identity import end_of_text
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.data import NUM_BANDS, HeldOutDataset, Plan
@@ -77,6 +78,8 @@ class CheckpointLoss:
     """By source name, in the plan's order; empty without a plan."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What `more` measured of them, JSON-ready."""
+    checkpoint: str | None = None
+    """Fingerprint of the files that hold the weights; None for untrained weights."""
 
 
 def evaluate_checkpoints(
@@ -127,7 +130,8 @@ def evaluate_checkpoints(
             name: _source_loss(model, windows, options, max_windows, batch_size, bytes_of_token)
             for name, windows in held_out.items()
         }
-        results.append(CheckpointLoss(label, iteration, losses, more(model, positions)))
+        files = None if checkpoint is None else content_fingerprint(checkpoint.folder)
+        results.append(CheckpointLoss(label, iteration, losses, more(model, positions), files))
         progress(f"{label}: " + ", ".join(f"{name} {result.loss:.3f}" for name, result in losses.items()))
     return results
 

@@ -6,7 +6,6 @@ One process on the CPU, no process group, memory of one layer's largest matrix, 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,7 @@ from megatron_kaiyuan.export.layouts import Layout, LayoutName, choose_layout
 from megatron_kaiyuan.export.tensor_files import Form, TensorWriter
 from megatron_kaiyuan.export.tokenizer_files import ExportedTokenizer, prepare_tokenizer
 from megatron_kaiyuan.export.weight_names import Weight, parts_of, weights_of
-from megatron_kaiyuan.host.atomic import publish_folder, write_text_atomically
+from megatron_kaiyuan.host.atomic import folder_appearing_whole, write_text_atomically
 
 __all__ = ["CONVERSION_NAME", "DEFAULT_FILE_BYTES", "Exported", "export_checkpoint"]
 
@@ -83,7 +82,7 @@ def export_checkpoint(
     stored = checkpoint.tensors["embedding.word_embeddings.weight"][1]
     chosen = choose_layout(architecture, layout, dtype or stored)
     fitting = None if tokenizer is None else prepare_tokenizer(tokenizer, checkpoint.arguments)
-    with _appearing_whole(output) as folder:
+    with folder_appearing_whole(output) as folder:
         forms = _exported_forms(checkpoint, chosen, weights, dtype)
         with TensorWriter(folder, forms, max_file_bytes) as writer:
             for weight in weights:
@@ -93,19 +92,6 @@ def export_checkpoint(
         check_text = None if tokenizer is None else folder
         largest = check_folder(folder, chosen, dtype or stored, check_text, num_ids) if check else None
     return Exported(chosen, dtype or stored, largest)
-
-
-@contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        publish_folder(unfinished, output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _stored_names(checkpoint: Checkpoint, architecture: Architecture, weight: Weight) -> list[str]:

@@ -3,12 +3,20 @@
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_file", "publish_folder", "rename_durably", "sync_folder", "write_text_atomically"]
+__all__ = [
+    "atomic_file",
+    "folder_appearing_whole",
+    "publish_folder",
+    "rename_durably",
+    "sync_folder",
+    "write_text_atomically",
+]
 
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """Answers of file systems that keep names themselves and do not sync folders, such as some FUSE mounts."""
@@ -60,6 +68,34 @@ def rename_durably(source: Path, target: Path) -> Path:
     if source.parent != target.parent:
         sync_folder(source.parent)
     return target
+
+
+@contextlib.contextmanager
+def folder_appearing_whole(final: Path) -> Iterator[Path]:
+    """Make a new folder beside a free name, which takes that name when the block ends well.
+
+    Its own name is new as well, so nothing of anybody else is removed. What is below is on disk before the name is.
+
+    Raises:
+        FileExistsError: the name is taken, at the beginning or by then.
+        OSError: as `Path.mkdir`; nothing is left behind then.
+    """
+    _refuse_taken(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".unfinished"))
+    try:
+        unfinished.chmod(0o755)
+        yield unfinished
+        _refuse_taken(final)
+        publish_folder(unfinished, final)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _refuse_taken(final: Path) -> None:
+    if os.path.lexists(final):  # a link that leads nowhere too
+        raise FileExistsError(errno.EEXIST, "exists; remove it or name another folder", str(final))
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:

@@ -75,7 +75,7 @@ def read_metrics(path: Path, *, last_iteration: int | None = None) -> list[dict[
         try:
             entry = json.loads(line)
             iteration = int(entry["iteration"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         while entries and next(reversed(entries)) >= iteration:  # ascending at all times
             entries.popitem()

@@ -2,14 +2,16 @@
 
 import functools
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_kaiyuan.host.terminal import visible
+from megatron_kaiyuan.release.licences import hub_licence
+from megatron_kaiyuan.release.markdown import bash, cell, code
+from megatron_kaiyuan.release.steps import average_command, preprocess_commands, train_command
 from megatron_kaiyuan.reporting.plan_table import format_tokens, times_shown
 from megatron_kaiyuan.reporting.run_summary import format_duration, format_times
 
@@ -18,22 +20,19 @@ __all__ = ["CARDS", "hub_metadata", "render_cards"]
 CARDS = {"README.md": "model_card.md", "DATA.md": "data_card.md", "reproduce.md": "reproduce.md"}
 """Files of a release, and the template of each."""
 
-_LICENCES_OF_THE_HUB = frozenset(
-    {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "odc-by", "openrail"}
+_DATASET = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/|hf://datasets/)"
+    r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:[/?#@].*)?"
 )
-"""Those that we know the Hub to name; another one is `other` with its name beside."""
-_DATASET = re.compile(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)/?")
+"""An address of a dataset on the Hub; `owner/name` alone may as well be a folder."""
 
 
 def hub_metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the YAML head of a model card, by the Hub's names, without what is not known."""
-    licence = facts["licence"]
-    known = licence in _LICENCES_OF_THE_HUB
-    datasets = [found[1] for source in facts["sources"].values() if (found := _dataset(source["origin"]))]
+    datasets = [found for source in facts["sources"].values() if (found := _dataset(source["origin"]))]
     results = [result for row in facts["evaluation"] if row["folder"] == "." for result in _results(row)]
     return {
-        **({} if licence is None else {"license": licence if known else "other"}),
-        **({} if licence is None or known else {"license_name": licence, "license_link": "LICENSE"}),
+        **_licence(facts),
         **({"language": facts["languages"]} if facts["languages"] else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -43,8 +42,21 @@ def hub_metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _dataset(origin: str | None) -> re.Match[str] | None:
-    return None if origin is None else _DATASET.fullmatch(origin)
+def _licence(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The Hub's name, or `other` with the name and the text of the licence beside."""
+    named = facts["licence"]
+    if named is None:
+        return {}
+    if (known := hub_licence(named)) is not None:
+        return {"license": known}
+    link = {"license_link": "LICENSE"} if facts["has_licence_file"] else {}
+    return {"license": "other", "license_name": named, **link}
+
+
+def _dataset(origin: str | None) -> str | None:
+    """The dataset that an origin declares, without branch and file."""
+    found = None if origin is None else _DATASET.fullmatch(origin.strip())
+    return None if found is None else re.sub(r"/(?:tree|blob|resolve|viewer|raw|discussions)$", "", found[1])
 
 
 def _results(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -67,40 +79,34 @@ def _results(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def render_cards(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of a release by the names of their files."""
-    head = yaml.safe_dump(hub_metadata(facts), sort_keys=False, allow_unicode=True)
-    return {
+    head = yaml.safe_dump(hub_metadata(facts), sort_keys=False, allow_unicode=True, width=1000)
+    cards = {
         file: _templates().get_template(template).render(facts=facts, head=head) for file, template in CARDS.items()
     }
+    ModelCard(cards["README.md"], ignore_metadata_errors=False)  # raises where the Hub's own reader would
+    return cards
 
 
 @functools.cache
 def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("megatron_kaiyuan.release"),
-        autoescape=False,  # Markdown; `cell` keeps the names of others from ending a cell
+        autoescape=False,  # Markdown: every value goes through `cell`, `code` or `bash`
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "cell": _cell,
-        "shell": lambda words: shlex.join(words) if isinstance(words, list) else shlex.quote(str(words)),
+        "bash": bash,
+        "cell": cell,
+        "code": code,
         "duration": lambda seconds: "unknown" if seconds is None else format_duration(seconds),
+        "preprocess": preprocess_commands,
+        "average": average_command,
+        "train": train_command,
         "times": format_times,
         "tokens": lambda count: "unknown" if count is None else format_tokens(count),
         "shown": times_shown,
     }
     return environment
-
-
-def _cell(value: object) -> str:
-    """Return a value for a table or a line of Markdown, `unknown` for None."""
-    if value is None:
-        return "unknown"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value)) or "none"
-    text = visible(str(value)).replace("\n", " ")
-    return re.sub(r"([|<>`\\])", r"\\\1", text)

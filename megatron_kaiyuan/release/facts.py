@@ -7,27 +7,27 @@ guessed. What is missing is None, and a line of `unknown` says what it is and ho
 import argparse
 import importlib.metadata
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kaiyuan.checkpoints.averaging import MANIFEST_NAME
+from megatron_kaiyuan.checkpoints.average_proof import read_manifest
 from megatron_kaiyuan.checkpoints.description import describe
 from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
-from megatron_kaiyuan.checkpoints.lineage import CODE, COMMAND
+from megatron_kaiyuan.checkpoints.lineage import CODE, commands_of
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
-from megatron_kaiyuan.checkpoints.redaction import hide_secrets, redact
+from megatron_kaiyuan.checkpoints.tokenizer import tokenizer_of_checkpoint
 from megatron_kaiyuan.data import NUM_BANDS, Plan
 from megatron_kaiyuan.errors import KaiyuanError, ReleaseError
 from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.version import code_version
 from megatron_kaiyuan.release.data_facts import source_facts
-from megatron_kaiyuan.reporting.run_metrics import read_run
+from megatron_kaiyuan.release.inputs import Notes, Weights, evaluation_of_weights, metrics_of_run
+from megatron_kaiyuan.release.publishing import published_command
 from megatron_kaiyuan.reporting.run_summary import summarize
 
-__all__ = ["ReleaseRequest", "Weights", "release_facts"]
+__all__ = ["ReleaseRequest", "release_facts"]
 
 _TRAINING = {
     "optimizer": "--optimizer",
@@ -43,6 +43,8 @@ _TRAINING = {
     "seq_length": "--seq-length",
     "seed": "--seed",
 }
+_OF_THE_REPORT = ("run", "metrics", "planned_tokens", "seconds_left", "held_out", "held_out_average")
+"""Of a summary of a run, what is about the machine, or about the time after the checkpoint."""
 _PACKAGES = ("megatron-core", "torch", "transformers", "tokenizers", "numpy", "safetensors", "transformer-engine")
 
 
@@ -62,96 +64,114 @@ class ReleaseRequest:
     tokenizer: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One set of weights of a release."""
-
-    folder: str
-    """Where they lie in it: `.` or a subfolder."""
-    checkpoint: Checkpoint
-
-
-def release_facts(weights: list[Weights], run: Checkpoint, request: ReleaseRequest) -> dict[str, Any]:
+def release_facts(weights: list[Weights], run: Checkpoint, request: ReleaseRequest, notes: Notes) -> dict[str, Any]:
     """Return everything that the cards say, JSON-ready.
 
     Args:
         weights: The main ones first.
         run: Last checkpoint of training.
         request: What the person says.
-
-    Raises:
-        ReleaseError: a file that the person names cannot be read, or is of another run.
+        notes: Is added to: what nobody knows, and files that cannot be read or are of another run.
     """
-    unknown: list[str] = []
-    plan, where = _plan(run.arguments, request, unknown)
+    plan, file, fingerprints = _plan(run.arguments, request, notes)
     description = None if plan is None else plan.describe(NUM_BANDS)
+    evaluation = _evaluation(request.evaluation, weights, fingerprints, notes)
+    _check_tokenizer(request.tokenizer, weights, notes)
     facts = {
         "name": request.name,
         "licence": request.licence,
         "languages": list(request.languages),
         "hardware": request.hardware,
         "written_by": code_version(),
-        "weights": [_weights(part) for part in weights],
-        "checkpoint": {name: value for name, value in describe(run).items() if name not in ("folder", "files")},
+        "weights": [_weights(part, notes) for part in weights],
+        "checkpoint": _checkpoint(run),
         "precision": _precision(run.arguments),
         "training": {flag: getattr(run.arguments, name, None) for name, flag in _TRAINING.items()},
         "code": getattr(run.arguments, CODE, None),
-        "command": _without_secrets(told) if (told := getattr(run.arguments, COMMAND, None)) else None,
+        "starts": _starts(run.arguments),
         "ranks": getattr(run.arguments, "world_size", None),
-        "plan_file": where,
+        "plan_file": file,
         "plan": description,
-        "sources": {} if plan is None or description is None else source_facts(plan, description["sources"], unknown),
-        "run": _run(request.metrics, description, unknown),
-        "evaluation": _evaluation(request.evaluation, weights),
+        "plan_is_done": description is not None
+        and getattr(run.arguments, "consumed_train_samples", None) == description["samples"],
+        "sources": {}
+        if plan is None or description is None
+        else source_facts(plan, description["sources"], notes.unknown),
+        "run": _run(request.metrics, run, plan, description, notes),
+        "evaluation": evaluation,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
-    return facts | {"unknown": [*_unsaid(request, facts), *unknown]}
+    return facts | {"unknown": [*_unsaid(request, facts), *notes.unknown]}
 
 
-def _weights(part: Weights) -> dict[str, Any]:
-    average = part.checkpoint.folder / MANIFEST_NAME
-    return {
-        "folder": part.folder,
-        "iteration": part.checkpoint.iteration,
-        "average": json.loads(average.read_text(encoding="utf-8")) if average.is_file() else None,
-    }
+def _checkpoint(run: Checkpoint) -> dict[str, Any]:
+    """Its description without places, and without the commands, which are facts of their own."""
+    told = {name: value for name, value in describe(run).items() if name not in ("folder", "files")}
+    of_commands = ("command", "commands", "plan")
+    return told | {"identity": {name: value for name, value in told["identity"].items() if name not in of_commands}}
 
 
-def _without_secrets(command: str) -> str:
-    """Once more: an earlier version recorded them."""
+def _starts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    return [
+        {"iteration": iteration, "code": code, "command": published_command(command)}
+        for iteration, code, command in commands_of(arguments)
+    ]
+
+
+def _weights(part: Weights, notes: Notes) -> dict[str, Any]:
     try:
-        return hide_secrets(shlex.join(redact(shlex.split(command))))
-    except ValueError:  # no closing quotation
-        return hide_secrets(command)
+        average = read_manifest(part.checkpoint)
+    except KaiyuanError as error:
+        average = None
+        notes.refuse(str(part.checkpoint.folder), error)
+    return {"folder": part.folder, "iteration": part.checkpoint.iteration, "average": average}
 
 
 def _precision(arguments: argparse.Namespace) -> str:
     return "FP16" if arguments.fp16 else "BF16" if arguments.bf16 else "FP32"
 
 
-def _plan(arguments: argparse.Namespace, request: ReleaseRequest, unknown: list[str]) -> tuple[Plan | None, str | None]:
-    """Return the plan, where it can be opened.
+def _check_tokenizer(tokenizer: Path | None, weights: list[Weights], notes: Notes) -> None:
+    if tokenizer is None:
+        return
+    try:
+        found = [tokenizer_of_checkpoint(tokenizer, part.checkpoint.arguments) for part in weights]
+    except (KaiyuanError, OSError) as error:
+        notes.refuse(f"--tokenizer {tokenizer}", error)
+        return
+    if not all(one.compared for one in found):
+        notes.unknown.append("proof that the tokenizer is the run's: the checkpoint does not record its tokenizer")
 
-    One that the person names must open.
+
+def _plan(
+    arguments: argparse.Namespace, request: ReleaseRequest, notes: Notes
+) -> tuple[Plan | None, str | None, list[str] | None]:
+    """Return the plan where it can be opened, the name of its file, and the fingerprints that it has.
+
+    One that the person names must open, and be the run's.
     """
     where = request.plan or (Path(named) if (named := getattr(arguments, "plan", None)) else None)
     if where is None:
-        unknown.append("the data: the run names no plan; give --plan FILE if it had one")
-        return None, None
+        notes.unknown.append("the data: the run names no plan, so it was trained without one")
+        return None, None, None
     try:
-        return _plan_of_run(Plan.load(where), arguments), str(where)
+        given = Plan.load(where)
+        plan = _plan_of_run(given, arguments)
+        return plan, where.name, [plan.fingerprint, given.fingerprint]
     except (KaiyuanError, OSError) as error:
         if request.plan is not None:
-            raise ReleaseError(f"--plan {where}: {error}") from error
-        unknown.append(f"the data: the run's plan {where} cannot be used here ({error}); give --plan FILE")
-        return None, str(where)
+            notes.refuse(f"--plan {where}", error)
+        else:
+            why = " ".join(str(error).split())
+            notes.unknown.append(f"the data: the run's plan {where.name} cannot be used here ({why}); give --plan FILE")
+        return None, where.name, None
 
 
 def _plan_of_run(plan: Plan, arguments: argparse.Namespace) -> Plan:
     """The plan, if its order of samples is the one that the checkpoint records."""
     record = getattr(arguments, PLAN_RECORD, None)
     if record is None:
-        return plan
+        raise ReleaseError("the checkpoint records no plan that this one could be compared with; leave --plan out")
     plan = plan.as_begun(record)
     ours, saved = (json.dumps(told, sort_keys=True, default=str) for told in (plan.order_record(), record))
     if ours != saved:
@@ -159,39 +179,36 @@ def _plan_of_run(plan: Plan, arguments: argparse.Namespace) -> Plan:
     return plan
 
 
-def _run(metrics: Path | None, description: Mapping[str, Any] | None, unknown: list[str]) -> dict[str, Any] | None:
+def _run(
+    metrics: Path | None, run: Checkpoint, plan: Plan | None, description: Mapping[str, Any] | None, notes: Notes
+) -> dict[str, Any] | None:
     if metrics is None:
-        unknown.append("loss, throughput, time and FP16 history: no metrics.jsonl in the run's folder; give --metrics")
+        notes.unknown.append(
+            "loss, throughput, time and FP16 history: no metrics.jsonl in the run's folder; give --metrics FILE"
+        )
         return None
-    told = summarize(read_run(metrics), description)
+    try:
+        told = summarize(metrics_of_run(metrics, run, plan, notes.unknown), description)
+    except (KaiyuanError, OSError) as error:
+        notes.refuse(f"--metrics {metrics}", error)
+        return None
     if told["smallest_headroom"] is None:
-        unknown.append("headroom of FP16: the run metered no activations")
-    return told
+        notes.unknown.append("headroom of FP16: the run metered no activations")
+    if told["steps"] < run.iteration:
+        notes.unknown.append(f"what the run logged after step {told['steps']}: the metrics end there")
+    return {name: value for name, value in told.items() if name not in _OF_THE_REPORT}
 
 
-def _evaluation(path: Path | None, weights: list[Weights]) -> list[dict[str, Any]]:
-    """Return results of the released weights, each with the folder of the weights.
-
-    Others are refused.
-    """
+def _evaluation(
+    path: Path | None, weights: list[Weights], fingerprints: list[str] | None, notes: Notes
+) -> list[dict[str, Any]]:
     if path is None:
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = [(row, Path(row["label"]).resolve()) for row in content["results"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReleaseError(f"--evaluation {path}: is not what {tool('evaluate')} --json writes ({error!r})") from error
-    folders = {part.checkpoint.folder.resolve(): part.folder for part in weights}
-    found = [
-        {"tasks": {}, "not_evaluated": {}, **row, "folder": folders[place]} for row, place in rows if place in folders
-    ]
-    if not found:
-        measured = ", ".join(str(row["label"]) for row, _ in rows)
-        wanted = ", ".join(str(folder) for folder in folders)
-        raise ReleaseError(
-            f"--evaluation {path}: measures {measured}, the release holds {wanted}; run {tool('evaluate')} on these"
-        )
-    return sorted(found, key=lambda row: row["folder"])
+        return evaluation_of_weights(path, weights, fingerprints)
+    except (KaiyuanError, OSError) as error:
+        notes.refuse(f"--evaluation {path}", error)
+        return []
 
 
 def _version(package: str) -> str | None:
@@ -203,16 +220,20 @@ def _version(package: str) -> str | None:
 
 def _unsaid(request: ReleaseRequest, facts: Mapping[str, Any]) -> list[str]:
     """What a person could say and has not, and what an earlier version did not record."""
+    unrecorded = [start["iteration"] for start in facts["starts"] if start["command"] is None]
     lacks = {
         "the licence of the weights: --license": request.licence is None,
         "the languages: --language": not request.languages,
         "the hardware: --hardware": request.hardware is None,
-        f"evaluation results: --evaluation FILE of {tool('evaluate')}": not facts["evaluation"],
+        f"evaluation results: --evaluation FILE of {tool('evaluate')}": request.evaluation is None,
         "the tokenizer: --tokenizer DIR": request.tokenizer is None,
         "averaged weights: --averaged DIR": all(part["average"] is None for part in facts["weights"]),
         "the commit of the code that trained: the checkpoint does not record it": facts["code"] is None,
-        "the command of the run: the checkpoint does not record it": facts["command"] is None,
     }
     missing = [what for what, lacking in lacks.items() if lacking]
+    missing += [
+        f"the command of the run{'' if not step else f' from step {step}'}: the checkpoint does not record it"
+        for step in unrecorded
+    ]
     failed = {name: why for row in facts["evaluation"] for name, why in row["not_evaluated"].items()}
     return [*missing, *(f"the score on {name}: {why}" for name, why in failed.items())]

@@ -1,7 +1,7 @@
 """The release itself: a folder that appears whole or not at all."""
 
 import json
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from megatron_kaiyuan.checkpoints.average_proof import check_average_of_run
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
-from megatron_kaiyuan.errors import ReleaseError
+from megatron_kaiyuan.errors import KaiyuanError, ReleaseError
 from megatron_kaiyuan.export.architecture import architecture_from_arguments
-from megatron_kaiyuan.export.layouts import Layout, LayoutName, choose_layout
+from megatron_kaiyuan.export.layouts import LayoutName, choose_layout
 from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
-from megatron_kaiyuan.host.atomic import publish_folder
+from megatron_kaiyuan.host.atomic import folder_appearing_whole, write_text_atomically
 from megatron_kaiyuan.release.cards import render_cards
-from megatron_kaiyuan.release.facts import ReleaseRequest, Weights, release_facts
+from megatron_kaiyuan.release.facts import ReleaseRequest, release_facts
+from megatron_kaiyuan.release.inputs import Notes, Weights, read_licence
+from megatron_kaiyuan.release.publishing import published, published_file_settings
 
-__all__ = ["FACTS_NAME", "ReleaseParts", "facts_of_release", "write_release"]
+__all__ = ["FACTS_NAME", "ReleaseParts", "examine_release", "facts_of_release", "write_release"]
 
 FACTS_NAME = "release.json"
 """File of a release with all facts that its cards are made of."""
@@ -44,27 +47,53 @@ class ReleaseParts:
         return [Weights(".", self.averaged), Weights(LAST, self.last)]
 
 
-def facts_of_release(parts: ReleaseParts, request: ReleaseRequest) -> dict[str, Any]:
-    """Return what the cards will say, with what they cannot in `unknown`.
+def examine_release(parts: ReleaseParts, request: ReleaseRequest) -> tuple[dict[str, Any], list[str]]:
+    """Return what the cards will say, and everything that forbids the release.
+
+    What nobody knows is in `unknown` of the facts. Both lists are whole: no file hides what is wrong with another.
 
     Raises:
-        ReleaseError: a file that the person names cannot be read or is of another run.
-        ConvertError: the model cannot be exported in that layout.
+        ConfigError, CheckpointError: the arguments in a checkpoint are missing or damaged.
     """
+    notes = Notes()
     main = parts.weights[0].checkpoint
-    architecture = architecture_from_arguments(main.arguments)
+    if parts.averaged is not None:
+        _noted(notes, f"--averaged {parts.averaged.folder}", check_average_of_run, parts.averaged, parts.last)
+    facts = release_facts(parts.weights, parts.last, request, notes)
+    architecture = _noted(notes, str(main.folder), architecture_from_arguments, main.arguments)
     dtype = parts.dtype or main.tensors["embedding.word_embeddings.weight"][1]
-    layout = choose_layout(architecture, parts.layout, dtype)  # type: ignore[arg-type]  # a name of the command line
-    facts = release_facts(parts.weights, parts.last, request)
-    shape = {**asdict(architecture), "parameters": _parameters(main)}
-    told = {"shape": shape, "layout": _layout(layout), "dtype": str(dtype).removeprefix("torch.")}
+    layout = architecture and _noted(
+        notes, f"--layout {parts.layout}", choose_layout, architecture, parts.layout, dtype
+    )
     if parts.licence_file is None:
         facts["unknown"].append("the text of the licence: --license-file FILE")
-    return facts | told
+    else:
+        _noted(notes, f"--license-file {parts.licence_file}", read_licence, parts.licence_file)
+    shape = {**(asdict(architecture) if architecture else {}), "parameters": _parameters(main)}
+    described = {"name": layout.name, "has_code": layout.has_code} if layout else None
+    more = {"shape": shape, "layout": described, "dtype": str(dtype).removeprefix("torch.")}
+    return facts | more | {"has_licence_file": parts.licence_file is not None}, notes.refused
 
 
-def _layout(layout: Layout) -> dict[str, Any]:
-    return {"name": layout.name, "has_code": layout.has_code}
+def _noted[Result](notes: Notes, what: str, do: Callable[..., Result], *values: Any) -> Result | None:
+    """Return what a call returns, None where it refuses its input, which is noted."""
+    try:
+        return do(*values)
+    except (KaiyuanError, OSError) as error:
+        notes.refuse(what, error)
+        return None
+
+
+def facts_of_release(parts: ReleaseParts, request: ReleaseRequest) -> dict[str, Any]:
+    """Return what the cards will say.
+
+    Raises:
+        ReleaseError: says everything that is wrong with the inputs.
+    """
+    facts, refused = examine_release(parts, request)
+    if refused:
+        raise ReleaseError("; ".join(refused))
+    return facts
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
@@ -79,16 +108,17 @@ def write_release(
 ) -> dict[str, Any]:
     """Write a release and return its facts.
 
+    What is published of them has neither secrets nor folders of this machine.
+
     Raises:
         ReleaseError: the output exists, or as `facts_of_release`.
         ConvertError: as `export_checkpoint`.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise ReleaseError(f"--output {output} exists; remove it or name another folder")
     facts = facts_of_release(parts, request)
-    unfinished = output.with_name(f".{output.name}.release")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with folder_appearing_whole(output) as unfinished:
+        unfinished.rmdir()  # the export makes it, whole or not at all
         for weights in parts.weights:
             export_checkpoint(
                 weights.checkpoint,
@@ -99,13 +129,21 @@ def write_release(
                 check=True,
                 progress=progress,
             )
+            _forget_places(unfinished / weights.folder)
         if parts.licence_file is not None:
-            shutil.copyfile(parts.licence_file, unfinished / "LICENSE")
-        for name, text in render_cards(facts).items():
+            (unfinished / "LICENSE").write_text(read_licence(parts.licence_file), encoding="utf-8")
+        shown = published(facts)
+        for name, text in render_cards(shown).items():
             (unfinished / name).write_text(text, encoding="utf-8")
-        (unfinished / FACTS_NAME).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        publish_folder(unfinished, output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        (unfinished / FACTS_NAME).write_text(json.dumps(shown, indent=2, default=str) + "\n", encoding="utf-8")
     return facts
+
+
+def _forget_places(folder: Path) -> None:
+    """Take the folders of the machine that wrote a tokenizer out of its settings."""
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            write_text_atomically(
+                path, json.dumps(published_file_settings(settings), indent=2, ensure_ascii=False) + "\n"
+            )

@@ -52,6 +52,8 @@ class Line:
     """K after the step, of a run whose branch scale rises by itself."""
     activations_branch_scale_bits: int | None = None
     """K when the activations were metered."""
+    start: str | None = None
+    """Names the start of the run that wrote the line; None: written by an earlier version."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -172,7 +174,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 def _step(line: bytes) -> int | None:
     try:
         return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -202,6 +204,7 @@ def _parse(entry: Mapping[str, Any], file: Path) -> Line:
             activations={str(name): _number(peak) for name, peak in entry.get("activations", {}).items()},
             branch_scale_bits=_whole(entry.get("branch_scale_bits")),
             activations_branch_scale_bits=_whole(entry.get("activations_branch_scale_bits")),
+            start=None if entry.get("start") is None else str(entry["start"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MetricsError(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kaiyuan.host.atomic import atomic_file, publish_folder, rename_durably, sync_folder, write_text_atomically
+from megatron_kaiyuan.host.atomic import (
+    atomic_file,
+    folder_appearing_whole,
+    publish_folder,
+    rename_durably,
+    sync_folder,
+    write_text_atomically,
+)
 
 PACKAGE = Path(__file__).parents[3] / "megatron_kaiyuan"
 
@@ -117,3 +124,27 @@ def test_the_search_for_renames_finds_them(code: str, expected: bool) -> None:  
     call = ast.parse(code, mode="eval").body
     assert isinstance(call, ast.Call)
     assert renames(call) is expected
+
+
+def test_a_new_folder_appears_whole_and_removes_nothing_of_others(tmp_path: Path) -> None:
+    beside = tmp_path / ".model.unfinished"
+    beside.mkdir()
+    (beside / "notes.txt").write_text("of somebody else")
+    with folder_appearing_whole(tmp_path / "model") as unfinished:
+        (unfinished / "weights").write_text("whole")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model/weights").read_text() == "whole"
+    assert (beside / "notes.txt").read_text() == "of somebody else"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.unfinished", "model"]
+
+
+def test_a_folder_that_fails_leaves_nothing_and_a_taken_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), folder_appearing_whole(tmp_path / "model") as unfinished:
+        (unfinished / "missing/half").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError), folder_appearing_whole(tmp_path / "link"):
+        pass
+    with pytest.raises(FileExistsError), folder_appearing_whole(tmp_path / "late") as unfinished:
+        (tmp_path / "late").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "link"]

@@ -1,7 +1,10 @@
 """A release: its cards say what the run recorded, the Hub's own classes read them, and what is unknown is named."""
 
+import functools
 import hashlib
 import json
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_kaiyuan.checkpoints.averaging import average_checkpoints, choose_checkpoints
+from megatron_kaiyuan.checkpoints.checksums import content_fingerprint
+from megatron_kaiyuan.checkpoints.identity import PLAN_RECORD
+from megatron_kaiyuan.checkpoints.lineage import COMMANDS, STARTS
 from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.commands import release
 from megatron_kaiyuan.data import Plan
@@ -19,12 +25,15 @@ from megatron_kaiyuan.errors import ReleaseError
 from megatron_kaiyuan.release.cards import hub_metadata, render_cards
 from megatron_kaiyuan.release.facts import ReleaseRequest
 from megatron_kaiyuan.release.kit import ReleaseParts, facts_of_release, write_release
+from megatron_kaiyuan.release.markdown import cell
+from megatron_kaiyuan.release.publishing import published
 from tests.unit_tests.data.tiny import phase_of, plan_of, write_manifest, write_source
 from tests.unit_tests.export.small_models import SmallModel, save_model
 from tests.unit_tests.model.reference import Features, Shape
 from tests.unit_tests.quantile.test_language_model import write_tokenizer
 from tests.unit_tests.reporting.run_files import SEQ_LENGTH, entry, write_run
 
+COMMAND = "--plan /data/somebody/plan.yaml --wandb-api-key s3cr3t --data-args 'a\n```\nb' --proxy http://me:s3cr3t@host.example/x"
 MODEL = SmallModel("qk norm alone", Features(qk_norm=True), Shape(vocab=384))
 
 
@@ -63,8 +72,11 @@ def evaluation_of(folder: Path, path: Path) -> Path:
         "standard_errors": {"accuracy": 0.1, "answer_bits_per_byte": None},
     }
     held_out = {"loss": 2.0, "tokens": 64, "bits_per_byte": 0.75, "bands": []}
+    files = content_fingerprint(folder) if folder.is_dir() else "of others"
     row = {"label": str(folder), "iteration": 3, "sources": {"scored": held_out}, "tasks": {"quiz": task}}
-    path.write_text(json.dumps({"plan_fingerprint": "f", "results": [row]}))
+    plan = Plan.load(path.parent / "plan.yaml") if (path.parent / "plan.yaml").is_file() else None
+    content = {"plan_fingerprint": plan and plan.fingerprint, "results": [row | {"checkpoint": files}]}
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -76,18 +88,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     average_checkpoints(choose_checkpoints(folder / "run", 1, None), "mean", folder / "averaged")
     write_tokenizer(folder / "tokenizer")
     write_plan(folder, origin="https://huggingface.co/datasets/maker/pages", licence="odc-by")
-    write_run(folder / "run", [entry(1), entry(2, skipped_steps=2), entry(3)])
+    lines = [entry(1), entry(2, skipped_steps=2), entry(3)]
+    write_run(folder / "run", [line | {"start": "first"} for line in lines])
     evaluation_of(open_checkpoint(folder / "averaged").folder, folder / "evaluation.json")
     (folder / "licence.txt").write_text("the text")
     return folder
 
 
 def parts_of(folder: Path) -> ReleaseParts:
-    return ReleaseParts(
+    """The checkpoints with what training records in their arguments."""
+    parts = ReleaseParts(
         last=open_checkpoint(folder / "run"),
         averaged=open_checkpoint(folder / "averaged"),
         licence_file=folder / "licence.txt",
     )
+    for weights in parts.weights:
+        vars(weights.checkpoint.arguments).update(recorded(folder))
+    return parts
+
+
+@functools.cache
+def recorded(folder: Path) -> dict[str, Any]:
+    return {
+        "seq_length": SEQ_LENGTH,
+        "consumed_train_samples": 24,  # of those of the plan
+        STARTS: [[0, "first"]],
+        COMMANDS: [[0, "0.1.0", COMMAND]],
+        PLAN_RECORD: Plan.load(folder / "plan.yaml").order_record(),
+    }
 
 
 def request_of(folder: Path, **changes: Any) -> ReleaseRequest:
@@ -143,11 +171,13 @@ def test_the_cards_say_what_the_run_recorded(folder: Path) -> None:
     sums = "\n".join(sha256(folder / "scored" / f"part-000.{role}") for role in ("bin", "idx"))
     assert f"fingerprint `{described['fingerprint']}`" in card
     assert "| steps skipped for an overflow of the gradients | 2 |" in card
-    assert "average (mean) of the checkpoints of iterations 3 (1.0000)" in card
+    assert "average (mean) of the checkpoints of iterations 3 (weight 1)" in card
     assert "| `last` | checkpoint of iteration 3 |" in card
     assert "trust_remote_code" not in card
     assert "| quiz | 4 | 0 | accuracy | 0.25 | 0.1 |" in card
-    assert f"| tokens shown in training | {described['sources']['scored']['tokens_seen']:,} |" in data
+    told = f"{described['sources']['scored']['tokens_seen']:,}"
+    assert f"| tokens in the whole plan, of which a part was shown | {told} |" in data
+    assert "have seen 24 of these samples" in card
     assert "| rows that gave no document | empty 7, no text 3 |" in data
     assert r"| input | pages\|1.jsonl |" in data, "the name ends no cell"
     assert f"| sha256 | {hashlib.sha256(sums.encode()).hexdigest()} |" in data
@@ -161,14 +191,14 @@ def test_what_is_unknown_is_named_and_not_invented(written: dict[str, Any]) -> N
     unknown = written["unknown"]
     assert [line.split(":")[0] for line in unknown] == [
         "the commit of the code that trained",
-        "the command of the run",
+        "proof that the tokenizer is the run's",
         "origin of plain",
         "licence of plain",
         "hashes, input and what was removed of plain",
         "headroom of FP16",
     ]
     texts = render_cards(written)
-    assert all(f"- {line}".split("`")[0] in texts["README.md"] for line in unknown)
+    assert all(f"- {cell(line)}" in texts["README.md"] for line in published(unknown))
     assert "| sha256 | unknown |" in texts["DATA.md"]
 
 
@@ -179,39 +209,19 @@ def test_a_run_that_says_nothing_has_a_card_all_the_same(folder: Path) -> None:
     assert "Unknown: see below." in render_cards(facts)["README.md"]
 
 
-def test_another_licence_has_the_hubs_form(written: dict[str, Any]) -> None:
-    head = hub_metadata({**written, "licence": "our own"})
-    assert (head["license"], head["license_name"], head["license_link"]) == ("other", "our own", "LICENSE")
-
-
-def test_results_of_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
-    elsewhere = evaluation_of(tmp_path / "elsewhere", tmp_path / "evaluation.json")
-    with pytest.raises(ReleaseError, match=r"measures .*elsewhere, the release holds .*averaged"):
-        facts_of_release(parts_of(folder), request_of(folder, evaluation=elsewhere))
-
-
 def test_results_without_tasks_and_tasks_without_results_are_said(folder: Path, tmp_path: Path) -> None:
     content = json.loads((folder / "evaluation.json").read_text())
     [row] = content["results"]
     tasks = row.pop("tasks")
     path = tmp_path / "evaluation.json"
+    fingerprint = content["plan_fingerprint"]
     path.write_text(json.dumps(content))
     facts = facts_of_release(parts_of(folder), request_of(folder, evaluation=path))
     assert "| scored | 2 | 0.75 |" in render_cards(facts)["README.md"]
-    path.write_text(json.dumps({"results": [row | {"tasks": tasks, "not_evaluated": {"gsm8k": "no network"}}]}))
+    results = [row | {"tasks": tasks, "not_evaluated": {"gsm8k": "no network"}}]
+    path.write_text(json.dumps({"plan_fingerprint": fingerprint, "results": results}))
     facts = facts_of_release(parts_of(folder), request_of(folder, evaluation=path))
     assert "the score on gsm8k: no network" in facts["unknown"]
-
-
-def test_a_plan_of_another_order_is_refused(folder: Path, tmp_path: Path) -> None:
-    parts = parts_of(folder)
-    parts.last.arguments.kaiyuan_plan_record = Plan.load(folder / "plan.yaml").order_record()
-    facts_of_release(parts, request_of(folder))
-    spec = yaml.safe_load((folder / "plan.yaml").read_text())
-    other = tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump(spec | {"seed": 5}))
-    with pytest.raises(ReleaseError, match="orders other samples than the run did"):
-        facts_of_release(parts, request_of(folder, plan=other))
 
 
 def test_an_output_that_exists_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -225,3 +235,38 @@ def test_the_command_writes_or_checks(flags: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr("sys.argv", ["release.py", "run", *flags])
     with pytest.raises(ReleaseError, match="give --output DIR to write a release, or --check"):
         release.main()
+
+
+@pytest.mark.usefixtures("written")
+def test_nothing_that_is_published_has_a_secret_or_a_folder_of_the_machine(folder: Path) -> None:
+    for path in (folder / "release").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for private in (b"s3cr3t", b"somebody", b"host.example", str(folder).encode()):
+            assert private not in content, (path.name, private)
+    assert "--plan .../plan.yaml --wandb-api-key '***'" in (folder / "release/reproduce.md").read_text()
+
+
+@pytest.mark.usefixtures("written")
+def test_a_command_stays_in_its_fence(folder: Path) -> None:
+    text = (folder / "release/reproduce.md").read_text()
+    blocks = re.findall(r"^(`{3,})bash\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)
+    [command] = [block for _, block in blocks if "torchrun" in block]
+    words = subprocess.run(
+        ["bash", "-c", f"show() {{ printf '%s\\0' \"$@\"; }}\n{command.replace('torchrun', 'show')}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    assert "a\n```\nb" in words, "a shell reads the word as it was typed"
+
+
+def test_an_unfinished_folder_of_somebody_else_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    """Nothing that lies beside the release is removed, and nothing is left where it fails."""
+    other = tmp_path / ".release.release"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    parts = replace(parts_of(folder), licence_file=tmp_path)
+    with pytest.raises(ReleaseError, match="--license-file"):
+        write_release(parts, request_of(folder), tmp_path / "release")
+    assert (other / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [".release.release"]
