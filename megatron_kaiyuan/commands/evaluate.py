@@ -19,6 +19,7 @@ from megatron_kaiyuan.host.quiet import quiet_megatron_import
 from megatron_kaiyuan.reporting.held_out_table import band_tables, source_table, task_tables
 
 if TYPE_CHECKING:  # it imports Megatron
+    from megatron_kaiyuan.checkpoints.tokenizer import CheckpointTokenizer
     from megatron_kaiyuan.evaluation.held_out import CheckpointLoss
 
 
@@ -68,15 +69,14 @@ def main() -> None:
 
     from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
     from megatron_kaiyuan.commands.verifying import shown_on
-    from megatron_kaiyuan.evaluation.token_bytes import check_tokenizer, token_bytes
+    from megatron_kaiyuan.evaluation.token_bytes import token_bytes
     from megatron_kaiyuan.reporting.progress import ConsoleMeter
 
     plan = None if options.plan is None else Plan.load(options.plan)
     tokenizer = options.tokenizer_model or (plan.tokenizer.model if plan is not None and plan.tokenizer else None)
     with ConsoleMeter() as meter:
         checkpoints = [open_intact_checkpoint(path, shown_on(meter)) for path in options.checkpoints]
-    named = [check_tokenizer(tokenizer, one.arguments, plan) for one in checkpoints] if tokenizer else [None]
-    of_run = named[0]
+    of_run = _tokenizer_of_all(tokenizer, [checkpoint.arguments for checkpoint in checkpoints], plan)
     more = _task_measure(options, tokenizer, None if of_run is None else of_run.end)
     results = evaluate_checkpoints(
         checkpoints,
@@ -95,6 +95,18 @@ def main() -> None:
     failed = {f"{result.label}: {name}": why for result in results for name, why in _not_evaluated(result).items()}
     if failed:
         raise StudyError("not evaluated: " + "; ".join(f"{name} ({why})" for name, why in failed.items()))
+
+
+def _tokenizer_of_all(
+    tokenizer: str | None, saved: Sequence[argparse.Namespace], plan: Plan | None
+) -> "CheckpointTokenizer | None":
+    """Return the tokenizer, which must be that of every checkpoint; `saved` are their arguments."""
+    from megatron_kaiyuan.evaluation.token_bytes import check_tokenizer
+
+    if tokenizer is None:
+        return None
+    first, *_ = (check_tokenizer(tokenizer, arguments, plan) for arguments in saved)
+    return first
 
 
 def _check_options(options: argparse.Namespace) -> None:

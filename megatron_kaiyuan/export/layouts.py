@@ -37,8 +37,9 @@ _EXACT: tuple[LayoutName, ...] = ("llama", "qwen2", "qwen3")
 _IMPORTED = ("kaiyuan", "llama", "qwen2", "qwen3")
 _NEEDED = (
     "num_hidden_layers, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, "
-    "vocab_size, max_position_embeddings, rope_theta, rms_norm_eps, tie_word_embeddings, the norms of each layer, and "
-    "the soft-cap of its logits"
+    "vocab_size, max_position_embeddings, rms_norm_eps, initializer_range, tie_word_embeddings, rope_theta (in "
+    "rope_parameters), attention_bias (of query, key and value), qk_norm, sandwich_norm (the norms of each layer), and "
+    "final_logit_softcapping (the soft-cap of its logits, or 0)"
 )
 _GEMMA_NORMS = {
     "post_attention_layernorm": "pre_feedforward_layernorm",

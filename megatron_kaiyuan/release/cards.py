@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_kaiyuan.release.licences import hub_licence
-from megatron_kaiyuan.release.markdown import bash, cell, code
+from megatron_kaiyuan.release.markdown import address, bash, cell, code
 from megatron_kaiyuan.release.steps import average_command, preprocess_commands, train_command
 from megatron_kaiyuan.reporting.plan_table import format_tokens, times_shown
 from megatron_kaiyuan.reporting.run_summary import format_duration, format_times
@@ -98,6 +98,7 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "address": address,
         "bash": bash,
         "cell": cell,
         "code": code,

@@ -35,9 +35,8 @@ def _source(plan: Plan, name: str, described: dict[str, Any], unknown: list[str]
     manifests = _manifests(shards)
     if len(manifests) < len(shards):
         unknown.append(
-            f"hashes, input and what was removed of {name}: {len(shards) - len(manifests)} of "
-            f"{counted(len(shards), 'shard')} "
-            "have no manifest"
+            f"hashes, input and what was removed of {name}: no manifest of "
+            f"{len(shards) - len(manifests):,} of {counted(len(shards), 'shard')}"
         )
     return {
         "origin": spec.origin,

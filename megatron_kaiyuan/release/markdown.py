@@ -9,12 +9,13 @@ from collections.abc import Iterable
 
 from megatron_kaiyuan.host.terminal import visible
 
-__all__ = ["bash", "cell", "code"]
+__all__ = ["address", "bash", "cell", "code"]
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~$#&!@])")
 _AT_START = re.compile(r"^(|\d+(?=[.)](?:\s|$)))([-+=.)])")
 _LINK = re.compile(r"(?<=[A-Za-z])(?=://)|(?<=[wW]{3})(?=\.)")
 _UNQUOTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_ADDRESS = re.compile(r"https?://[A-Za-z0-9.-]+(?::\d+)?(?:/[\w./~%+,=-]*)?(?:\?[\w./~%+,=&-]*)?(?:#[\w-]*)?", re.ASCII)
 _NOT_IN_CODE = re.compile(r"[`|\\]")
 _LONGEST_LINE = 100
 
@@ -34,6 +35,11 @@ def cell(value: object) -> str:
     text = _MARKUP.sub(r"\\\1", _one_line(value))
     text = _LINK.sub(r"\\", text)
     return _AT_START.sub(r"\1\\\2", text)  # else a list, a heading or a number
+
+
+def address(value: object) -> str:
+    """Return where something comes from, as a link if all of it is an address of the web and as `cell` otherwise."""
+    return f"<{value}>" if isinstance(value, str) and _ADDRESS.fullmatch(value) else cell(value)
 
 
 def code(value: object) -> str:

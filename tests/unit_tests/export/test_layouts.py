@@ -165,11 +165,14 @@ def test_scaled_branches_are_finite_in_fp16_and_equal_to_fp32(tmp_path: Path) ->
     assert exported.largest is not None
     assert exported.largest.value < 65504
     tokens = random_batch(SCALED.shape)[0]
-    half, single = (logits(load(tmp_path / "hf", dtype), tokens) for dtype in (torch.float16, torch.float32))
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    half, brain, single = (logits(load(tmp_path / "hf", dtype), tokens) for dtype in dtypes)
     assert np.isfinite(half).all()
+    assert np.isfinite(brain).all()
     stored = 12 * SCALED.shape.layers + 2
     scale = rounding(SCALED, 1.0) / (2 * (2 * 32 + 48 + 12) + 32)
     np.testing.assert_allclose(half, single, rtol=0, atol=stored * 2.0**-11 * scale)
+    np.testing.assert_allclose(brain, single, rtol=0, atol=stored * 2.0**-8 * scale)
 
 
 def test_without_the_scale_the_check_refuses_and_leaves_nothing(tmp_path: Path) -> None:

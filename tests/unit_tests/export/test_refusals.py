@@ -1,10 +1,12 @@
 """What cannot be converted is refused before anything is written, with the name of what is wrong and what to do."""
 
 import json
+import runpy
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_kaiyuan.checkpoints.reading import Checkpoint
 from megatron_kaiyuan.errors import ConvertError, TokenizerError
+from megatron_kaiyuan.export import configuration_kaiyuan
 from megatron_kaiyuan.export.architecture import OPTIONS_WITHOUT_EFFECT, architecture_from_arguments
 from megatron_kaiyuan.export.configuration_kaiyuan import KaiyuanConfig
 from megatron_kaiyuan.export.from_hugging_face import import_model
+from megatron_kaiyuan.export.layouts import architecture_from_config
 from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
 from megatron_kaiyuan.model.config import KaiyuanModelOptions
 from tests.unit_tests.export.small_models import KAIYUAN, save_model
@@ -193,3 +197,30 @@ def test_the_model_file_refuses_a_config_that_it_would_not_follow(wrong: dict[st
 def test_sizes_that_cannot_be_are_named_together() -> None:
     with pytest.raises(ConvertError, match=r"num_layers is 0; .*logit_softcap is -1"):
         replace(KAIYUAN.architecture, num_layers=0, logit_softcap=-1.0)
+
+
+def test_an_unknown_type_is_told_every_field_that_an_import_needs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """So that whoever has the files of a published model can write its one mapping."""
+    export_checkpoint(checkpoint, tmp_path / "hf", layout="kaiyuan")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    with pytest.raises(ConvertError, match="model_type is 'pcmind'") as refusal:
+        architecture_from_config(config | {"model_type": "pcmind"}, "config.json")
+    needed = [name for name in config if name != "model_type" and is_needed(config, name)]
+    assert len(needed) > 8
+    assert [name for name in needed if name not in str(refusal.value)] == []
+
+
+def is_needed(config: dict[str, Any], name: str) -> bool:
+    try:
+        architecture_from_config({key: value for key, value in config.items() if key != name}, "config.json")
+    except ConvertError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.1.0"])
+def test_an_older_transformers_is_refused_by_its_number(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would load the model and then crash, or use other settings of its positions."""
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(ImportError, match=f"needs transformers 5.2 or later, found {version}"):
+        runpy.run_path(configuration_kaiyuan.__file__)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_kaiyuan.checkpoints.identity import TOKENIZER
 from megatron_kaiyuan.checkpoints.recovery import open_intact_checkpoint
+from megatron_kaiyuan.commands.evaluate import _tokenizer_of_all
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError, TokenizerError
 from megatron_kaiyuan.evaluation.held_out import check_counts
@@ -75,6 +77,15 @@ def test_a_tokenizer_that_cannot_be_that_of_the_losses_is_refused(plan: Path, tm
         with pytest.raises(TokenizerError, match=f"--tokenizer-model {folder}: .*{complaint}"):
             check_tokenizer(folder, rows, opened)
     check_tokenizer(write_tokenizer(tmp_path / "fits", 50), rows, opened)
+
+
+def test_the_tokenizer_must_be_that_of_every_checkpoint(tmp_path: Path) -> None:
+    folder = str(write_tokenizer(tmp_path / "tokenizer", 50))
+    first = Namespace(padded_vocab_size=64, vocab_size=64)
+    other = Namespace(**vars(first), **{TOKENIZER: "0" * 64})
+    assert _tokenizer_of_all(folder, [first, first], None) is not None
+    with pytest.raises(TokenizerError, match=f"--tokenizer-model {folder}: another one than the model was trained"):
+        _tokenizer_of_all(folder, [first, other], None)
 
 
 def test_losses_are_told_without_bytes_where_the_tokenizer_is_not_byte_level(plan: Path, tmp_path: Path) -> None:

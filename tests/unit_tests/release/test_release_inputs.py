@@ -18,7 +18,7 @@ from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.errors import ReleaseError
 from megatron_kaiyuan.release.cards import hub_metadata, render_cards
 from megatron_kaiyuan.release.kit import examine_release, facts_of_release
-from megatron_kaiyuan.release.markdown import cell
+from megatron_kaiyuan.release.markdown import address
 from tests.unit_tests.export.small_models import save_model
 from tests.unit_tests.release.test_release import MODEL, evaluation_of, folder, parts_of, request_of  # noqa: F401
 from tests.unit_tests.reporting.run_files import entry, write_run
@@ -232,4 +232,4 @@ def test_only_what_is_declared_a_dataset_becomes_one(origin: str, dataset: str |
     facts = facts_of_release(parts_of(folder), request_of(folder))
     facts["sources"]["scored"]["origin"] = origin
     assert hub_metadata(facts).get("datasets") == (None if dataset is None else [dataset])
-    assert f"| origin | {cell(origin)} |" in render_cards(facts)["DATA.md"], "the address is shown as it is"
+    assert f"| origin | {address(origin)} |" in render_cards(facts)["DATA.md"], "the address is shown as it is"
