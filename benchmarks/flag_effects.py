@@ -120,7 +120,7 @@ class Runs:
 
 
 def _steps(given: str) -> str:
-    return "" if "train-samples" in given else "--train-iters 4"
+    return "" if "train-samples" in given or "DATA:plan" in given else "--train-iters 4"
 
 
 def _wrong(runs: Runs, effect: Effect, more: str = "") -> str:

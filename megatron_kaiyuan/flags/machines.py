@@ -127,6 +127,12 @@ _SAVING: tuple[Rule, ...] = (
         Condition("with --pretrained-checkpoint", lambda args: args.pretrained_checkpoint is not None),
     ),
     Rule(Fate.HONOURED, ("ckpt_convert_format", "ckpt_convert_save"), "done at a complete run too"),
+    Rule(
+        Fate.REFUSED,
+        ("ckpt_convert_save",),
+        "nothing is converted then; give --ckpt-convert-format too, or leave it out",
+        Condition("without --ckpt-convert-format", lambda args: args.ckpt_convert_format is None),
+    ),
     *only_with(
         "--ckpt-convert-format",
         lambda args: args.ckpt_convert_format is not None,

@@ -102,6 +102,14 @@ def test_every_refusal_says_what_to_do() -> None:
         ("--save s --async-save", "^--async-save without --use-persistent-ckpt-worker: Megatron saves synchronously"),
         ("--no-pad-vocab-size", "^--no-pad-vocab-size without --padded-vocab-size: Megatron knows no number of rows"),
         ("--num-experts 1", "^--num-experts 1 below --moe-router-topk: each token goes to more experts than there are"),
+        ("--ckpt-convert-save d", "^--ckpt-convert-save d without --ckpt-convert-format: nothing is converted then"),
+        ("--num-experts 4 --moe-ncclep-zero-copy", "^--moe-ncclep-zero-copy without --moe-token-dispatcher-type flex"),
+        ("--fake-process-group", "^--fake-process-group: its processes send each other nothing"),
+        (
+            "--no-initialization",
+            "^--no-initialization without --load and --pretrained-checkpoint: the weights would be",
+        ),
+        ("--use-mup --mup-width-mult 2", "^--mup-width-mult 2.0: Megatron computes it; leave it out, or give --hidden"),
         # Read by nothing.
         ("--exit-signal-handler-for-dataloader", "^--exit-signal-handler-for-dataloader: nothing in Megatron 0.19"),
         (
