@@ -143,8 +143,7 @@ MODELS = """
 --moe-layer-recompute | --num-experts 4 |
 --moe-apply-probs-on-input | --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --init-method-std 0.3 | loss
 --moe-routing-trace-path trace | --num-experts 4 | files
---moe-routing-trace-max-training-iters 1 | --num-experts 4 --moe-routing-trace-path trace |
+--moe-routing-trace-max-training-iters 1 | --num-experts 4 --moe-routing-trace-path trace | files
 --moe-routing-trace-capture-logits | --num-experts 4 --moe-routing-trace-path trace | files
 --moe-routing-trace-capture-hidden-states | --num-experts 4 --moe-routing-trace-path trace | files
---moe-routing-trace-dump-weights | --num-experts 4 --moe-routing-trace-path trace |
 """  # noqa: E501 - a line each

@@ -74,13 +74,14 @@ RUNS = """
 --logging-level 40 | |
 --tensorboard-dir tb | | files
 --tensorboard-log-interval 2 | --tensorboard-dir tb | files
---tensorboard-queue-size 5 | --tensorboard-dir tb | files
+--tensorboard-queue-size 5 | --tensorboard-dir tb |
 --no-log-loss-scale-to-tensorboard | --tensorboard-dir tb --fp16 | files
 --log-validation-ppl-to-tensorboard | --tensorboard-dir tb --eval-interval 2 | files
 --log-world-size-to-tensorboard | --tensorboard-dir tb | files
 --log-timers-to-tensorboard | --tensorboard-dir tb --timing-log-level 1 | files
 --log-progress | --save s --save-interval 2 | files
 --profile --use-pytorch-profiler --profile-step-start 1 --profile-step-end 2 | --tensorboard-dir tb | files
+--use-pytorch-profiler --profile --profile-step-start 1 --profile-step-end 2 | --tensorboard-dir tb | files
 --profile-step-start 2 | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 3 | files
 --profile-step-end 3 | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
 --profile-ranks 1 | --profile --use-pytorch-profiler --tensorboard-dir tb --profile-step-start 1 --profile-step-end 2 | files
@@ -96,6 +97,8 @@ RUNS = """
 --save-wgrads-interval 2 | --save s --save-interval 4 | files
 --non-persistent-save-interval 2 | --save s --save-interval 4 --non-persistent-ckpt-type global | files
 --non-persistent-global-ckpt-dir np | --save s --save-interval 4 --non-persistent-save-interval 2 --non-persistent-ckpt-type global | files
+--async-save --use-persistent-ckpt-worker --async-strategy mcore | --save s --save-interval 2 |
+--async-strategy mcore --async-save --use-persistent-ckpt-worker | --save s --save-interval 2 |
 --ckpt-format torch | --save s --save-interval 2 | files
 --no-ckpt-fully-parallel-save | --save s --save-interval 2 |
 --ckpt-fully-parallel-save | --save s --save-interval 2 |
@@ -106,4 +109,62 @@ RUNS = """
 --distrib-optim-fully-reshardable-mem-efficient | --save s --save-interval 2 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable |
 --dist-ckpt-workers 2 | --save s --save-interval 2 |
 --verify-integrity | --save s --save-interval 2 | files
+--no-stream-ckpt-dequant | --load {folder}/saved |
+--no-save-optim | --save s --save-interval 2 |
+--no-save-rng | --save s --save-interval 2 |
+--load {folder}/saved | | loss
+--load-main-params-from-ckpt --no-load-optim | --load {folder}/saved | steps
+--finetune | --load {folder}/saved | loss
+--no-load-optim | --load {folder}/saved | steps
+--no-load-rng | --load {folder}/saved --hidden-dropout 0.1 | loss
+--no-load-rng | --load {folder}/saved |
+--pretrained-checkpoint {folder}/saved | | loss
+--ckpt-step 1 | --load {folder}/saved | loss
+--auto-detect-ckpt-format | --load {folder}/saved |
+--ckpt-fully-parallel-load | --load {folder}/saved |
+--ckpt-fully-parallel-load-exchange-algo gather_object | --load {folder}/saved --ckpt-fully-parallel-load |
+--ckpt-fully-parallel-load-process-group ep_dp | --load {folder}/saved --ckpt-fully-parallel-load |
+--no-ckpt-load-validate-sharding-integrity | --load {folder}/saved |
+--dist-ckpt-strictness log_all | --load {folder}/saved |
+--ckpt-convert-format torch --ckpt-convert-save s2 | --load {folder}/saved --save s --save-interval 4 | files loss
+--ckpt-convert-save s2 --ckpt-convert-format torch | --load {folder}/saved --save s --save-interval 4 | files loss
+--override-opt_param-scheduler --lr 2e-3 | --load {folder}/saved | steps
+--use-checkpoint-opt_param-scheduler --lr 2e-3 | --load {folder}/saved |
+--use-mp-args-from-checkpoint-args | --load {folder}/saved --use-checkpoint-args |
+--no-use-tokenizer-model-from-checkpoint-args | --load {folder}/saved --use-checkpoint-args |
+--distributed-backend gloo | |
+--distributed-timeout-minutes 3 | |
+--distributed-timeout-seconds-after-init 30 | |
+--local-rank 0 | |
+--use-tp-pp-dp-mapping | |
+--disable-gloo-process-groups | |
+--high-priority-stream-groups dp | |
+--flight-recorder-dump-path fr | |
+--create-all-gather-group | |
+--use-distributed-optimizer | |
+--overlap-grad-reduce | |
+--no-align-grad-reduce | --overlap-grad-reduce |
+--ddp-num-buckets 2 | |
+--ddp-bucket-size 100 | |
+--ddp-pad-buckets-for-high-nccl-busbw | |
+--ddp-reduce-scatter-with-fp32-accumulation | |
+--ddp-param-name-patterns-for-fp32-local-accumulation all | --bf16 --grad-reduce-in-bf16 --global-batch-size 8 | steps
+--ddp-average-in-collective | |
+--no-gradient-reduce-div-fusion | |
+--no-use-layer-wise-param-layout | |
+--overlap-param-gather | --use-distributed-optimizer --overlap-grad-reduce |
+--no-align-param-gather | --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather |
+--sequence-parallel | |
+--expert-tensor-parallel-size 1 | --num-experts 4 |
+--data-parallel-random-init | |
+--eval-iters 3 | --eval-interval 2 | steps
+--eval-interval 2 | | steps
+--start-eval-at-iter 3 | --eval-interval 1 | steps
+--eval-global-batch-size 4 | --eval-interval 2 | steps
+--eval-micro-batch-size 1 | --eval-interval 2 | steps
+--skip-train | | loss
+--full-validation | DATA:plan --eval-interval 2 | steps
+--multiple-validation-sets --full-validation | minus:--data-path minus:--split --train-data-path {folder}/text --valid-data-path {folder}/text --eval-interval 2 | steps
+--validation-set-names a | minus:--data-path minus:--split --train-data-path {folder}/text --valid-data-path {folder}/text --full-validation --multiple-validation-sets --eval-interval 2 |
+--split 50,50,0 | | loss
 """  # noqa: E501 - a line each

@@ -93,7 +93,8 @@ NOT_RUN: Mapping[str, str] = {
         overlap_dispatch_backward_with_experts_wgrad fine_grained_activation_offloading offload_modules
         min_offloaded_tensor_size delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
         activation_offload_fraction fine_grained_offloading_max_inflight_offloads use_precision_aware_optimizer
-        main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype cross_entropy_fusion_impl""",
+        save_activations_interval save_dgrads_interval main_grads_dtype main_params_dtype exp_avg_dtype
+        exp_avg_sq_dtype cross_entropy_fusion_impl""",
     "not run, for want of a dispatcher of DeepEP's; read in Megatron 0.19.2: `token_dispatcher.py` hands it on": """
         moe_enable_deepep moe_flex_dispatcher_backend moe_permute_fusion_into_hybridep
         moe_hybridep_pad_uneven_dispatch_inputs moe_flex_dispatcher_num_sms moe_deepep_num_sms moe_hybridep_num_sms
@@ -131,35 +132,21 @@ NOT_RUN: Mapping[str, str] = {
         keep_fp8_transpose_cache megatron_fsdp_main_params_dtype megatron_fsdp_main_grads_dtype
         megatron_fsdp_grad_comm_dtype megatron_fsdp_enable_fine_grained_param_gather
         megatron_fsdp_max_pool_double_buffer fsdp_db_use_persist_buf_on_alloc_fail""",
-    "read in Megatron 0.19.2: it acts on how the process runs or ends, and on no model, loss or file": """
-        exit_duration_in_mins error_injection_rate error_injection_type async_ckpt_cpu_priority
+    "read in Megatron 0.19.2: it acts on how the process runs or ends, on no model and no loss": """
+        moe_routing_trace_dump_weights exit_duration_in_mins error_injection_rate error_injection_type
+        async_ckpt_cpu_priority
         async_ckpt_io_priority async_ckpt_use_cpu_shm use_persistent_ckpt_worker flight_recorder_trace_buffer_size
         flight_recorder_dump_on_timeout flight_recorder_include_stack_trace flight_recorder_include_only_active
         flight_recorder_extra_dump_on_exec""",
-    "not run; read in Megatron 0.19.2: its own code acts on it, and ours does not stand between": """
-        align_grad_reduce align_param_gather allow_ambiguous_pad_tokens async_save async_strategy
-        auto_detect_ckpt_format chat_template ckpt_convert_format ckpt_convert_save ckpt_fully_parallel_load
-        ckpt_fully_parallel_load_exchange_algo ckpt_fully_parallel_load_process_group
-        ckpt_load_validate_sharding_integrity ckpt_step create_all_gather_group
-        create_attention_mask_in_dataloader data_cache_path data_parallel_random_init data_sharding
-        dataloader_defer_npy_index_mmap dataloader_fast_cache_load dataloader_type ddp_average_in_collective
-        ddp_bucket_size ddp_num_buckets ddp_pad_buckets_for_high_nccl_busbw
-        ddp_param_name_patterns_for_fp32_local_accumulation ddp_reduce_scatter_with_fp32_accumulation
-        dist_ckpt_strictness distributed_backend distributed_timeout_minutes
-        distributed_timeout_seconds_after_init eod_mask_loss eval_global_batch_size eval_interval eval_iters
-        eval_micro_batch_size expert_tensor_parallel_size finetune flight_recorder_dump_path full_validation
-        gradient_reduce_div_fusion high_priority_stream_groups load load_main_params_from_ckpt local_rank
-        metadata_path mid_level_dataset_surplus mmap_bin_files multiple_validation_sets no_load_optim
-        no_load_rng no_save_optim no_save_rng non_persistent_ckpt_type null_tokenizer_eod_id
-        null_tokenizer_pad_id num_dataset_builder_threads num_workers override_opt_param_scheduler
-        per_dataset_sequences_path phase_transition_iterations pretrained_checkpoint
-        save_activations_interval save_dgrads_interval seq_length skip_train special_tokens split
-        start_eval_at_iter stream_ckpt_dequant tiktoken_num_special_tokens tiktoken_pattern
-        tokenizer_hf_no_include_special_tokens tokenizer_hf_no_use_fast
-        tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_sentencepiece_legacy trust_remote_code
-        use_checkpoint_opt_param_scheduler use_gloo_process_groups use_layer_wise_param_layout
-        use_mp_args_from_checkpoint_args use_pytorch_profiler use_tokenizer_model_from_checkpoint_args
-        use_tp_pp_dp_mapping validation_set_names vocab_size""",
+    "not compared; read in Megatron 0.19.2: its own code acts on it, and ours does not stand between": """
+        allow_ambiguous_pad_tokens chat_template create_attention_mask_in_dataloader data_cache_path
+        data_sharding dataloader_defer_npy_index_mmap dataloader_fast_cache_load dataloader_type
+        eod_mask_loss metadata_path mid_level_dataset_surplus mmap_bin_files non_persistent_ckpt_type
+        null_tokenizer_eod_id null_tokenizer_pad_id num_dataset_builder_threads num_workers
+        per_dataset_sequences_path phase_transition_iterations seq_length special_tokens
+        tiktoken_num_special_tokens tiktoken_pattern tokenizer_hf_no_include_special_tokens
+        tokenizer_hf_no_use_fast tokenizer_sentencepiece_ignore_extra_whitespaces
+        tokenizer_sentencepiece_legacy trust_remote_code vocab_size""",
     "read in Megatron 0.19.2: handed to its tokenizers": "vocab_file merge_file",
     "read in Megatron 0.19.2: another name of --seq-length": "encoder_seq_length",
     "read in Megatron 0.19.2: it acts on checkpoints of old versions": "ckpt_convert_update_legacy_dist_opt_format",

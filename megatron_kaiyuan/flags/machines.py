@@ -70,6 +70,13 @@ _SAVING: tuple[Rule, ...] = (
         ),
         "Megatron's training loop",
     ),
+    *only_with_package("transformer_engine", ("save_activations_interval", "save_dgrads_interval"), "")[:1],
+    Rule(
+        Fate.REFUSED,
+        ("non_persistent_save_interval",),
+        "Megatron breaks off at the first of them then; give --non-persistent-ckpt-type global",
+        Condition("without --non-persistent-ckpt-type", lambda args: args.non_persistent_ckpt_type is None),
+    ),
     Rule(
         Fate.REFUSED,
         ("async_save",),

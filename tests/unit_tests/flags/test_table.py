@@ -110,6 +110,12 @@ def test_every_refusal_says_what_to_do() -> None:
             "^--no-initialization without --load and --pretrained-checkpoint: the weights would be",
         ),
         ("--use-mup --mup-width-mult 2", "^--mup-width-mult 2.0: Megatron computes it; leave it out, or give --hidden"),
+        # Which end in a traceback of Megatron's.
+        (
+            "--save s --non-persistent-save-interval 2",
+            "^--non-persistent-save-interval 2 without --non-persistent-ckpt",
+        ),
+        ("--save s --save-dgrads-interval 2", "^--save-dgrads-interval 2 without the package transformer_engine"),
         # Read by nothing.
         ("--exit-signal-handler-for-dataloader", "^--exit-signal-handler-for-dataloader: nothing in Megatron 0.19"),
         (
