@@ -89,9 +89,9 @@ class CurriculumDataset:
             IndexError: `sample` outside `range(len(self))`. A negative number is outside too.
         """
         phase, number, window = self._place(sample)
-        start, stop = self._part_of_window(phase, sample)
         if phase.samples_per_window == 1:
             return {"tokens": phase.stream_list[number].read(window)}
+        start, stop = self._part_of_window(phase, sample)
         return {"tokens": self._longer_window(phase, number, window)[start : stop + 1]}
 
     def window(self, sample: int) -> NDArray[np.int64]:
@@ -123,8 +123,10 @@ class CurriculumDataset:
     def padding(self, sample: int) -> int:
         """Tokens at the end of a sample that are padding: as many targets, the last ones, do not count."""
         phase, number, window = self._place(sample)
-        _, stop = self._part_of_window(phase, sample)
         free = phase.stream_list[number].padding(window)
+        if not free:
+            return 0
+        _, stop = self._part_of_window(phase, sample)
         return min(max(0, free - (phase.seq_length - stop)), self.plan.seq_length)
 
     def __reduce__(self) -> tuple[Any, ...]:
