@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_kaiyuan.errors import ConvertError
 from megatron_kaiyuan.export.layouts import Layout
+from megatron_kaiyuan.export.tokenizer_files import open_exported
 
 __all__ = ["Largest", "check_folder"]
 
@@ -88,7 +89,5 @@ def _ids(tokenizer: Path | None, num_ids: int) -> Tensor:
     """`[1, _IDS]`, int64."""
     if tokenizer is None:
         return torch.randint(num_ids, (1, _IDS), generator=torch.Generator().manual_seed(1))
-    from transformers import AutoTokenizer
-
-    ids: list[int] = AutoTokenizer.from_pretrained(tokenizer)(_TEXT)["input_ids"]
+    ids: list[int] = open_exported(tokenizer)(_TEXT)["input_ids"]
     return torch.tensor((ids * _IDS)[:_IDS])[None]

@@ -13,7 +13,7 @@ from megatron_kaiyuan.export.tokenizer_conversion import converted, require_same
 from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.shards.tokenizer import model_file
 
-__all__ = ["ExportedTokenizer", "prepare_tokenizer"]
+__all__ = ["ExportedTokenizer", "open_exported", "prepare_tokenizer"]
 
 _CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
@@ -55,7 +55,7 @@ class ExportedTokenizer:
             ConvertError: transformers cannot open them, or gives other ids.
         """
         _write_files(folder, self.of_model, self.conversion)
-        opened = _opened(folder)
+        opened = open_exported(folder)
         special = self.of_model.config.include_special_tokens
         require_same_ids(
             self.of_model.tokenizer,
@@ -104,11 +104,21 @@ def _special_ids(of_model: CheckpointTokenizer) -> dict[str, int]:
     return {name: number for name, number in found.items() if number is not None}
 
 
-def _opened(folder: Path) -> Any:
+def open_exported(folder: Path) -> Any:
+    """Return the tokenizer of an exported folder as transformers opens it, without the code of the model beside it.
+
+    With no configuration transformers reads the model's, and asks on the terminal whether it may run its code.
+    """
+    from transformers import PreTrainedConfig
+
+    return _opened(folder, config=PreTrainedConfig())
+
+
+def _opened(folder: Path, **more: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **more)
     except (OSError, ValueError, KeyError) as error:
         raise ConvertError(f"--tokenizer {folder}: transformers cannot open it ({error})") from error
 

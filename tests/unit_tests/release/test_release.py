@@ -22,6 +22,7 @@ from megatron_kaiyuan.checkpoints.reading import open_checkpoint
 from megatron_kaiyuan.commands import release
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ReleaseError
+from megatron_kaiyuan.export.to_hugging_face import export_checkpoint
 from megatron_kaiyuan.release.cards import hub_metadata, render_cards
 from megatron_kaiyuan.release.facts import ReleaseRequest
 from megatron_kaiyuan.release.kit import ReleaseParts, facts_of_release, write_release
@@ -270,3 +271,11 @@ def test_an_unfinished_folder_of_somebody_else_is_left_alone(folder: Path, tmp_p
         write_release(parts, request_of(folder), tmp_path / "release")
     assert (other / "thesis.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == [".release.release"]
+
+
+def test_nobody_is_asked_whether_code_may_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
+    checkpoint = open_checkpoint(folder / "run")
+    export_checkpoint(checkpoint, tmp_path / "hf", tokenizer=folder / "tokenizer", layout="kaiyuan", check=True)
+    assert asked == []
