@@ -11,7 +11,7 @@ from megatron_kaiyuan.host.atomic import write_text_atomically
 from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.preprocess.config import PreprocessConfig
 from megatron_kaiyuan.preprocess.inputs import InputFile, Part, PartNumbers, cut_into_shards, keep_cut
-from megatron_kaiyuan.preprocess.partial import is_complete, remove_dead_partials, remove_existing, retire
+from megatron_kaiyuan.preprocess.partial import Ownership, is_complete, remove_dead_partials, retire
 from megatron_kaiyuan.shards.build_record import (
     BUILD_FILE,
     BuildInput,
@@ -128,8 +128,8 @@ def _remove_surplus(folder: Path, prefixes: Collection[str]) -> None:
     for index in _indexes(folder):
         prefix = str(index.with_suffix(""))
         if prefix not in prefixes:
-            remove_dead_partials(prefix)
-            remove_existing(prefix)
+            with Ownership(prefix) as owned:
+                remove_dead_partials(prefix, owned, torn=True)
 
 
 def _refuse_other_build(folder: Path, found: BuildRecord, record: BuildRecord) -> None:

@@ -1,8 +1,9 @@
 """Files under construction: `<final name>.<writer>.partial`, invisible to every reader until they are renamed.
 
-The name holds the host and the process, so two processes that build one shard at one time never write one file: at
-worst both do the same work, and the names go from one whole set of files to another with the same bytes. Where the file
-system has locks the second one is refused instead. Nothing is shared between the tasks of a job array but folders.
+The name holds the host and the process, so two processes that build one shard at one time never write one file. Which
+of them may remove and rename is decided by `Ownership`: the other one is refused. Where the file system has no locks,
+both do the same work at worst, and the names go from one whole set of files to another with the same bytes. Nothing is
+shared between the tasks of a job array but folders.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from megatron_kaiyuan.shards.manifest import FileRecord, Manifest, load_manifest
 
 __all__ = [
     "HashedFile",
+    "Ownership",
     "Spool",
     "is_complete",
     "is_of_build",
@@ -60,15 +62,13 @@ class HashedFile:
 
     closed = False
 
-    def __init__(self, final: Path, *, locked: bool = False) -> None:
+    def __init__(self, final: Path) -> None:
         self.final = final
         self.partial = partial_path(final)
         self._stream: BinaryIO = self.partial.open("wb")
         self._digest = hashlib.sha256()
         self._size = 0
         self._discarded = False
-        if locked:
-            _lock(self._stream)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append."""
@@ -99,9 +99,7 @@ class HashedFile:
         try:
             rename_durably(self.partial, self.final)
         except FileNotFoundError as error:
-            raise ConfigError(
-                f"output {self.final}: another process is writing it; wait for it or choose another output"
-            ) from error
+            raise ConfigError(_refusal(str(self.final))) from error
 
     def discard(self) -> None:
         """Close it, and remove it unless it was published."""
@@ -137,36 +135,93 @@ class Spool:
         self._stream.close()
 
 
-def _lock(stream: BinaryIO) -> None:
-    """Mark the file as in use, until the process ends.
+class Ownership:
+    """The right to remove and to rename files of the shard `prefix`, which one process has at a time.
 
-    A file system without locks does without.
-    """
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return
+    A lock on `<prefix>.owner.partial` gives it, from before the first look at what is there until after the last
+    rename. The kernel takes it back when the process ends, however it ends. Workers that outlive a killed process for
+    a moment still have it.
 
-
-def remove_dead_partials(prefix: str) -> None:
-    """Remove what killed runs left of the shard `prefix`.
-
-    The partial manifest goes last.
+    Attributes:
+        locked: False on a file system without locks. There the names of the partial files decide.
 
     Raises:
-        ConfigError: a process that is alive holds one of the files.
+        ConfigError: another process has it, and keeps it longer than `patience` seconds.
+    """
+
+    locked = False
+
+    def __init__(self, prefix: str, patience: float | None = None) -> None:
+        self._path = Path(f"{prefix}.owner.partial")
+        deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
+        while not self._take():
+            if time.monotonic() >= deadline:
+                raise ConfigError(_refusal(prefix))
+            time.sleep(0.05)
+
+    def _take(self) -> bool:
+        self._stream = self._path.open("ab")  # NFS gives an exclusive lock to writers only
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            return False
+        except OSError:
+            self.release()
+            return True
+        self.locked = self._has_its_name()
+        if not self.locked:  # the last owner has removed the file between our two calls
+            self._stream.close()
+        return self.locked
+
+    def _has_its_name(self) -> bool:
+        try:
+            return self._path.stat().st_ino == os.fstat(self._stream.fileno()).st_ino
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others have it; the file goes while the lock is held."""
+        self._path.unlink(missing_ok=True)
+        self._stream.close()
+
+
+def _refusal(prefix: str, path: Path | None = None) -> str:
+    return f"output {prefix}: another process is writing {path or 'it'}; wait for it or choose another output"
+
+
+def remove_dead_partials(prefix: str, owned: Ownership, *, torn: bool = False) -> None:
+    """Remove what killed runs left of the shard `prefix`, which is `owned`.
+
+    The partial manifest goes last: it says whose the other files are.
+
+    Args:
+        prefix: Of the shard.
+        owned: The right to do so.
+        torn: What has final names already goes too, unless another process may be giving them.
+
+    Raises:
+        ConfigError: the file system has no locks, and a process of this host that is alive writes one of the files.
     """
     dead: list[Path] = []
     deadline = time.monotonic() + _PATIENCE
     for path in list_partials(prefix):
-        while (alive := _is_alive(path)) and time.monotonic() < deadline:
+        while (alive := not owned.locked and _is_alive(path)) and time.monotonic() < deadline:
             time.sleep(0.05)
         if alive:
-            raise ConfigError(
-                f"output {prefix}: another process is writing {path}; wait for it or choose another output"
-            )
-        if alive is not None:
+            raise ConfigError(_refusal(prefix, path))
+        if alive is None:
+            torn = False
+        else:
             dead.append(path)
+    if torn:
+        remove_existing(prefix)
     for path in sorted(dead, key=lambda path: ".manifest." in path.name):
         path.unlink(missing_ok=True)
 
@@ -179,29 +234,18 @@ def list_partials(prefix: str) -> list[Path]:
 
 
 def _is_alive(path: Path) -> bool | None:
-    """Return whether the process that writes a partial file still runs.
+    """Return whether the process that writes a partial file still runs, where there are no locks.
 
-    None where that cannot be known yet. The file's lock decides. Without locks the process does, if it is of this host,
-    and else whether the file has long not grown.
+    None where that cannot be known yet: of another host, and written to not long ago.
     """
-    try:
-        with path.open("r+b") as stream:  # NFS gives an exclusive lock to writers only
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError:  # a file system without locks
-        return _is_alive_without_locks(path)
-    return False
-
-
-def _is_alive_without_locks(path: Path) -> bool | None:
     writer = path.name.removesuffix(".partial").rpartition(".")[2]
     host, _, process = writer.rpartition("-")
     if host == _host() and process.isdigit():
         return Path("/proc", process).exists() and int(process) != os.getpid()
-    return False if time.time() - path.stat().st_mtime > _SECONDS_ALIVE else None
+    try:
+        return False if time.time() - path.stat().st_mtime > _SECONDS_ALIVE else None
+    except FileNotFoundError:
+        return False
 
 
 def is_of_build(prefix: str, build: str | None) -> bool:
@@ -254,16 +298,30 @@ def refuse_existing(prefix: str, score_keys: Sequence[str] = ()) -> None:
 def retire(prefix: str, keep: Callable[[Manifest], bool]) -> bool:
     """Withdraw a complete shard unless `keep(manifest)` is true. Return whether it was withdrawn.
 
-    Other tasks may be at work on it meanwhile.
-
-    Only its manifest is certain to go: without it the folder counts as unfinished. The manifest is moved before it is
-    judged, so one that another task publishes at this moment is seen, and put back. Where somebody has partial files
-    of the shard, what else lies under its names is theirs to replace.
+    Other tasks may be at work on it meanwhile. Only its manifest is certain to go: without it the folder counts as
+    unfinished. What else lies under its names is the owner's to replace, where somebody is that.
     """
     manifest = manifest_path(prefix)
     if not manifest.exists() or _is_kept(manifest, keep):
         return False
-    busy = bool(list_partials(prefix))
+    try:
+        owned = Ownership(prefix, patience=0)
+    except ConfigError:
+        return _withdraw(prefix, keep)
+    with owned:
+        busy = not owned.locked and bool(list_partials(prefix))
+        withdrawn = _withdraw(prefix, keep)
+        if withdrawn and not busy:
+            remove_existing(prefix)
+    return withdrawn
+
+
+def _withdraw(prefix: str, keep: Callable[[Manifest], bool]) -> bool:
+    """Remove the manifest unless it is to be kept. Return whether it is gone.
+
+    It is moved before it is judged, so one that another task publishes at this moment is seen, and put back.
+    """
+    manifest = manifest_path(prefix)
     taken = partial_path(manifest)
     try:
         rename_durably(manifest, taken)
@@ -273,8 +331,6 @@ def retire(prefix: str, keep: Callable[[Manifest], bool]) -> bool:
         rename_durably(taken, manifest)
         return False
     taken.unlink()
-    if not busy:
-        remove_existing(prefix)
     return True
 
 

@@ -17,11 +17,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kaiyuan.errors import PreprocessError
+from megatron_kaiyuan.errors import ConfigError, PreprocessError
 from megatron_kaiyuan.preprocess.document_table import DocumentTable, Origins
 from megatron_kaiyuan.preprocess.partial import (
     HashedFile,
+    Ownership,
     Spool,
+    is_complete,
     is_of_build,
     refuse_existing,
     remove_dead_partials,
@@ -74,14 +76,12 @@ class ShardWriter:
         self.max_token_id = -1
         self._code = _CODES[self.dtype]
         self._composed: list[HashedFile] = []
+        self._overwrite = overwrite
         self._begun = ExitStack()
-        replaced = overwrite or is_of_build(prefix, build)
-        if not replaced:
-            refuse_existing(prefix, score_keys)
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._prepare(replaced, overwrite)
-            self._bin = self._begin(HashedFile(Path(f"{prefix}.bin"), locked=True))
+            self._prepare(score_keys, build)
+            self._bin = self._begin(HashedFile(Path(f"{prefix}.bin")))
             self._lengths = self._begin(Spool(Path(f"{prefix}.lengths"), np.int32))
             self._scores = {key: self._begin(Spool(Path(f"{prefix}.scores.{key}"), np.float64)) for key in score_keys}
             table = self._begin(HashedFile(Path(f"{prefix}.documents.parquet")))
@@ -92,24 +92,26 @@ class ShardWriter:
                 f"output {prefix}: {error.strerror or error}; free or mend the disk, or choose a folder that can be "
                 "written, and run the same command again: what is finished stays"
             ) from error
+        except ConfigError:
+            self._begun.close()
+            raise
 
     def _begin[Partial: HashedFile | Spool | DocumentTable](self, partial: Partial) -> Partial:
-        """Remember a file that has to be discarded after a failure.
-
-        The last begun goes first, so the lock on the `.bin` goes last.
-        """
+        """Remember a file that has to be discarded after a failure."""
         self._begun.callback(partial.discard)
         return partial
 
-    def _prepare(self, replaced: bool, overwrite: bool) -> None:  # noqa: FBT001
-        """Remove what a killed run left.
+    def _prepare(self, score_keys: Sequence[str], build: str | None) -> None:
+        """Become the owner, and remove what a killed run left.
 
         Torn files go before the partial manifest that says whose they are.
         """
-        self._replaced = replaced
-        if replaced and not overwrite and not manifest_path(self.prefix).exists():
-            remove_existing(self.prefix)
-        remove_dead_partials(self.prefix)
+        owned = self._begun.enter_context(Ownership(self.prefix))  # the first begun goes last
+        ours = is_of_build(self.prefix, build)
+        if not self._overwrite and not ours:
+            refuse_existing(self.prefix, score_keys)
+        torn = ours and not self._overwrite and not manifest_path(self.prefix).exists()
+        remove_dead_partials(self.prefix, owned, torn=torn)
 
     @property
     def documents(self) -> int:
@@ -165,12 +167,14 @@ class ShardWriter:
 
         The index comes after the data, and the manifest last.
         """
+        if not self._overwrite and manifest.build and is_complete(self.prefix, manifest.build):
+            return  # another start of this command has built it while this one waited
         target = manifest_path(self.prefix)
         record = self._begin(HashedFile(target))
         self._composed.append(record)
         record.write(manifest.to_json().encode() + b"\n")
         record.sync()
-        if self._replaced:
+        if self._overwrite:  # another command's; the names of this one's own files go from bytes to the same bytes
             remove_existing(self.prefix)
         index, *sidecars, last = self._composed
         for file in (self._bin, *sidecars, index, last):

@@ -104,7 +104,9 @@ def test_what_tells_whose_torn_files_are_goes_last(tmp_path: Path, monkeypatch: 
         (tmp_path / f"p.{name}.host-1.partial").write_bytes(b"torn")
     gone: list[str] = []
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok: gone.append(self.name))
-    partial.remove_dead_partials(str(tmp_path / "p"))
+    with partial.Ownership(str(tmp_path / "p")) as owned:
+        partial.remove_dead_partials(str(tmp_path / "p"), owned)
+    assert gone.pop() == "p.owner.partial"
     assert len(gone) == 4
     assert gone[-1] == "p.manifest.json.host-1.partial"
 
@@ -206,7 +208,7 @@ def test_a_worker_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build_folder([path], tmp_path / "out", shard_bytes=3000)
 
 
-@pytest.mark.parametrize("numbers", [["0", "1"], pytest.param(["0", "1", "1"], marks=pytest.mark.slow)], ids=" ".join)
+@pytest.mark.parametrize("numbers", [["0", "1"], ["0", "1", "1"]], ids=" ".join)
 def test_tasks_side_by_side_do_not_disturb_each_other(tmp_path: Path, numbers: list[str]) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", number_rows(8_000))
     command = [*TOOL, "--input", str(path), "--output-dir", str(tmp_path / "out"), *NULL, "--shard-size", "100KB"]
@@ -252,14 +254,50 @@ def test_tasks_that_start_at_once_with_overwrite_do_not_disturb_each_other(tmp_p
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "one")
 
 
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_a_second_start_takes_nothing_from_a_first_that_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, locks: bool
+) -> None:
+    """It comes at every moment between two renames of the first, from the same command, on another process."""
+    path = write_jsonl(tmp_path / "rows.jsonl", number_rows(20))
+    build([path], tmp_path / "alone" / "p")
+    monkeypatch.setattr(partial, "_PATIENCE", 0.0)
+    if not locks:
+        monkeypatch.setattr(partial.fcntl, "flock", _no_locks)
+    mine, publish, refused = partial.partial_path, partial.HashedFile.publish, []
+    # One process has one number: the first one writes under that of its parent, which is alive too.
+    monkeypatch.setattr(
+        partial, "partial_path", lambda final: Path(f"{final}.{partial._host()}-{os.getppid()}.partial")
+    )
+
+    def interrupted(self: partial.HashedFile) -> None:
+        publish(self)
+        with monkeypatch.context() as patch:
+            patch.setattr(partial, "partial_path", mine)
+            patch.setattr(partial.HashedFile, "publish", publish)
+            if not (tmp_path / "out" / "p_text_document.manifest.json").exists():
+                with pytest.raises(ConfigError, match="another process is writing") as error:
+                    build([path], tmp_path / "out" / "p")
+                refused.append(error)
+
+    monkeypatch.setattr(partial.HashedFile, "publish", interrupted)
+    build([path], tmp_path / "out" / "p")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "alone")
+    assert len(refused) == 3
+
+
+def _no_locks(_stream: object, _operation: int) -> None:
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
 def test_two_runs_on_one_shard_are_refused_while_the_first_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partial, "_PATIENCE", 0.0)
     path = write_jsonl(tmp_path / "rows.jsonl", number_rows(20))
-    held = partial.HashedFile(tmp_path / "out_text_document.bin", locked=True)
+    held = partial.Ownership(str(tmp_path / "out_text_document"))
     with pytest.raises(ConfigError, match="another process is writing"):
         build([path], tmp_path / "out")
-    held.discard()
+    held.release()
     build([path], tmp_path / "out")
     assert len(read_shard_by_hand(tmp_path / "out_text_document")) == 20

@@ -7,7 +7,7 @@ import pytest
 from megatron_kaiyuan.data import open_source
 from megatron_kaiyuan.preprocess import load_manifest, pipeline, verify_manifest
 from megatron_kaiyuan.preprocess import partial as partial_files
-from megatron_kaiyuan.preprocess.partial import HashedFile, list_partials
+from megatron_kaiyuan.preprocess.partial import HashedFile, Ownership
 from tests.unit_tests.preprocess.corpus import build_folder, folder_bytes, number_rows, write_jsonl
 
 ROWS = number_rows(120)
@@ -21,15 +21,16 @@ def folder_of_another_command(tmp_path: Path) -> list[Path]:
 
 def test_a_task_leaves_to_others_what_they_are_writing(tmp_path: Path) -> None:
     paths = folder_of_another_command(tmp_path)
-    partials = [
-        HashedFile(tmp_path / "out" / f"shard_00001_text_document.{suffix}", locked=True) for suffix in ("bin", "idx")
-    ]
+    prefix = str(tmp_path / "out" / "shard_00001_text_document")
+    owned = Ownership(prefix)
+    partials = [HashedFile(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")]
     summary = build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=3, task_id=0)
     assert summary.shards_built > 1
     assert all(partial.partial.exists() for partial in partials)
     assert not (tmp_path / "out" / "shard_00001_text_document.manifest.json").exists()
     for partial in partials:
         partial.discard()
+    owned.release()
     for task in range(3):
         build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=3, task_id=task)
     for task in range(3):
@@ -43,14 +44,14 @@ def test_a_shard_that_another_task_finishes_meanwhile_stays(tmp_path: Path, monk
     build_folder(paths, tmp_path / "new", shard_bytes=1500)
     published: list[str] = []
 
-    def publish(prefix: str) -> list[Path]:
+    def publish(prefix: str, patience: float | None = None) -> Ownership:
         if not published:
             for path in (tmp_path / "new").glob(f"{Path(prefix).name}.*"):
                 (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
             published.append(prefix)
-        return list_partials(prefix)
+        return Ownership(prefix, patience)
 
-    monkeypatch.setattr(partial_files, "list_partials", publish)
+    monkeypatch.setattr(partial_files, "Ownership", publish)
     build_folder(paths, tmp_path / "out", shard_bytes=1500, overwrite=True, num_tasks=50, task_id=49)
     (prefix,) = published
     assert verify_manifest(prefix).build == load_manifest(str(tmp_path / "new" / Path(prefix).name)).build

@@ -202,7 +202,8 @@ def test_partial_files_on_a_file_system_without_locks(
     path = tmp_path / f"s.bin.{writer.format(host=own_host)}.partial"
     path.touch()
     os.utime(path, (time.time() - age,) * 2)
-    partial.remove_dead_partials(str(tmp_path / "s"))
+    with partial.Ownership(str(tmp_path / "s")) as owned:
+        partial.remove_dead_partials(str(tmp_path / "s"), owned)
     assert path.exists() == left
 
 
@@ -211,5 +212,8 @@ def test_a_living_writer_of_this_host_is_respected_without_locks(
 ) -> None:
     (tmp_path / f"s.bin.{own_host}-{os.getppid()}.partial").touch()
     monkeypatch.setattr(partial, "_PATIENCE", 0.0)
-    with pytest.raises(ConfigError, match="another process is writing"):
-        partial.remove_dead_partials(str(tmp_path / "s"))
+    with (
+        partial.Ownership(str(tmp_path / "s")) as owned,
+        pytest.raises(ConfigError, match="another process is writing"),
+    ):
+        partial.remove_dead_partials(str(tmp_path / "s"), owned)
