@@ -90,8 +90,8 @@ def _amended(phase: Phase, parts: Sequence[Part], plan: PlanSpec) -> Phase:
     step, end = _samples_of_next(phase.spec, plan), found.first_sample + found.num_samples
     if end % step:
         raise PlanError(
-            f"phase {phase.name!r}: amended to end at sample {end:,}, where the windows of {step} samples that follow "
-            f"cannot begin; give it tokens: {(found.num_samples - end % step) * plan.seq_length}"
+            f"phase {phase.name!r}: amended to end at sample {end:,}, where the windows of {counted(step, 'sample')} "
+            f"that follow cannot begin; give it tokens: {(found.num_samples - end % step) * plan.seq_length}"
         )
     return found
 
@@ -116,8 +116,8 @@ def _up_to_next(spec: PhaseSpec, plan: PlanSpec, first_sample: int, wanted: int)
         )
     if not found:
         raise PlanError(
-            f"phase {spec.name!r}: windows of {step} samples follow and begin at a multiple of {step}, which this one "
-            "does not reach; give it more tokens"
+            f"phase {spec.name!r}: windows of {counted(step, 'sample')} follow and begin at a multiple of {step}, "
+            "which this one does not reach; give it more tokens"
         )
     return found
 

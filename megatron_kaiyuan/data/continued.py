@@ -117,8 +117,8 @@ def _check_same(part: Part, last: _Earlier) -> None:
     if part.seq_length != last.stream.seq_length:
         _refuse(
             part,
-            f"phase {last.phase.name!r} cut it into windows of {last.stream.seq_length:,} tokens, and this phase has "
-            f"{part.seq_length:,}",
+            f"phase {last.phase.name!r} cut it into windows of {counted(last.stream.seq_length, 'token')}, and "
+            f"this phase has {part.seq_length:,}",
             "give both phases the same seq_length, or part the source beforehand with draw: NAME there and draw: rest "
             "of NAME here",
         )

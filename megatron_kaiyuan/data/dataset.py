@@ -68,8 +68,8 @@ class CurriculumDataset:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         if self.plan.longest > self.plan.seq_length and not parts:
             raise PlanError(
-                f"phases of the plan have windows of up to {self.plan.longest} tokens, which are several samples of "
-                f"{self.plan.seq_length}: give all phases one seq_length, train with python -m "
+                f"phases of the plan have windows of up to {counted(self.plan.longest, 'token')}, which are "
+                f"several samples of {self.plan.seq_length}: give all phases one seq_length, train with python -m "
                 "megatron_kaiyuan.pretrain, or open it with CurriculumDataset(plan, parts=True) and join samples by "
                 "place_in_window"
             )

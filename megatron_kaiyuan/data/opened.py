@@ -328,7 +328,7 @@ def _draw(source: Source, held_out: ValidationSpec | None, seed: int) -> NDArray
     drawn = draw_groups(groups, documents, key)
     if len(drawn) == source.num_documents:
         raise PlanError(
-            f"{place}.groups: whole groups of {held_out.groups!r} with {documents} documents are all "
+            f"{place}.groups: whole groups of {held_out.groups!r} with {counted(documents, 'document')} are all "
             f"{source.num_documents} of the source, which leaves none to train on; hold out fewer"
         )
     return drawn

@@ -103,7 +103,7 @@ class BranchPlans:
             passes = ceil(study.slice_budget / study.slices.tokens)
             if keep is None:  # whole documents of about so many tokens; a few may be seen once more
                 # in the plan's grammar, where a count has no commas
-                keep, passes = f"random {study.slices.tokens + study.seq_length} tokens", passes + 1
+                keep, passes = " ".join(["random", str(study.slices.tokens + study.seq_length), "tokens"]), passes + 1
             parts[name] = {"keep": keep, "weight": float(trunk.share)} | ({"max_repeat": passes} if passes > 1 else {})
         rate = {"start": training.lr, "end": training.min_lr, "shape": training.lr_decay_style}
         phase = {"name": f"branch {seed}", "order": "shuffled", "tokens": study.budget, "lr": rate, "sources": parts}

@@ -14,6 +14,7 @@ from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import KaiyuanError, ReleaseError
 from megatron_kaiyuan.host.cli import tool
 from megatron_kaiyuan.host.files import open_regular
+from megatron_kaiyuan.host.terminal import counted
 from megatron_kaiyuan.reporting.run_metrics import Run, read_run
 
 __all__ = ["Notes", "Weights", "evaluation_of_weights", "metrics_of_run", "read_licence"]
@@ -203,11 +204,11 @@ def _check_lines(told: Run, run: Checkpoint, plan: Plan | None) -> None:
     samples, length = (getattr(run.arguments, name, None) for name in ("consumed_train_samples", "seq_length"))
     last = told.lines[-1]
     if told.seq_length not in (None, length):
-        raise ReleaseError(f"samples of {told.seq_length} tokens, those of the run have {length}")
+        raise ReleaseError(f"samples of {counted(told.seq_length, 'token')}, those of the run have {length}")
     at_end = last.iteration == run.iteration
     if samples is not None and (last.consumed_samples > samples or (at_end and last.consumed_samples != samples)):
         raise ReleaseError(
-            f"{last.consumed_samples} samples at iteration {last.iteration}, the checkpoint of iteration "
+            f"{counted(last.consumed_samples, 'sample')} at iteration {last.iteration}, the checkpoint of iteration "
             f"{run.iteration} has seen {samples}"
         )
     foreign = [] if plan is None else [name for name in told.sources if name not in plan.sources]

@@ -15,12 +15,12 @@ def preprocess_commands(source: Mapping[str, Any], name: str, seed: int) -> list
         seed: Of the plan.
     """
     tokenizer, score = source["tokenizer"], source["score"]
-    words = ["python", "tools/preprocess_data.py", "--input", *source["inputs"], "--output-prefix", f"{name}/{name}"]
+    words = ["kaiyuan", "preprocess", "--input", *source["inputs"], "--output-prefix", f"{name}/{name}"]
     words += ["--json-keys", *source["json_keys"], "--tokenizer-type", tokenizer["type"]]
     words += [] if tokenizer["model"] is None else ["--tokenizer-model", tokenizer["model"]]
     words += ["--score-key", score] if score else []
     words += ["--append-eod"] if True in source["append_eod"] else []
-    ranks = ["python", "tools/rank_data.py", name, "--score", score or "", "--seed", str(seed)]
+    ranks = ["kaiyuan", "rank", name, "--score", score or "", "--seed", str(seed)]
     return [words, *([ranks] if score else [])]
 
 
@@ -32,5 +32,5 @@ def train_command(flags: Sequence[str]) -> list[list[str]]:
 def average_command(average: Mapping[str, Any]) -> list[list[str]]:
     """Return the command that makes an average again, from its manifest."""
     members = [str(member["iteration"]) for member in average["checkpoints"]]
-    words = ["python", "tools/average_checkpoints.py", "SAVE", "--weights", average["weights"]]
+    words = ["kaiyuan", "average", "SAVE", "--weights", average["weights"]]
     return [[*words, "--iterations", *members, "--output", "AVERAGED"]]

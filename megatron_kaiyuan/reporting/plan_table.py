@@ -149,9 +149,9 @@ def fill_notes(description: dict[str, Any]) -> list[str]:
 def length_notes(description: dict[str, Any]) -> list[str]:
     """Phases whose windows are several samples, and what training on them asks for."""
     return [
-        f"phase {phase['name']!r}: windows of {counted(phase['seq_length'], 'token')}, {phase['samples_per_window']} "
-        f"samples each: --micro-batch-size counts samples, a multiple of {phase['samples_per_window']} of which sample "
-        f"{phase['first_sample']:,} is one"
+        f"phase {phase['name']!r}: windows of {counted(phase['seq_length'], 'token')}, "
+        f"{counted(phase['samples_per_window'], 'sample')} each: --micro-batch-size counts samples, "
+        f"a multiple of {phase['samples_per_window']} of which sample {phase['first_sample']:,} is one"
         for phase in description["phases"]
         if phase["samples_per_window"] > 1
     ]

@@ -135,7 +135,7 @@ def _measured(run: Run, seq_length: int, global_batch_size: int) -> Curve:
             "steps of one size, so name runs with this batch"
         )
     if run.seq_length not in (None, seq_length):
-        raise MetricsError(f"{run.path}: {run.seq_length} tokens a sample, and the plan has {seq_length}")
+        raise MetricsError(f"{run.path}: {counted(run.seq_length, 'token')} a sample, and the plan has {seq_length}")
     if lines[0].iteration > max(10, last.iteration // 20):
         raise MetricsError(
             f"{run.path}: its first line is of step {lines[0].iteration:,}, so the rates before it are unknown; name a "
@@ -202,6 +202,6 @@ def _check_supported(planned: Curve, curves: Sequence[Curve], tokens: int) -> No
         step = int(np.searchsorted(np.cumsum(planned.rates), farthest))
         raise PlanError(
             f"--predict-loss: the plan's rates sum to {planned.sum_of_rates / farthest * _FARTHEST:.3g} times the "
-            f"longest run's, and the fit supports {_FARTHEST:g} times: up to step {step:,} ({step * tokens:,} "
-            "tokens) of this plan; name longer runs"
+            f"longest run's, and the fit supports {_FARTHEST:g} times: up to step {step:,} "
+            f"({counted(step * tokens, 'token')}) of this plan; name longer runs"
         )

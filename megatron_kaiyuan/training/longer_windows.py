@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_kaiyuan.data import Plan
 from megatron_kaiyuan.errors import ConfigError
+from megatron_kaiyuan.host.terminal import counted
 
 __all__ = [
     "SAMPLES_OF_WINDOW",
@@ -91,8 +92,8 @@ def check_longer_windows(args: argparse.Namespace, plan: Plan) -> None:
         return
     if args.max_position_embeddings < plan.longest:
         raise ConfigError(
-            f"--max-position-embeddings {args.max_position_embeddings}, but the plan has windows of {plan.longest} "
-            "tokens; give at least as many"
+            f"--max-position-embeddings {args.max_position_embeddings}, but the plan has windows of "
+            f"{counted(plan.longest, 'token')}; give at least as many"
         )
     _check_micro_batch(args.micro_batch_size, plan)
     unfit = {
@@ -112,8 +113,8 @@ def _check_micro_batch(size: int, plan: Plan) -> None:
     each = [phase.samples_per_window for phase in plan.phases]
     if size % lcm(*each):
         raise ConfigError(
-            f"--micro-batch-size {size} counts samples of {plan.seq_length} tokens, and the plan has windows of up to "
-            f"{plan.longest}; give a multiple of {lcm(*each)}, which are as many tokens in every phase"
+            f"--micro-batch-size {size} counts samples of {counted(plan.seq_length, 'token')}, and the plan has "
+            f"windows of up to {plan.longest}; give a multiple of {lcm(*each)}, which are as many tokens in every phase"
         )
     for before, phase in zip(plan.phases, plan.phases[1:], strict=False):
         over = phase.first_sample % size
