@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tests.warm import fresh_processes, take_environment
+from tests.warm import as_torchrun_sets, fresh_processes, take_environment
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: object, timeout: float = 120.0) -> list[Any]:
@@ -102,7 +102,9 @@ def _run_rank(
     os.setsid()
     try:
         take_environment(environment)
-        _prepare_environment(rank, world_size, port)
+        os.environ.update(
+            as_torchrun_sets(rank, world_size, port), OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1"
+        )
         _join_group()
         connection.send((True, function(rank, *args)))
     except BaseException:  # SystemExit too: Megatron leaves through sys.exit
@@ -110,22 +112,6 @@ def _run_rank(
     finally:
         connection.close()
         _leave_group()
-
-
-def _prepare_environment(rank: int, world_size: int, port: int) -> None:
-    """What torchrun would set, for one host."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-        OMP_NUM_THREADS="1",
-        CUDA_DEVICE_MAX_CONNECTIONS="1",
-    )
 
 
 def _join_group() -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext, SpawnContext
 
-__all__ = ["fresh_processes", "take_environment"]
+__all__ = ["as_torchrun_sets", "fresh_processes", "take_environment"]
 
 _PRELOADED = "tests.warm_imports"
 
@@ -29,3 +29,14 @@ def take_environment(environment: Mapping[str, str]) -> None:
     added = dict(importlib.import_module(_PRELOADED).ADDED) if os.environ.get("KAIYUAN_DEVICE") == "cpu" else {}
     os.environ.clear()
     os.environ.update(added | dict(environment))
+
+
+def as_torchrun_sets(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Return the variables that torchrun would set for a rank of one host, whose store listens at `port`."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {
+        **{name: str(number) for name, number in numbers.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }

@@ -145,8 +145,7 @@ def _check(gpus: list[Gpu]) -> None:
     if ranks > len(gpus):
         raise ConfigError(
             f"{counted(ranks, 'process', 'processes')} {agreed(ranks, 'was', 'were')} started on this node and "
-            f"{len(gpus)} "
-            f"GPU{'s are' if len(gpus) > 1 else ' is'} "
+            f"{counted(len(gpus), 'GPU')} {agreed(len(gpus), 'is', 'are')} "
             f"visible: give torchrun --nproc-per-node {len(gpus)} (the launch script: NPROC_PER_NODE={len(gpus)})"
         )
     compiled = torch.cuda.get_arch_list()

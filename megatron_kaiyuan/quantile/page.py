@@ -89,12 +89,13 @@ def _training(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult
     read, remarks, absent = [], [], 0
     for run in (run for run in sliced.runs if run.name in results):
         file = run_folder(study, run) / "checkpoints" / "metrics.jsonl"
-        absent += not file.is_file()
-        if file.is_file():
-            try:
-                read.append(read_run(file, run.name))
-            except MetricsError as error:
-                remarks.append(str(error))
+        if not file.is_file():
+            absent += 1
+            continue
+        try:
+            read.append(read_run(file, run.name))
+        except MetricsError as error:
+            remarks.append(str(error))
     if absent:
         remarks.append(f"Of {counted(absent, 'run')} the metrics are not on this machine.")
     return {"figure": figure_block(curves_figure(read, [])) if read else None, "remarks": remarks}
@@ -113,7 +114,7 @@ def _lead(study: Study, sliced: SlicedStudy, results: Mapping[str, RunResult]) -
 
 def _seeds(study: Study) -> str:
     count = len(study.training.seeds)
-    return f"{counted(count, 'seed')}" if count > 1 else "one seed"
+    return counted(count, "seed") if count > 1 else "one seed"
 
 
 def _power_of_ten(value: float) -> str:

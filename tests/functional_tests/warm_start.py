@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.warm import fresh_processes, take_environment
+from tests.warm import as_torchrun_sets, fresh_processes, take_environment
 
 __all__ = ["run_warm"]
 
@@ -35,7 +35,7 @@ def run_warm(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
     running: list[BaseProcess] = []
     for rank in range(ranks):
-        group = {} if store is None else _as_torchrun_says(rank, ranks, store.port)
+        group = {} if store is None else as_torchrun_sets(rank, ranks, store.port)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **group}
         process = fresh_processes().Process(
             target=_become, args=([program, *arguments], str(folder), environment, str(output))
@@ -43,16 +43,6 @@ def run_warm(
         process.start()
         running.append(process)
     return _wait(running, time.monotonic() + timeout), output.read_text()
-
-
-def _as_torchrun_says(rank: int, ranks: int, port: int) -> dict[str, str]:
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    return {
-        **{name: str(number) for name, number in group.items()},
-        "MASTER_ADDR": "127.0.0.1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def _wait(running: list[BaseProcess], deadline: float) -> int:
